@@ -1,0 +1,60 @@
+"Fixtures: the repository, a drawn sample, the real data if there is any, and the command line as a process of its own."
+import os, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope='session')
+def repo(): return REPO
+
+
+@pytest.fixture(scope='session')
+def sample(tmp_path_factory):
+    "A drawn data set; not to be changed"
+    from skin_lesions.synthetic import synthetic_ham10000
+    return synthetic_ham10000(tmp_path_factory.mktemp('sample')/'ham', n_images=160, seed=7)
+
+
+@pytest.fixture(scope='session')
+def real():
+    "The folder of the real HAM10000"
+    folder = os.environ.get('HAM10000_DIR')
+    if not folder or not (Path(folder)/'HAM10000_metadata.csv').is_file(): pytest.skip('HAM10000_DIR names no folder with HAM10000')
+    return Path(folder)
+
+
+@pytest.fixture(scope='session')
+def python():
+    "Run Python code in a fresh interpreter outside the repository; returns the finished process"
+    def run(code, *args, cwd, timeout=240):
+        return subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    return run
+
+
+@pytest.fixture(scope='session')
+def cli():
+    "Run `skin_lesions ...` as a process of its own; returns the finished process"
+    def run(*args, cwd, timeout=400):
+        return subprocess.run([sys.executable, '-W', 'ignore', '-m', 'skin_lesions.cli', *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    return run
+
+
+SMALL = ('--arch', 'test_efficientnet', '--no-pretrained', '--size', '64', '--bs', '16', '--workers', '0', '--quiet')
+
+
+@pytest.fixture(scope='session')
+def small():
+    "Arguments of a training that takes seconds"
+    return SMALL
+
+
+@pytest.fixture(scope='session')
+def finished_run(tmp_path_factory, sample, cli):
+    "A run folder as `skin_lesions train` leaves it; not to be changed"
+    folder = tmp_path_factory.mktemp('train')
+    done = cli('train', '--data', sample, '--out', 'run', '--epochs', 2, *SMALL, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder/'run'

@@ -1,0 +1,140 @@
+"The command line as a user meets it: a process, files, exit codes, errors."
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+CODES = ['akiec', 'bcc', 'bkl', 'df', 'mel', 'nv', 'vasc']
+
+
+def test_train_writes_a_complete_run(finished_run):
+    assert {p.name for p in finished_run.iterdir()} == {'model.safetensors', 'run.json', 'split.csv', 'history.csv', 'predictions.csv', 'report.html'}
+    record = json.loads((finished_run/'run.json').read_text())
+    table, split = pd.read_csv(finished_run/'predictions.csv'), pd.read_csv(finished_run/'split.csv')
+    assert set(table.image_id) == set(split.image_id[split.is_valid])
+    np.testing.assert_allclose(table[CODES].sum(axis=1), 1, atol=1e-5)
+    by_hand = np.mean([(table[table.dx == c][CODES].to_numpy().argmax(1) == CODES.index(c)).mean() for c in CODES])
+    assert record['scores']['average_recall'] == pytest.approx(by_hand, abs=1e-9)
+    assert not set(split.group[split.is_valid]) & set(split.group[~split.is_valid])
+    assert record['split']['valid_share_with_lesion_in_training'] == 0
+    assert len(pd.read_csv(finished_run/'history.csv')) == 2
+    assert record['versions']['torch'] and record['arguments']['seed'] == 42
+
+
+def test_report_needs_no_other_file_and_no_network(finished_run):
+    text = (finished_run/'report.html').read_text()
+    assert 'not a medical device' in text
+    assert 'src="data:image/png;base64,' in text or '<svg' in text
+    for outside in ('src="http', "src='http", '<link', '@import', '<script src'): assert outside not in text
+
+
+def test_same_seed_same_result(sample, finished_run, cli, small, tmp_path):
+    assert cli('train', '--data', sample, '--out', tmp_path/'again', '--epochs', 2, *small, cwd=tmp_path).returncode == 0
+    a, b = pd.read_csv(finished_run/'predictions.csv'), pd.read_csv(tmp_path/'again'/'predictions.csv')
+    pd.testing.assert_frame_equal(a, b, check_exact=True)
+
+
+def test_predict_gives_the_run_s_own_probabilities(sample, finished_run, cli, tmp_path):
+    table = pd.read_csv(finished_run/'predictions.csv').set_index('image_id')
+    (tmp_path/'new').mkdir()
+    ids = list(table.index[:5])
+    for i in ids: shutil.copy(next(sample.rglob(f'{i}.jpg')), tmp_path/'new')
+    done = cli('predict', finished_run, 'new', '--out', 'out.csv', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 'not a medical device' in done.stderr
+    found = pd.read_csv(tmp_path/'out.csv').set_index('image_id')
+    np.testing.assert_allclose(found.loc[ids, CODES], table.loc[ids, CODES], atol=1e-5)
+    one = cli('predict', finished_run, tmp_path/'new'/f'{ids[0]}.jpg', cwd=tmp_path)
+    assert one.stdout.count('%') == 7 and 'melanoma' in one.stdout
+
+
+def test_evaluate_says_what_train_said(finished_run, cli, tmp_path):
+    record = json.loads((finished_run/'run.json').read_text())
+    done = cli('evaluate', finished_run, '--out', tmp_path/'r.html', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"average recall {record['scores']['average_recall']:.3f}" in done.stdout
+    assert (tmp_path/'r.html').stat().st_size > 10_000
+
+
+def test_evaluate_leaves_out_what_was_trained_on(sample, finished_run, cli, tmp_path):
+    done = cli('evaluate', finished_run, '--data', sample, '--out', tmp_path/'r.html', '--quiet', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    split = pd.read_csv(finished_run/'split.csv')
+    assert f'{(~split.is_valid).sum()} of {len(split)} images left out' in done.stdout
+
+
+def test_ctrl_c_keeps_what_was_learnt(sample, cli, small, tmp_path):
+    command = [sys.executable, '-W', 'ignore', '-m', 'skin_lesions.cli', 'train', '--data', sample, '--out', 'run', '--epochs', '400', *small]
+    with open(tmp_path/'log', 'w') as log: process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=log, stderr=log)
+    history = tmp_path/'run'/'history.csv'
+    for _ in range(1200):
+        if process.poll() is not None or (history.is_file() and len(history.read_text().splitlines()) > 2): break
+        time.sleep(.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130, (tmp_path/'log').read_text()
+    said = (tmp_path/'log').read_text()
+    assert 'what was learnt so far is in' in said and 'Traceback' not in said
+    record = json.loads((tmp_path/'run'/'run.json').read_text())
+    assert not record['complete'] and record['epochs_done'] >= 2
+    done = cli('evaluate', 'run', cwd=tmp_path)
+    assert done.returncode == 0 and 'average recall' in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize('args, said', [
+    (['--gamma', '-1'], 'gamma'),
+    (['--arch', 'efficientnet_lite_O', ], 'did you mean'),
+    (['--fold', '9'], 'fold'),
+    (['--weights', 'nowhere.pth'], 'no weights at'),
+    (['--epochs', '0'], '--epochs'),
+    (['--mixup', '1.5'], 'lam'),
+    (['--size', '0'], 'size'),
+])
+def test_wrong_arguments_get_one_clear_line(args, said, sample, cli, small, tmp_path):
+    base = [a for a in small if a != '--no-pretrained'] if '--weights' in args else list(small)
+    done = cli('train', '--data', sample, '--out', 'run', '--no-check', *base, *args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr and 'Traceback' not in done.stderr, done.stderr
+
+
+def test_bad_folders(cli, small, sample, tmp_path):
+    (tmp_path/'empty').mkdir()
+    done = cli('train', '--data', 'empty', '--out', 'run', *small, cwd=tmp_path)
+    assert done.returncode == 2 and 'HAM10000' in done.stderr and 'Traceback' not in done.stderr
+    (tmp_path/'full').mkdir(); (tmp_path/'full'/'thesis.txt').write_text('mine')
+    done = cli('train', '--data', sample, '--out', 'full', *small, cwd=tmp_path)
+    assert done.returncode == 2 and '--overwrite' in done.stderr
+    assert (tmp_path/'full'/'thesis.txt').read_text() == 'mine'
+
+
+def test_a_text_file_named_jpg(cli, small, sample, finished_run, tmp_path):
+    data = tmp_path/'data'
+    shutil.copytree(sample, data)
+    bad = next(data.rglob('*.jpg'))
+    bad.write_text('not a picture')
+    done = cli('train', '--data', data, '--out', 'run', *small, cwd=tmp_path)
+    assert done.returncode == 2 and bad.name in done.stderr and 'Traceback' not in done.stderr, done.stderr
+    done = cli('predict', finished_run, bad, cwd=tmp_path)
+    assert done.returncode == 2 and bad.name in done.stderr and 'Traceback' not in done.stderr, done.stderr
+    done = cli('train', '--data', data, '--out', 'run2', '--drop-bad', '--epochs', 1, *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert bad.stem not in set(pd.read_csv(tmp_path/'run2'/'split.csv').image_id)
+
+
+def test_run_folder_that_is_none(cli, finished_run, tmp_path):
+    (tmp_path/'x').mkdir()
+    done = cli('predict', 'x', 'y.jpg', cwd=tmp_path)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    shutil.copytree(finished_run, tmp_path/'broken')
+    (tmp_path/'broken'/'run.json').write_text('{"arguments":')
+    (tmp_path/'y.jpg').write_bytes(b'')
+    done = cli('predict', 'broken', 'y.jpg', cwd=tmp_path)
+    assert done.returncode == 2 and 'damaged' in done.stderr
+
+
+def test_help_shows_every_default(cli, tmp_path):
+    for command in ('demo', 'train', 'evaluate', 'predict'):
+        done = cli(command, '--help', cwd=tmp_path)
+        assert done.returncode == 0
+    assert '(default: 0.001)' in cli('train', '--help', cwd=tmp_path).stdout

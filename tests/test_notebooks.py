@@ -1,0 +1,60 @@
+"Notebook hygiene: what CONVENTIONS of this project ask of every page."
+import json, re
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent/'nbs').glob('*.ipynb'))
+
+
+def outputs(nb):
+    for cell in nb['cells']:
+        for out in cell.get('outputs', []): yield cell, out
+
+
+def text_of(out):
+    data = out.get('data', {})
+    return ''.join(out.get('text', [])) + ''.join(''.join(v) for k, v in data.items() if k.startswith('text/'))
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
+def test_page_reads_as_a_page(path):
+    cells = json.loads(path.read_text())['cells']
+    first = ''.join(cells[0]['source'])
+    assert cells[0]['cell_type'] == 'markdown' and first.startswith('# '), 'title first'
+    assert re.search(r'^> \S', first, re.M), 'then one line that says what the reader gets'
+    for cell in cells:
+        source = ''.join(cell['source'])
+        if cell['cell_type'] == 'code' and '#| export' in source:
+            assert not re.search(r'^\s*(from|import) +(nbdev|execnb|fastcore\.test)', source, re.M), source[:80]
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
+def test_outputs_are_clean_and_small(path):
+    nb, total = json.loads(path.read_text()), 0
+    for cell, out in outputs(nb):
+        assert out['output_type'] != 'error', ''.join(cell['source'])[:200]
+        assert out.get('name') != 'stderr', 'a warning or a progress bar in the output of: ' + ''.join(cell['source'])[:200]
+        text = text_of(out)
+        assert not re.search(r'(^|[\s\'"(])/(home|root|tmp|work|Users|content|kaggle/working)/', text), text[:300]
+        assert not re.search(r'0x[0-9a-f]{8,}', text), text[:300]
+        size = len(json.dumps(out)); total += size
+        assert size < 100_000, f'an output of {size} bytes'
+    assert total < 300_000
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
+def test_no_machine_in_the_source(path):
+    for cell in json.loads(path.read_text())['cells']:
+        source = ''.join(cell['source'])
+        assert not re.search(r'[\'"]/(home|root|tmp|work|Users)/', source), source[:200]
+        assert 'HF_TOKEN' not in source and 'api_key' not in source
+
+
+def test_readme_is_the_index_page(repo):
+    from readme import readme_text
+    assert (repo/'README.md').read_text() == readme_text(repo/'nbs'/'index.ipynb'), 'python tests/readme.py writes it'
+
+
+def test_no_photograph_in_the_repository(repo):
+    assert not [p for p in repo.rglob('ISIC_00*') if '.venv' not in str(p)]

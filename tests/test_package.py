@@ -1,0 +1,67 @@
+"What the package promises as a package: imports, contents, requirements."
+import ast, re, subprocess, sys, zipfile
+from pathlib import Path
+
+import pytest
+
+MODULES = ['core', 'synthetic', 'dataset', 'split', 'data', 'losses', 'mixup', 'metrics', 'learner', 'predictions', 'evaluate', 'cli']
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_import_alone_has_no_side_effects(module, python, tmp_path):
+    "Each module imports in a fresh interpreter without nbdev, and changes no seed, filter, plot setting or folder"
+    code = f'''
+import random, sys, warnings
+import numpy as np
+random.seed(1); np.random.seed(1)
+before = random.getstate(), np.random.get_state()[1].tolist()
+filters = len(warnings.filters)
+import skin_lesions.{module} as m
+assert before == (random.getstate(), np.random.get_state()[1].tolist()), 'seeds'
+own = [n for n in sys.modules if n.split('.')[0] in ('nbdev', 'execnb')]
+assert not own, own
+for name in m.__all__: assert hasattr(m, name), name
+'''
+    done = python(code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_promised_import(python, tmp_path):
+    assert python('from skin_lesions.learner import two_stage_learner, lesion_learner', cwd=tmp_path).returncode == 0
+
+
+def test_losses_need_no_plots(python, tmp_path):
+    done = python("import sys, skin_lesions.core, skin_lesions.cli\nassert not {'torch', 'fastai', 'matplotlib'} & set(sys.modules)", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_later_page_imports_an_earlier_one_never_the_reverse(repo):
+    order = {}
+    for path in (repo/'nbs').glob('*.ipynb'):
+        found = re.search(r'#\| default_exp (\w+)', path.read_text())
+        if found: order[found[1]] = path.name
+    assert set(MODULES) <= set(order)
+    for module, notebook in order.items():
+        for node in ast.walk(ast.parse((repo/'skin_lesions'/f'{module}.py').read_text())):
+            name = node.module if isinstance(node, ast.ImportFrom) else None
+            if name and name.startswith('skin_lesions.'): assert order[name.split('.')[1]] < notebook, f'{notebook} imports {name}'
+
+
+def test_wheel_holds_the_modules_and_no_more(repo, tmp_path):
+    copy = tmp_path/'source'
+    files = subprocess.run(['git', 'ls-files'], cwd=repo, capture_output=True, text=True).stdout.split('\n')
+    if not any(files): pytest.skip('not a git checkout')
+    for f in filter(None, files):
+        (copy/f).parent.mkdir(parents=True, exist_ok=True)
+        if (repo/f).is_file(): (copy/f).write_bytes((repo/f).read_bytes())
+    done = subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '-w', str(tmp_path/'dist'), str(copy)], capture_output=True, text=True)
+    if done.returncode and 'No module named pip' in done.stderr: pytest.skip('this environment has no pip')
+    assert done.returncode == 0, done.stderr
+    wheel, = (tmp_path/'dist').glob('*.whl')
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f'skin_lesions/{m}.py' for m in MODULES} <= set(names)
+    assert not [n for n in names if not n.startswith(('skin_lesions/', 'skin_lesions-'))]
+    metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith('METADATA'))).decode()
+    needs = [l for l in metadata.splitlines() if l.startswith('Requires-Dist') and 'extra' not in l]
+    assert any('fastai' in n for n in needs) and not any('nbdev' in n or 'plum' in n or 'fastcore' in n for n in needs)
