@@ -65,9 +65,14 @@ def test_evaluate_leaves_out_what_was_trained_on(sample, finished_run, cli, tmp_
     assert f'{(~split.is_valid).sum()} of {len(split)} images left out' in done.stdout
 
 
+def deaf_no_more():
+    "A shell's background job ignores Ctrl-C and hands that on to its children; the command under test must hear it"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_keeps_what_was_learnt(sample, cli, small, tmp_path):
     command = [sys.executable, '-W', 'ignore', '-m', 'skin_lesions.cli', 'train', '--data', sample, '--out', 'run', '--epochs', '400', *small]
-    with open(tmp_path/'log', 'w') as log: process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=log, stderr=log)
+    with open(tmp_path/'log', 'w') as log: process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=log, stderr=log, preexec_fn=deaf_no_more)
     history = tmp_path/'run'/'history.csv'
     for _ in range(1200):
         if process.poll() is not None or (history.is_file() and len(history.read_text().splitlines()) > 2): break
@@ -82,59 +87,97 @@ def test_ctrl_c_keeps_what_was_learnt(sample, cli, small, tmp_path):
     assert done.returncode == 0 and 'average recall' in done.stdout, done.stderr
 
 
+@pytest.fixture
+def call(capsys):
+    "Run `skin_lesions ...` in this process: quick; returns exit status and what it complained of"
+    def run(*args):
+        from skin_lesions.cli import main
+        status = main([str(a) for a in args])
+        return status, capsys.readouterr().err
+    return run
+
+
 @pytest.mark.parametrize('args, said', [
     (['--gamma', '-1'], 'gamma'),
-    (['--arch', 'efficientnet_lite_O', ], 'did you mean'),
+    (['--arch', 'efficientnet_lite_O'], 'did you mean'),
     (['--fold', '9'], 'fold'),
     (['--weights', 'nowhere.pth'], 'no weights at'),
     (['--epochs', '0'], '--epochs'),
     (['--mixup', '1.5'], 'lam'),
     (['--size', '0'], 'size'),
+    (['--bs', '0'], 'bs'),
 ])
-def test_wrong_arguments_get_one_clear_line(args, said, sample, cli, small, tmp_path):
+def test_wrong_arguments_get_one_clear_line(args, said, sample, call, small, tmp_path):
     base = [a for a in small if a != '--no-pretrained'] if '--weights' in args else list(small)
-    done = cli('train', '--data', sample, '--out', 'run', '--no-check', *base, *args, cwd=tmp_path)
-    assert done.returncode == 2
-    assert said in done.stderr and 'Traceback' not in done.stderr, done.stderr
+    status, complained = call('train', '--data', sample, '--out', tmp_path/'run', '--no-check', *base, *args)
+    assert status == 2 and said in complained and complained.count('\n') == 1, complained
 
 
-def test_bad_folders(cli, small, sample, tmp_path):
+def test_an_error_in_a_real_process_is_no_traceback(sample, cli, small, tmp_path):
+    done = cli('train', '--data', sample, '--out', 'run', *small, '--gamma', -1, cwd=tmp_path)
+    assert done.returncode == 2 and 'gamma' in done.stderr and 'Traceback' not in done.stderr, done.stderr
+
+
+def test_bad_folders(call, small, sample, tmp_path):
     (tmp_path/'empty').mkdir()
-    done = cli('train', '--data', 'empty', '--out', 'run', *small, cwd=tmp_path)
-    assert done.returncode == 2 and 'HAM10000' in done.stderr and 'Traceback' not in done.stderr
+    status, complained = call('train', '--data', tmp_path/'empty', '--out', tmp_path/'run', *small)
+    assert status == 2 and 'HAM10000' in complained
     (tmp_path/'full').mkdir(); (tmp_path/'full'/'thesis.txt').write_text('mine')
-    done = cli('train', '--data', sample, '--out', 'full', *small, cwd=tmp_path)
-    assert done.returncode == 2 and '--overwrite' in done.stderr
+    status, complained = call('train', '--data', sample, '--out', tmp_path/'full', *small)
+    assert status == 2 and '--overwrite' in complained
     assert (tmp_path/'full'/'thesis.txt').read_text() == 'mine'
 
 
-def test_a_text_file_named_jpg(cli, small, sample, finished_run, tmp_path):
+def test_a_text_file_named_jpg(call, small, sample, finished_run, tmp_path):
     data = tmp_path/'data'
     shutil.copytree(sample, data)
     bad = next(data.rglob('*.jpg'))
     bad.write_text('not a picture')
-    done = cli('train', '--data', data, '--out', 'run', *small, cwd=tmp_path)
-    assert done.returncode == 2 and bad.name in done.stderr and 'Traceback' not in done.stderr, done.stderr
-    done = cli('predict', finished_run, bad, cwd=tmp_path)
-    assert done.returncode == 2 and bad.name in done.stderr and 'Traceback' not in done.stderr, done.stderr
-    done = cli('train', '--data', data, '--out', 'run2', '--drop-bad', '--epochs', 1, *small, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    status, complained = call('train', '--data', data, '--out', tmp_path/'run', *small)
+    assert status == 2 and bad.name in complained, complained
+    status, complained = call('predict', finished_run, bad)
+    assert status == 2 and bad.name in complained, complained
+    assert call('train', '--data', data, '--out', tmp_path/'run2', '--drop-bad', '--epochs', 1, *small)[0] == 0
     assert bad.stem not in set(pd.read_csv(tmp_path/'run2'/'split.csv').image_id)
 
 
-def test_run_folder_that_is_none(cli, finished_run, tmp_path):
-    (tmp_path/'x').mkdir()
-    done = cli('predict', 'x', 'y.jpg', cwd=tmp_path)
-    assert done.returncode == 2 and 'Traceback' not in done.stderr
+def test_run_folder_that_is_none(call, finished_run, tmp_path):
+    (tmp_path/'x').mkdir(); (tmp_path/'y.jpg').write_bytes(b'')
+    status, complained = call('predict', tmp_path/'x', tmp_path/'y.jpg')
+    assert status == 2 and 'no run folder' in complained
     shutil.copytree(finished_run, tmp_path/'broken')
     (tmp_path/'broken'/'run.json').write_text('{"arguments":')
-    (tmp_path/'y.jpg').write_bytes(b'')
-    done = cli('predict', 'broken', 'y.jpg', cwd=tmp_path)
-    assert done.returncode == 2 and 'damaged' in done.stderr
+    status, complained = call('predict', tmp_path/'broken', tmp_path/'y.jpg')
+    assert status == 2 and 'damaged' in complained
 
 
-def test_help_shows_every_default(cli, tmp_path):
+def test_weights_of_another_network_do_not_load(call, finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path/'other')
+    record = json.loads((tmp_path/'other'/'run.json').read_text())
+    record['arguments']['arch'] = 'test_resnet'
+    (tmp_path/'other'/'run.json').write_text(json.dumps(record))
+    image = next((finished_run.parent).rglob('*.jpg'), tmp_path/'y.jpg')
+    image.touch()
+    status, complained = call('predict', tmp_path/'other', image)
+    assert status == 2 and 'does not fit the network' in complained
+
+
+def test_help_shows_every_default(capsys, monkeypatch):
+    from skin_lesions.cli import main
+    monkeypatch.setenv('COLUMNS', '200')
     for command in ('demo', 'train', 'evaluate', 'predict'):
-        done = cli(command, '--help', cwd=tmp_path)
-        assert done.returncode == 0
-    assert '(default: 0.001)' in cli('train', '--help', cwd=tmp_path).stdout
+        with pytest.raises(SystemExit) as stop: main([command, '--help'])
+        assert stop.value.code == 0
+        said = capsys.readouterr().out
+        if command == 'train':
+            for default in ('0.001', 'tf_efficientnet_lite0', '128', '0.7', 'lesion'): assert f'(default: {default})' in said
+
+
+def test_demo_from_nothing(cli, tmp_path):
+    "The README's main job, with fewer pictures"
+    done = cli('demo', '--out', 'demo', '--images', 64, '--epochs', 1, '--size', 64, '--quiet', cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path/'demo'/'run'/'report.html').is_file() and 'report: ' in done.stdout
+    assert done.stdout.count('%  ') == 7 and 'not a medical device' in done.stderr
+    again = cli('demo', '--out', 'demo', '--quiet', cwd=tmp_path)
+    assert again.returncode == 2 and '--overwrite' in again.stderr

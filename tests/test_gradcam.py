@@ -1,0 +1,212 @@
+"Grad-CAM end to end: another implementation, learners of both kinds, nothing left behind, a folder with what folders have in them."
+import copy, os, re, shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+ARCHS = ('test_resnet', 'test_efficientnet', 'test_convnext')
+
+
+def network(kind, arch, seed=0, **kw):
+    from skin_lesions.learner import LesionNet, TwoStageNet, create_body
+    torch.manual_seed(seed)
+    body = create_body(arch, pretrained=False)
+    net = LesionNet(body, hidden=(16,)) if kind == 'one' else TwoStageNet(body, hidden=(16,), **kw)
+    for p in net.parameters():
+        if p.ndim == 1: p.data += .2*torch.randn_like(p)
+    return net.eval()
+
+
+@pytest.fixture
+def x(): return torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope='module')
+def package():
+    if not os.environ.get('CI'): pytest.importorskip('pytorch_grad_cam', reason='the package grad-cam is not installed')
+    import pytorch_grad_cam
+    return pytorch_grad_cam
+
+
+class Stage(nn.Module):
+    "One stage's scores alone, for the other implementation"
+    def __init__(self, net, stage): super().__init__(); self.net, self.stage = net, stage
+    def forward(self, x):
+        s, z = self.net.stages(x)
+        return torch.stack([-s, s], 1) if self.stage == 'one' else z
+
+
+def theirs(package, net, layer, x, numbers, name='GradCAM'):
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    net = copy.deepcopy(net)
+    with getattr(package, name)(model=net, target_layers=[net.get_submodule(layer)]) as cam: return cam(input_tensor=x, targets=[ClassifierOutputTarget(int(c)) for c in numbers])
+
+
+def check_same(ours, other):
+    "Correlation of each map; where ours is all zero theirs is too. Returns how many were compared"
+    r = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(ours.numpy(), other) if a.std() > 0]
+    assert min(r, default=1) >= .999, r
+    for a, b in zip(ours.numpy(), other): assert a.std() > 0 or np.abs(b).max() == 0
+    return len(r)
+
+
+@pytest.mark.parametrize('method, name', [('gradcam', 'GradCAM'), ('hirescam', 'HiResCAM')])
+@pytest.mark.parametrize('arch', ARCHS)
+@pytest.mark.parametrize('kind', ['one', 'two'])
+def test_agrees_with_the_other_implementation(package, kind, arch, method, name, x):
+    from skin_lesions.gradcam import GradCAM
+    net, compared = network(kind, arch), 0
+    explain = GradCAM(net, method=method)
+    for first in range(7):
+        numbers = [(first+i) % 7 for i in range(len(x))]
+        ours = explain.cam(x, numbers)
+        compared += check_same(ours, theirs(package, net, next(iter(explain.auto.values())), x, numbers, name))
+    assert compared >= 5, compared
+
+
+@pytest.mark.parametrize('stage, target, column', [('one', 'nv', 1), ('one', 'rest', 0), ('two', 'mel', 4), ('two', 'vasc', 5)])
+def test_stages_agree_with_the_other_implementation(package, stage, target, column, x):
+    from skin_lesions.gradcam import GradCAM
+    net = network('two', 'test_resnet', seed=5)
+    x = torch.cat([x, x.flip(3)*2])
+    ours = GradCAM(net, 'body.layer3').cam(x, target, stage=stage)
+    assert check_same(ours, theirs(package, Stage(net, stage), 'net.body.layer3', x, [column]*len(x)))
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+def test_a_training_step_before_and_after_is_the_same(arch, x):
+    "The gradients of a step that is under way survive, and the next step is the one that would have come"
+    from skin_lesions.gradcam import GradCAM
+    net = network('two', arch).train()
+    net(x).sum().backward()
+    before = {n: (p.grad.clone() if p.grad is not None else None) for n, p in net.named_parameters()}
+    buffers = {n: b.clone() for n, b in net.named_buffers()}
+    with GradCAM(net) as explain:
+        for stage in (None, 'one', 'two'): explain.cam(x, stage=stage)
+    assert all(m.training for m in net.modules())
+    for n, p in net.named_parameters(): assert (p.grad is None) if before[n] is None else torch.equal(p.grad, before[n]), n
+    for n, b in net.named_buffers(): assert torch.equal(b, buffers[n]), n
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in net.modules())
+
+
+def test_an_exception_leaves_nothing_behind(x):
+    from skin_lesions.gradcam import GradCAM
+    net = network('two', 'test_resnet').train()
+    with pytest.raises(KeyError):
+        with GradCAM(net) as explain:
+            explain.cam(x)
+            raise KeyError('in the block')
+    with pytest.raises(RuntimeError): GradCAM(net).cam(torch.randn(2, 5, 64, 64)) # five channels
+    assert net.training and torch.is_grad_enabled() and not any(m._forward_hooks for m in net.modules())
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_product_is_the_sum_of_both_stages_maps(seed, x):
+    "Before ReLU, the gradient of log P(mel) is -sigmoid(s) times stage one's plus stage two's: checked on the weights"
+    from skin_lesions.gradcam import GradCAM
+    net = network('two', 'test_resnet', seed=seed).double()
+    x = x.double()
+    feature = net.body.forward_features(x).detach().requires_grad_()
+    pooled = net.body.forward_head(feature)
+    s, z = net.head1(pooled).squeeze(1), net.head2(pooled)
+    g = lambda y: torch.autograd.grad(y.sum(), feature, retain_graph=True)[0].mean((2, 3))
+    weight = -s.sigmoid()[:, None]*g(s) + g(z[:, 4]) - sum(z.softmax(1)[:, i:i+1].detach()*g(z[:, i]) for i in range(6))
+    expected = (weight[:, :, None, None]*feature).sum(1).relu()
+    torch.testing.assert_close(GradCAM(net).cam(x, 'mel', raw=True, resize=False), expected.detach(), rtol=1e-6, atol=1e-12)
+
+
+def test_an_activation_that_works_in_place_changes_nothing(x):
+    from skin_lesions.gradcam import GradCAM
+    net = network('one', 'test_resnet', seed=2)
+    layer = 'body.layer3.0.bn1'
+    assert any(getattr(m, 'inplace', False) for m in net.body.layer3.modules()), 'the network has no in-place activation'
+    ours = [GradCAM(net, layer).cam(x, c) for c in range(7)]
+    for m in net.modules():
+        if hasattr(m, 'inplace'): m.inplace = False
+    other = [GradCAM(net, layer).cam(x, c) for c in range(7)]
+    torch.testing.assert_close(ours, other)
+    out = []
+    handle = net.get_submodule(layer).register_forward_hook(lambda m, i, o: out.append(o))
+    score = net(x)[:, 4].sum()
+    handle.remove()
+    g, = torch.autograd.grad(score, out[0])
+    slow = (g.mean((2, 3), keepdim=True)*out[0]).sum(1).relu().detach()
+    torch.testing.assert_close(GradCAM(net, layer).cam(x, 4, raw=True, resize=False), slow)
+
+
+def test_very_sure_networks_still_have_a_map(x):
+    from skin_lesions.gradcam import GradCAM
+    net = network('two', 'test_resnet')
+    plain = GradCAM(net).cam(x, 'nv')
+    net.head1[-1].bias.data += 60 # log P(nv) = -1e-26: float32 probabilities are exactly 1
+    torch.testing.assert_close(GradCAM(net).cam(x, 'nv'), plain, atol=1e-3, rtol=1e-3)
+
+
+@pytest.fixture(scope='module')
+def learn(sample):
+    from fastai.torch_core import set_seed
+    from skin_lesions.data import ham10000_dataloaders
+    from skin_lesions.learner import two_stage_learner
+    set_seed(42)
+    return two_stage_learner(ham10000_dataloaders(sample, 64, bs=16, arch='test_resnet', num_workers=0), 'test_resnet', pretrained=False)
+
+
+def test_folder_and_gallery(learn, sample, tmp_path):
+    from skin_lesions.gradcam import gradcam_folder
+    images = sorted(sample.rglob('*.jpg'))[:20]
+    (tmp_path/'in'/'sub').mkdir(parents=True)
+    for p in images: shutil.copy(p, tmp_path/'in')
+    shutil.copy(images[0], tmp_path/'in'/'sub'/images[0].name)
+    shutil.copy(images[1], tmp_path/'in'/'<script>alert(1)&.jpg')
+    (tmp_path/'in'/'empty.jpg').write_bytes(b'')
+    (tmp_path/'in'/'half.jpg').write_bytes(images[2].read_bytes()[:2000])
+    learn.model.train()
+    n, unreadable = gradcam_folder(learn, tmp_path/'in', tmp_path/'out', bs=7, limit=10, show=False)
+    assert learn.model.training
+    assert n == 22 and sorted(os.path.basename(p) for p in unreadable) == ['empty.jpg', 'half.jpg']
+    assert len(list((tmp_path/'out').glob('*.png'))) == 22
+    page = (tmp_path/'out'/'gallery.html').read_text()
+    assert 'The first 10 of 22 images' in page and page.count('<img ') == 10 and '<script' not in page and '&lt;script&gt;' in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_a_larger_folder_needs_no_more_memory(learn, sample, tmp_path):
+    "Only a batch is held: maps and images of earlier batches are gone"
+    import gc, weakref
+    from skin_lesions.gradcam import stream_cams
+    files, seen = sorted(sample.rglob('*.jpg'))[:40], []
+    for batch in stream_cams(learn, files, bs=8):
+        seen.append(weakref.ref(batch.cams))
+        del batch
+        gc.collect()
+        assert sum(r() is not None for r in seen) <= 1
+    assert len(seen) == 5
+
+
+def test_overlap_on_the_sample(learn, sample):
+    from skin_lesions.gradcam import overlap_summary, overlap_table
+    meta = learn.dls.valid_ds.items
+    table = overlap_table(learn, meta, sample/'HAM10000_segmentations')
+    assert list(table.image_id) == list(meta.image_id)
+    assert table.lesion_area.between(0, 1).all() and table.energy.dropna().between(0, 1).all()
+    summary = overlap_summary(table)
+    assert summary.images['all'] == len(meta) == summary.images['right'] + summary.images['wrong']
+
+
+@pytest.mark.parametrize('crop', ['random', 'resize', 'window'])
+def test_the_mask_goes_the_way_of_the_image(sample, crop, tmp_path):
+    from PIL import Image
+    from skin_lesions.data import ham10000_dataloaders
+    from skin_lesions.gradcam import _batch, mask_view, network_view
+    from skin_lesions.learner import lesion_learner
+    import pandas as pd
+    learn = lesion_learner(ham10000_dataloaders(sample, 64, crop, bs=16, arch='test_resnet', num_workers=0), 'test_resnet', pretrained=False)
+    drawn = np.zeros((225, 300), np.uint8)
+    drawn[20:110, 120:260] = 255
+    Image.fromarray(drawn).convert('RGB').save(tmp_path/'image.png')
+    Image.fromarray(drawn).resize((600, 450), Image.NEAREST).convert('P').save(tmp_path/'mask.png')
+    seen = network_view(learn, _batch(learn, pd.DataFrame({'path': [str(tmp_path/'image.png')]})))[0, ..., 0] > .5
+    mask = mask_view(learn, tmp_path/'mask.png', (300, 225))
+    assert (seen == mask).mean() > .97 and 0 < mask.mean() < 1
