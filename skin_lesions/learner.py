@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['WEIGHT_PACKAGES', 'COMBINE', 'package_weights', 'read_weights', 'load_body_weights', 'create_body', 'dense_head',
            'LesionNet', 'join_stages', 'route_stages', 'TwoStageNet', 'lesion_splitter', 'check_normalization',
-           'lesion_learner', 'two_stage_learner']
+           'resolve_alpha', 'lesion_learner', 'two_stage_learner']
 
-# %% ../nbs/30_learner.ipynb #83b6349f
-import importlib.util
+# %% ../nbs/30_learner.ipynb #1e4510c3
+import importlib.util, warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import timm
 import torch
+from fastai.callback.data import WeightedDL
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .core import CODES, NEVUS, unknown_name
-from .data import check_arch, normalization, warn_if_weighted_twice
+from .data import WEIGHT_KINDS, check_arch, class_weights, normalization, warn_if_weighted_twice
 from .losses import FocalLossFlat, TwoStageFocalLoss
 from .metrics import AverageRecall, StageOneAUC, StageTwoRecall
 from .mixup import MixUp
@@ -230,6 +232,23 @@ def check_normalization(
         raise ValueError(f"the images are normalised with mean {own[0]} and std {own[1]}, but {arch} expects {list(mean)} and {list(std)}; "
                          f"build the data with ham10000_dataloaders(..., arch={arch!r})")
 
+# %% ../nbs/30_learner.ipynb #b368852a
+def resolve_alpha(
+    dls:DataLoaders, # as from `ham10000_dataloaders`
+    alpha='auto', # 'auto', 'inverse', 'sqrt', 'effective', or weights as `FocalLoss` takes them
+): # weights as `FocalLoss` takes them; None for none
+    "Class weights by name from the training images of `dls`; anything else as it is"
+    if not isinstance(alpha, str): return alpha
+    if alpha not in ('auto', *WEIGHT_KINDS): raise ValueError(unknown_name('kind of class weights', alpha, ('auto', *WEIGHT_KINDS)))
+    if alpha=='auto' and isinstance(dls.train, WeightedDL): return None
+    items = getattr(dls.train_ds, 'items', None)
+    try: return class_weights(items, 'inverse' if alpha=='auto' else alpha) if isinstance(items, pd.DataFrame) else _no_counts()
+    except ValueError as e:
+        if alpha!='auto': raise
+        warnings.warn(f"no class weights, the loss counts images alike: {e}", stacklevel=4)
+
+def _no_counts(): raise ValueError("class weights by name need DataLoaders whose items are a frame with column 'dx'; give alpha as weights or None")
+
 # %% ../nbs/30_learner.ipynb #e4670ef8
 def _lesion_learner(dls, net, loss_func, *, mixup, alpha, metrics, lr, channels_last, cbs, **kwargs):
     check_normalization(dls, net.body.arch)
@@ -239,7 +258,7 @@ def _lesion_learner(dls, net, loss_func, *, mixup, alpha, metrics, lr, channels_
     if channels_last: net = net.to(memory_format=torch.channels_last)
     return Learner(dls, net, loss_func=loss_func, lr=lr, splitter=lesion_splitter, metrics=metrics, cbs=cbs, **kwargs)
 
-# %% ../nbs/30_learner.ipynb #ac1269b1
+# %% ../nbs/30_learner.ipynb #a2058175
 @delegates(Learner)
 def lesion_learner(
     dls:DataLoaders, # as from `ham10000_dataloaders`
@@ -250,7 +269,7 @@ def lesion_learner(
     hidden=(512, 128), # sizes of the head's dense layers
     ps:float=.2, # dropout of the head, in [0,1)
     gamma:float=1., # focusing strength of the focal loss, >= 0
-    alpha=None, # class weights of the loss: a number, seven weights, or a dict by code as from `class_weights`
+    alpha='auto', # class weights of the loss: 'auto' for inverse frequency, another kind of `class_weights` by name, a number, seven weights, a dict by code, or None
     mixup=.7, # weight of the first image, or a `MixUp`; None for no mixUp
     loss_func=None, # another loss on seven logits; `gamma` and `alpha` are then not used
     lr:float=1e-3, # default learning rate
@@ -263,11 +282,12 @@ def lesion_learner(
 )->Learner:
     "A `Learner` that classifies lesions in one stage"
     net = LesionNet(create_body(arch, pretrained=pretrained, weights=weights, **(body_kwargs or {})), len(dls.vocab), hidden, ps)
+    alpha = resolve_alpha(dls, alpha) if loss_func is None else None
     if loss_func is None: loss_func = FocalLossFlat(gamma=gamma, alpha=alpha, vocab=list(dls.vocab))
     if metrics is None: metrics = [accuracy, AverageRecall()]
     return _lesion_learner(dls, net, loss_func, mixup=mixup, alpha=alpha, metrics=metrics, lr=lr, opt_func=opt_func, channels_last=channels_last, cbs=cbs, **kwargs)
 
-# %% ../nbs/30_learner.ipynb #8e1a756a
+# %% ../nbs/30_learner.ipynb #da365f29
 @delegates(Learner)
 def two_stage_learner(
     dls:DataLoaders, # as from `ham10000_dataloaders`
@@ -280,7 +300,7 @@ def two_stage_learner(
     hidden=(512, 128), # sizes of the dense layers of each stage's head
     ps:float=.2, # dropout of the heads, in [0,1)
     gamma=1., # focusing strength of the focal loss, >= 0, for both stages or a pair
-    alpha=None, # class weights of the loss: a number, seven weights, a dict by code, or a pair for the two stages; see `TwoStageFocalLoss`
+    alpha='auto', # class weights of the loss: as for `lesion_learner`, or a pair for the two stages; see `TwoStageFocalLoss`
     mixup=.7, # weight of the first image, or a `MixUp`; None for no mixUp
     loss_func=None, # another loss on seven log-probabilities; `gamma` and `alpha` are then not used
     lr:float=1e-3, # default learning rate
@@ -296,6 +316,7 @@ def two_stage_learner(
     if NEVUS not in vocab: raise ValueError(f"a two-stage network needs the class {NEVUS!r}; dls.vocab is {vocab}")
     bodies = [create_body(arch, pretrained=pretrained, weights=weights, **(body_kwargs or {})) for _ in range(1 if shared else 2)]
     net = TwoStageNet(*bodies, n_out=len(vocab), nevus=vocab.index(NEVUS), hidden=hidden, ps=ps, combine=combine)
+    alpha = resolve_alpha(dls, alpha) if loss_func is None else None
     if loss_func is None: loss_func = TwoStageFocalLoss(gamma=gamma, alpha=alpha, vocab=vocab)
     if metrics is None: metrics = [accuracy, AverageRecall(), StageOneAUC(), StageTwoRecall()]
     return _lesion_learner(dls, net, loss_func, mixup=mixup, alpha=alpha, metrics=metrics, lr=lr, opt_func=opt_func, channels_last=channels_last, cbs=cbs, **kwargs)

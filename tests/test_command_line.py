@@ -165,7 +165,7 @@ def test_weights_of_another_network_do_not_load(call, finished_run, tmp_path):
 def test_help_shows_every_default(capsys, monkeypatch):
     from skin_lesions.cli import main
     monkeypatch.setenv('COLUMNS', '200')
-    for command in ('demo', 'train', 'evaluate', 'predict'):
+    for command in ('demo', 'train', 'evaluate', 'predict', 'gradcam'):
         with pytest.raises(SystemExit) as stop: main([command, '--help'])
         assert stop.value.code == 0
         said = capsys.readouterr().out
@@ -181,3 +181,19 @@ def test_demo_from_nothing(cli, tmp_path):
     assert done.stdout.count('%  ') == 7 and 'not a medical device' in done.stderr
     again = cli('demo', '--out', 'demo', '--quiet', cwd=tmp_path)
     assert again.returncode == 2 and '--overwrite' in again.stderr
+
+
+def test_gradcam_writes_pictures_and_a_gallery(sample, finished_run, call, tmp_path):
+    images = sorted(sample.rglob('*.jpg'))[:3]
+    (tmp_path/'in').mkdir()
+    for p in images: shutil.copy(p, tmp_path/'in')
+    (tmp_path/'in'/'broken.jpg').write_text('no picture')
+    status, complained = call('gradcam', finished_run, tmp_path/'in', '--out', tmp_path/'maps', '--quiet')
+    assert status == 0 and 'broken.jpg' in complained, complained
+    assert len(list((tmp_path/'maps').rglob('*.png'))) == 3
+    gallery = (tmp_path/'maps'/'gallery.html').read_text()
+    assert 'not a medical device' in gallery and 'src="http' not in gallery
+    status, complained = call('gradcam', finished_run, tmp_path/'in', '--out', tmp_path/'maps')
+    assert status == 2 and '--overwrite' in complained
+    status, complained = call('gradcam', finished_run, images[0], '--out', tmp_path/'other', '--target', 'mell', '--quiet')
+    assert status == 2 and "did you mean 'mel'" in complained

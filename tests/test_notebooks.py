@@ -37,6 +37,7 @@ def test_outputs_are_clean_and_small(path):
         assert out.get('name') != 'stderr', 'a warning or a progress bar in the output of: ' + ''.join(cell['source'])[:200]
         text = text_of(out)
         assert not re.search(r'(^|[\s\'"(])/(home|root|tmp|work|Users|content|kaggle/working)/', text), text[:300]
+        assert '█' not in text and 'progress' not in text.lower().split(), 'a progress bar in the output of: ' + ''.join(cell['source'])[:200]
         assert not re.search(r'0x[0-9a-f]{8,}', text), text[:300]
         size = len(json.dumps(out)); total += size
         assert size < 100_000, f'an output of {size} bytes'
