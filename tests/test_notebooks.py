@@ -41,7 +41,7 @@ def test_outputs_are_clean_and_small(path):
         assert not re.search(r'0x[0-9a-f]{8,}', text), text[:300]
         size = len(json.dumps(out)); total += size
         assert size < 100_000, f'an output of {size} bytes'
-    assert total < 300_000
+    assert total < 200_000
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
