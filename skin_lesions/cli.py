@@ -11,19 +11,20 @@ __all__ = ['RUN_FILES', 'new_run_folder', 'versions', 'write_json', 'read_data',
 import argparse, json, platform, sys, time
 from pathlib import Path
 
-# %% ../nbs/80_cli.ipynb #742de214
+# %% ../nbs/80_cli.ipynb #5f0195c4
 RUN_FILES = ('model.safetensors', 'run.json', 'split.csv', 'history.csv', 'predictions.csv', 'report.html')
 
 def new_run_folder(
     out, # the folder to make
     overwrite:bool=False, # remove an earlier run's files from it
-)->Path: # the empty run folder
+    files=RUN_FILES, # which files are an earlier run's; all others stay
+)->Path: # the folder
     "Make the folder of a run; refuse one that has something in it"
     out = Path(out)
     if out.is_file(): raise FileExistsError(f"{out} is a file; --out names a folder")
     if out.exists() and any(out.iterdir()):
         if not overwrite: raise FileExistsError(f"{out} exists and is not empty; choose another --out or add --overwrite")
-        for name in RUN_FILES: (out/name).unlink(missing_ok=True)
+        for name in files: (out/name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     return out
 
@@ -243,7 +244,7 @@ def predict(
     print(NOTICE, file=sys.stderr)
     return 0
 
-# %% ../nbs/80_cli.ipynb #4bd87606
+# %% ../nbs/80_cli.ipynb #7140a175
 def gradcam(
     args, # the arguments of `skin_lesions gradcam`
 )->int: # exit status
@@ -251,8 +252,7 @@ def gradcam(
     from skin_lesions.core import NOTICE, image_files
     from skin_lesions.gradcam import gradcam_folder
     files = image_files(args.images)
-    learn,out = load_run(args.run),Path(args.out)
-    if out.exists() and (out.is_file() or any(out.iterdir())) and not args.overwrite: raise FileExistsError(f"{out} exists and is not empty; choose another --out or add --overwrite")
+    learn,out = load_run(args.run),new_run_folder(args.out, args.overwrite, files=('gallery.html',))
     n,unreadable = gradcam_folder(learn, files, out, target=args.target, method=args.method, layer=args.layer, show=not args.quiet)
     print(f"{n} pictures and a gallery: {out/'gallery.html'}")
     if len(unreadable): print(f"{len(unreadable)} unreadable files left out, first: {', '.join(map(str, list(unreadable)[:3]))}", file=sys.stderr)

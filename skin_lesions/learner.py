@@ -7,10 +7,11 @@ __all__ = ['WEIGHT_PACKAGES', 'COMBINE', 'package_weights', 'read_weights', 'loa
            'LesionNet', 'join_stages', 'route_stages', 'TwoStageNet', 'lesion_splitter', 'check_normalization',
            'resolve_alpha', 'lesion_learner', 'two_stage_learner']
 
-# %% ../nbs/30_learner.ipynb #1e4510c3
+# %% ../nbs/30_learner.ipynb #2abc302c
 import importlib.util, warnings
 from pathlib import Path
 
+import fastai.callback.progress, fastai.callback.schedule # these give learners progress bars, fit_one_cycle, fine_tune, lr_find
 import numpy as np
 import pandas as pd
 import timm

@@ -45,11 +45,24 @@ print(code, *[f'{v:.9f}' for v in p])
 
 @pytest.mark.parametrize('mixup', [.7, None])
 def test_mixed_precision_trains(dls, mixup):
-    learn = learner(dls, mixup=mixup).to_bf16()
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1)
-    assert all(torch.isfinite(p).all() for p in learn.model.parameters())
+    "fastai's own callback is for CUDA only; on a CPU autocast around the fit does the same"
+    learn, seen = learner(dls, mixup=mixup), set()
+    hook = learn.model.head2[1].register_forward_hook(lambda module, x, y: seen.add(y.dtype))
+    with torch.autocast('cpu', torch.bfloat16), learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1)
+    hook.remove()
+    assert seen == {torch.bfloat16}
+    assert all(torch.isfinite(p).all() and p.dtype == torch.float32 for p in learn.model.parameters())
     assert all(v == v for v in learn.recorder.values[0][:2])
-    assert learn.get_preds()[0].dtype == torch.float32
+    with learn.no_bar(): assert learn.get_preds()[0].dtype == torch.float32
+
+
+def test_fastai_s_to_fp16_and_back(dls):
+    learn = learner(dls).to_fp16()
+    with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn.fit(1)
+        learn.to_fp32().fit(1)
+    assert learn.recorder.values[0][0] == learn.recorder.values[0][0]
 
 
 @pytest.mark.parametrize('shared', [True, False])

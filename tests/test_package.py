@@ -31,7 +31,13 @@ assert before == random.getstate(), 'seed of random'
 
 
 def test_the_promised_import(python, tmp_path):
-    assert python('from skin_lesions.learner import two_stage_learner, lesion_learner', cwd=tmp_path).returncode == 0
+    "It gives learners that fit and predict without any further import from fastai"
+    done = python('''
+from skin_lesions.learner import two_stage_learner, lesion_learner
+from fastai.learner import Learner
+for name in ('fit_one_cycle', 'fine_tune', 'lr_find', 'no_bar', 'predict', 'export'): assert hasattr(Learner, name), name
+''', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_losses_need_no_plots(python, tmp_path):
