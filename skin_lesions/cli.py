@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RUN_FILES', 'new_run_folder', 'versions', 'write_json', 'read_data', 'build_learner', 'save_weights', 'fit',
-           'all_scores', 'finish_run', 'describe_split', 'train', 'vars_of', 'print_scores', 'load_run', 'evaluate',
-           'predict_unseen', 'predict', 'gradcam', 'demo', 'argument_parser', 'main']
+           'all_scores', 'record_for_report', 'finish_run', 'describe_split', 'train', 'vars_of', 'print_scores',
+           'load_run', 'evaluate', 'predict_unseen', 'predict', 'gradcam', 'demo', 'argument_parser', 'main']
 
 # %% ../nbs/80_cli.ipynb #1bf031a4
 import argparse, json, platform, sys, time
@@ -97,7 +97,16 @@ def all_scores(table):
     recall = {c: None if r!=r else r for c,r in class_scores(table).recall.items()} # JSON has no NaN
     return scores(table) | dict(average_recall_95_low=interval.low, average_recall_95_high=interval.high, interval_over=interval.unit, recall=recall)
 
-# %% ../nbs/80_cli.ipynb #66d5baef
+# %% ../nbs/80_cli.ipynb #c70b0140
+def record_for_report(record, data=None):
+    "The record of a run with its split as a sentence; None stays None"
+    if record is None: return None
+    s = record['split']
+    said = (f"{s['rule']}, seed {s['seed']}; {s['train_images']:,} images for training; {s['valid_share_with_lesion_in_training']:.1%} of the validation images show a lesion that is in training"
+            if data is None else f"labelled images of {data}, without the images and lesions that were used in training")
+    return record | dict(split=said)
+
+# %% ../nbs/80_cli.ipynb #2807ac90
 def finish_run(args, learn, meta, record, out):
     "Predict the validation images; write predictions, report and record"
     from skin_lesions.evaluate import html_report
@@ -106,7 +115,7 @@ def finish_run(args, learn, meta, record, out):
     save_predictions(table, out/'predictions.csv')
     record['scores'] = all_scores(table)
     write_json(record, out/'run.json')
-    html_report(table, out/'report.html', history=out/'history.csv', run=record, title=f"{args.model} {args.arch}, {record['split']['rule']}")
+    html_report(table, out/'report.html', history=out/'history.csv', run=record_for_report(record), title=f"{args.model} {args.arch}, {record['split']['rule']}")
     return table
 
 # %% ../nbs/80_cli.ipynb #140f2cbd
@@ -189,7 +198,7 @@ def load_run(
     learn.model.load_state_dict(state)
     return learn
 
-# %% ../nbs/80_cli.ipynb #3127ba95
+# %% ../nbs/80_cli.ipynb #cff5ed9d
 def evaluate(
     args, # the arguments of `skin_lesions evaluate`
 )->int: # exit status
@@ -205,7 +214,7 @@ def evaluate(
     print_scores(table, all_scores(table))
     out = Path(args.out) if args.out else folder/'report.html'
     history = folder/'history.csv'
-    html_report(table, out, history=history if history.is_file() else None, run=record, title=f'{source.name}')
+    html_report(table, out, history=history if history.is_file() else None, run=record_for_report(record, args.data), title=f'Evaluation of {source.name}')
     print(f'report: {out}')
     return 0
 

@@ -26,6 +26,7 @@ def test_train_writes_a_complete_run(finished_run):
 def test_report_needs_no_other_file_and_no_network(finished_run):
     text = (finished_run/'report.html').read_text()
     assert 'not a medical device' in text
+    assert 'by lesion, fold 0 of 5' in text and '&quot;rule&quot;' not in text and '"rule"' not in text
     assert 'src="data:image/png;base64,' in text or '<svg' in text
     for outside in ('src="http', "src='http", '<link', '@import', '<script src'): assert outside not in text
 
