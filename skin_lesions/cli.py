@@ -323,7 +323,7 @@ def _add_train_arguments(p):
     add('--drop-bad', action='store_true', help='leave out missing and unreadable images instead of stopping')
     add('--quiet', action='store_true', help='no progress bars')
 
-# %% ../nbs/80_cli.ipynb #b7a42948
+# %% ../nbs/80_cli.ipynb #084d703d
 def argument_parser()->argparse.ArgumentParser: # of the command `skin_lesions`
     "All commands with their arguments; `--help` shows every default"
     from skin_lesions import __version__
@@ -335,7 +335,7 @@ def argument_parser()->argparse.ArgumentParser: # of the command `skin_lesions`
     p = commands.add_parser('demo', help='draw a sample, train on it, predict, write a report', **style)
     p.add_argument('--out', default='skin_lesions_demo', help='folder for the sample and the run')
     p.add_argument('--images', type=int, default=240, help='images to draw')
-    p.add_argument('--epochs', type=int, default=8, help='times through the training images')
+    p.add_argument('--epochs', type=int, default=6, help='times through the training images')
     p.add_argument('--size', type=int, default=128, help='side of the image that the network sees, pixels')
     p.add_argument('--seed', type=int, default=42, help='of the sample and the training')
     p.add_argument('--overwrite', action='store_true', help='replace an earlier demo in --out')
