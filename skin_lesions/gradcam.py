@@ -64,13 +64,29 @@ def resize_cams(
     "Maps at another size"
     return F.interpolate(cams[:,None], tuple(size), mode='bilinear', align_corners=False)[:,0]
 
-# %% ../nbs/50_gradcam.ipynb #7b3bf510
+# %% ../nbs/50_gradcam.ipynb #e89b1063
+def _whole(learn_or_model)->nn.Module:
+    "The whole network, with what comes before its classifier"
+    net = learn_or_model.model if isinstance(learn_or_model, Learner) else learn_or_model
+    if not isinstance(net, nn.Module): raise TypeError(f"expected a Learner or a network (nn.Module), got {type(net).__name__}")
+    return net
+
+def _prepare(learn_or_model, x)->Tensor:
+    "What the classifier sees of a batch: a joint network restores or masks it first"
+    net = _whole(learn_or_model)
+    if find_network(net) is net or not hasattr(net, 'prepare'): return x
+    with torch.no_grad(), _evaluating(net): return net.prepare(x)
+
+def _scorer(learn_or_model)->nn.Module:
+    "What returns the classes' scores of an unprepared batch"
+    net = _whole(learn_or_model)
+    return net if hasattr(net, 'prepare') else find_network(net)
+
 def find_network(
     learn_or_model, # fastai `Learner`, or a network
 )->nn.Module: # what takes [bs, 3, h, w] and returns the scores of the classes
     "The classifier in a learner or a network"
-    net = learn_or_model.model if isinstance(learn_or_model, Learner) else learn_or_model
-    if not isinstance(net, nn.Module): raise TypeError(f"expected a Learner or a network (nn.Module), got {type(net).__name__}")
+    net = _whole(learn_or_model)
     inner = getattr(net, 'classifier', None)
     return inner if isinstance(inner, (LesionNet, TwoStageNet)) else net
 
@@ -147,7 +163,7 @@ def class_numbers(
     "The number of the class for each image"
     return torch.tensor([_class_number(t, n, vocab) for t in _for_each(target, bs)])
 
-# %% ../nbs/50_gradcam.ipynb #2a9ead8e
+# %% ../nbs/50_gradcam.ipynb #26d93488
 STAGES = ('one', 'two')
 
 class GradCAM:
@@ -160,7 +176,7 @@ class GradCAM:
         vocab=None, # codes in the order of the outputs; None takes the learner's, or `CODES` where there are seven outputs
     ):
         if method not in METHODS: raise ValueError(unknown_name('method', method, METHODS))
-        self.net,self.method,self.vocab = find_network(learn_or_model),method,vocab
+        self.whole,self.net,self.method,self.vocab = _whole(learn_or_model),find_network(learn_or_model),method,vocab
         if vocab is None and isinstance(learn_or_model, Learner): self.vocab = list(learn_or_model.dls.vocab)
         self.modules = dict(self.net.named_modules())
         self.layer = None if layer is None else self._find(layer)
@@ -176,7 +192,7 @@ class GradCAM:
         return layer
 
     def __enter__(self):
-        block = _evaluating(self.net)
+        block = _evaluating(self.whole)
         block.__enter__(); self.blocks.append(block)
         return self
 
@@ -248,7 +264,7 @@ def _score(self:GradCAM, forward, target, stage):
     numbers = out.argmax(1) if target is None else class_numbers(target, n, bs, codes).to(out.device)
     return numbers,joined.gather(1, numbers[:,None])[:,0]
 
-# %% ../nbs/50_gradcam.ipynb #fca56d4a
+# %% ../nbs/50_gradcam.ipynb #60d33569
 @patch
 def cam(self:GradCAM,
     xb:Tensor, # [bs, 3, h, w], normalised as in training
@@ -266,6 +282,7 @@ def cam(self:GradCAM,
     with torch.inference_mode(False), torch.no_grad():
         x = xb.as_subclass(Tensor)
         if x.is_inference(): x = x.clone()
+        x = _prepare(self.whole, x)
         name = self._layer_for(x, stage)
         with _kept(self.modules[name], name) as kept: forward = self._forward(x)
         if not kept: raise ValueError(f"layer {name!r} takes no part in this network's answer")
@@ -412,10 +429,10 @@ def plot_gradcam(
             band.suptitle(_caption(row, b.probabilities[i], b.target[i], vocab, stage), fontsize=7.5, x=.02, ha='left')
     return fig
 
-# %% ../nbs/50_gradcam.ipynb #f28ce8ea
+# %% ../nbs/50_gradcam.ipynb #b2145a28
 def _true_probabilities(learn, frame, bs, show)->np.ndarray:
     "Probability of the true class of each image"
-    net,vocab,found = find_network(learn),list(learn.dls.vocab),[]
+    net,vocab,found = _scorer(learn),list(learn.dls.vocab),[]
     with torch.no_grad(), _evaluating(net):
         for start in progress(range(0, len(frame), bs), 'probabilities', show=show):
             rows = frame[start:start+bs].reset_index(drop=True)
@@ -660,7 +677,7 @@ def _rank_correlation(a, b)->float:
     a,b = np.asarray(a).ravel(),np.asarray(b).ravel()
     return 0. if a.std()==0 or b.std()==0 else float(spearmanr(a, b).statistic)
 
-# %% ../nbs/50_gradcam.ipynb #2251722f
+# %% ../nbs/50_gradcam.ipynb #32aefcd8
 def randomization_check(
     learn_or_model, # `Learner` or network; it is copied, not changed
     xb:Tensor, # [bs, 3, h, w], normalised
@@ -672,7 +689,7 @@ def randomization_check(
     seed:int=42, # of the new weights
 )->pd.DataFrame: # a row a step: layers (redrawn so far), down_to (the lowest of them), similarity (mean rank correlation with the intact network's maps, -1 to 1)
     "Destroy the weights from the top down and compare the maps with those of the intact network"
-    net = deepcopy(find_network(learn_or_model))
+    net,xb = deepcopy(find_network(learn_or_model)),_prepare(learn_or_model, xb.as_subclass(Tensor))
     vocab = list(learn_or_model.dls.vocab) if isinstance(learn_or_model, Learner) else None
     explain,generator = GradCAM(net, layer, method=method, vocab=vocab),torch.Generator().manual_seed(seed)
     first = explain.cam(xb, target, resize=False).cpu()
@@ -685,7 +702,7 @@ def randomization_check(
         rows.append(dict(layers=rows[-1]['layers']+len(part), down_to=part[-1], similarity=float(np.mean([_rank_correlation(a, b) for a,b in zip(first, maps)]))))
     return pd.DataFrame(rows)
 
-# %% ../nbs/50_gradcam.ipynb #a383c085
+# %% ../nbs/50_gradcam.ipynb #4e1013a1
 def _blurred(x, cells=4):
     "The image without its details"
     return F.interpolate(F.adaptive_avg_pool2d(x, cells), x.shape[2:], mode='bilinear', align_corners=False)
@@ -708,7 +725,7 @@ def deletion_insertion(
     seed:int=42, # of the random order
 )->pd.DataFrame: # index: share of pixels replaced; columns: deletion, insertion, deletion_random, insertion_random, mean probability of the class
     "The class's probability while the places that a map marks are deleted, or inserted"
-    net,x = find_network(learn_or_model),xb.as_subclass(Tensor)
+    net,x = _scorer(learn_or_model),xb.as_subclass(Tensor)
     if cams.shape!=(len(x), *x.shape[2:]): raise ValueError(f"expected a map for each image at its size {(len(x), *x.shape[2:])}, got {tuple(cams.shape)}")
     vocab = list(learn_or_model.dls.vocab) if isinstance(learn_or_model, Learner) else list(CODES)
     random = resize_cams(torch.rand(len(x), cells, cells, generator=torch.Generator().manual_seed(seed)), x.shape[2:]).to(x.device)

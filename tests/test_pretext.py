@@ -1,0 +1,97 @@
+"""Pretexts end to end: from a folder without labels to a classifier, files that load elsewhere, and the disorder's properties over many seeds."""
+import subprocess, sys
+
+import numpy as np
+import pytest
+import torch
+
+TINY = 'test_efficientnet'
+
+
+@pytest.fixture(scope='module')
+def lesions(tmp_path_factory):
+    from skin_lesions.dataset import read_metadata
+    from skin_lesions.split import split_by_lesion
+    from skin_lesions.synthetic import synthetic_ham10000
+    root = synthetic_ham10000(tmp_path_factory.mktemp('pretext')/'sample', 70, size=(96, 72), show=False)
+    return root, split_by_lesion(read_metadata(root))
+
+
+def quietly(learn, *args):
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(*args)
+
+
+@pytest.mark.parametrize('kind', ['rotation', 'restoration'])
+def test_from_unlabelled_folder_to_classifier(lesions, kind):
+    from skin_lesions.data import ham10000_dataloaders
+    from skin_lesions.learner import two_stage_learner
+    from skin_lesions.predictions import get_predictions
+    from skin_lesions.pretext import pretext_dataloaders, restoration_learner, rotation_learner, transfer_body
+    root, meta = lesions
+    dls = pretext_dataloaders(root/'HAM10000_images_part_1', 32, bs=16, arch=TINY, num_workers=0, device='cpu')
+    pretext = {'rotation': rotation_learner, 'restoration': restoration_learner}[kind](dls, TINY)
+    quietly(pretext, 1)
+    labelled = ham10000_dataloaders(meta, 32, bs=16, arch=TINY, num_workers=0, device='cpu')
+    learn = two_stage_learner(labelled, TINY, pretrained=False, alpha=None)
+    assert transfer_body(pretext, learn, show=False).moved>50
+    quietly(learn, 1)
+    assert len(get_predictions(learn))==meta.is_valid.sum()
+
+
+def test_worker_processes(lesions):
+    "Transforms and files reach the loader's workers, and the error of a broken file comes back with its name"
+    from skin_lesions.pretext import pretext_dataloaders
+    root, meta = lesions
+    dls = pretext_dataloaders(meta, 32, bs=16, num_workers=2, device='cpu')
+    assert dls.one_batch()[0].shape==(16, 3, 32, 32)
+    broken = root/'broken.jpg'
+    broken.write_bytes(b'no picture')
+    frame = meta.copy()
+    frame.loc[frame.index[~frame.is_valid][1:], 'path'] = str(broken)
+    with pytest.raises(Exception, match='broken.jpg'): pretext_dataloaders(frame, 32, bs=16, num_workers=2, device='cpu').one_batch()
+    broken.unlink()
+
+
+def test_joint_learners_load_elsewhere(lesions, tmp_path):
+    "An exported joint learner gives the same answer in a fresh interpreter"
+    from skin_lesions.data import ham10000_dataloaders
+    from skin_lesions.pretext import joint_restoration_learner, joint_rotation_learner
+    meta = lesions[1]
+    dls = ham10000_dataloaders(meta, 32, bs=16, arch=TINY, augment=False, num_workers=0, device='cpu')
+    learners = dict(rotation=joint_rotation_learner(dls, TINY, pretrained=False), restoration=joint_restoration_learner(dls, TINY, TINY, pretrained=False))
+    path = meta[meta.is_valid].path.iloc[0]
+    expected = []
+    for name, learn in learners.items():
+        quietly(learn, 1)
+        with learn.no_bar(): expected.append(learn.predict(path)[2].numpy())
+        learn.path = tmp_path
+        learn.export(f'{name}.pkl')
+    code = ("import sys, numpy as np\nfrom fastai.learner import load_learner\n"
+            "for name in ('rotation', 'restoration'):\n"
+            f"    learn = load_learner({str(tmp_path)!r}+f'/{{name}}.pkl')\n"
+            f"    with learn.no_bar(): print(*learn.predict({path!r})[2].tolist())\n")
+    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    np.testing.assert_allclose([list(map(float, line.split())) for line in run.stdout.strip().splitlines()], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('seed', range(5))
+@pytest.mark.parametrize('grid', [True, False])
+def test_disorder_keeps_every_pixel(seed, grid):
+    from skin_lesions.pretext import disorder_context, draw_swaps
+    rng = np.random.default_rng(seed)
+    h, w = map(int, rng.integers(6, 60, 2))
+    patch, swaps = int(rng.integers(1, min(h, w)//2+1)), int(rng.integers(0, 30))
+    x = torch.arange(2*3*h*w).view(2, 3, h, w)
+    done = disorder_context(x, patch, swaps, grid, seed=seed)
+    assert torch.equal(done.flatten(2).sort().values, x.flatten(2))
+    assert torch.equal(done[:, 0]-x[:1, 0], done[:, 1]-x[:1, 1]) # channels move together
+    a, b = draw_swaps(2, (h, w), patch, swaps, grid, torch.Generator().manual_seed(seed)).unbind(2)
+    assert ((a-b).abs()>=patch).any(-1).all() and (torch.cat([a, b])>=0).all() and (torch.cat([a, b])<=torch.tensor([h-patch, w-patch])).all()
+
+
+def test_no_pixels_are_kept(lesions):
+    "The data loaders hold paths"
+    from skin_lesions.pretext import pretext_dataloaders
+    dls = pretext_dataloaders(lesions[1], 32, num_workers=0, device='cpu')
+    assert all(isinstance(p, str) for p in dls.train_ds.items.path)
+    assert dls.train_ds.items.memory_usage(deep=True).sum() < 2000*len(dls.train_ds)
