@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-MODULES = ['core', 'synthetic', 'dataset', 'split', 'data', 'losses', 'mixup', 'metrics', 'learner', 'gradcam', 'predictions', 'evaluate', 'cli']
+MODULES = ['core', 'synthetic', 'dataset', 'split', 'data', 'losses', 'mixup', 'metrics', 'learner', 'gradcam', 'predictions', 'evaluate', 'decide', 'cli']
 
 
 @pytest.mark.parametrize('module', MODULES)
