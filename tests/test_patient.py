@@ -1,0 +1,152 @@
+"Patient data and preprocessing end to end: what a network gets, what it must never get, gaps, export, other processes."
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+
+@pytest.fixture(scope='module')
+def meta(sample):
+    "With gaps in every patient column, in training and validation rows"
+    from skin_lesions.dataset import read_metadata
+    from skin_lesions.split import split_by_lesion
+    m = split_by_lesion(read_metadata(sample))
+    m['age'] = m.age.where(m.index % 3 > 0)
+    m['sex'] = m.sex.where(m.index % 4 > 0, 'unknown')
+    m['localization'] = m.localization.where(m.index % 5 > 0)
+    return m
+
+
+def loaders(meta, **kw):
+    from skin_lesions.data import ham10000_dataloaders
+    return ham10000_dataloaders(meta, 64, bs=16, arch='test_efficientnet', num_workers=0, **{'patient': True} | kw)
+
+
+def learner(kind, dls, **kw):
+    from fastai.torch_core import set_seed
+    from skin_lesions.learner import lesion_learner, two_stage_learner
+    set_seed(5)
+    if kind == 'one': return lesion_learner(dls, 'test_efficientnet', pretrained=False, **kw)
+    return two_stage_learner(dls, 'test_efficientnet', pretrained=False, shared=kind == 'shared', **kw)
+
+
+@pytest.mark.parametrize('kind', ['one', 'shared', 'own bodies'])
+def test_gaps_train_predict_export_and_load_elsewhere(meta, kind, tmp_path, python):
+    from skin_lesions.predictions import get_predictions
+    learn = learner(kind, loaders(meta))
+    before = [p.detach().clone() for p in learn.model.patient.parameters()]
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(1, 1e-2)
+        learn.lr_find(num_it=3, show_plot=False)
+    assert np.isfinite(learn.recorder.losses).all()
+    assert any(not torch.equal(a, b) for a, b in zip(before, learn.model.patient.parameters()))
+    nothing = meta.head(6).assign(age=np.nan, sex=None, localization='unknown')
+    assert len(get_predictions(learn, nothing)) == 6
+    table = get_predictions(learn, meta)
+    net, d = learn.model, json.loads(json.dumps(learn.model.config()))
+    again = type(net).from_config(d)
+    again.load_state_dict(net.state_dict())
+    xb = learn.dls.valid.one_batch()[:2]
+    torch.testing.assert_close(again.eval()(*xb), net.eval()(*xb))
+    if kind != 'shared': return # a fresh interpreter takes seconds
+    learn.export(tmp_path/'learner.pkl')
+    meta.to_pickle(tmp_path/'meta.pkl')
+    done = python('import sys, pandas as pd; from fastai.learner import load_learner; from skin_lesions.predictions import get_predictions\n'
+                  'learn = load_learner(sys.argv[1]); print(learn.dls.patient, file=sys.stderr)\n'
+                  'get_predictions(learn, pd.read_pickle(sys.argv[2])).to_csv(sys.argv[3])', tmp_path/'learner.pkl', tmp_path/'meta.pkl', tmp_path/'out.csv', cwd=tmp_path)
+    assert done.returncode == 0 and 'PatientEncoder(age, sex, localization' in done.stderr, done.stderr
+    other = pd.read_csv(tmp_path/'out.csv', index_col=0)
+    np.testing.assert_allclose(other[list(learn.dls.vocab)], table[list(learn.dls.vocab)], atol=1e-5)
+
+
+def test_validation_rows_do_not_reach_the_encoder(meta):
+    from skin_lesions.data import PatientEncoder
+    changed = meta.assign(age=meta.age.where(~meta.is_valid, 99.), sex=meta.sex.where(~meta.is_valid, 'other'), localization=meta.localization.where(~meta.is_valid, 'moon'))
+    assert PatientEncoder.fit(changed).as_dict() == PatientEncoder.fit(meta).as_dict() == loaders(meta).patient.as_dict()
+    encoded = PatientEncoder.fit(meta).encode(changed[changed.is_valid])
+    names = PatientEncoder.fit(meta).names
+    assert (encoded[:, names.index('localization unknown')] == 1).all() and (encoded[:, names.index('sex unknown')] == 1).all()
+
+
+@pytest.mark.parametrize('column', ['dx', 'dx_type', 'source', 'dataset', 'lesion_id', 'group', 'image_id'])
+def test_columns_that_give_the_label_away_are_refused(meta, column):
+    with pytest.raises(ValueError, match=f"column '{column}' cannot be an input: .*Possible: age, sex, localization"): loaders(meta.assign(**{column: 'x'}), patient=['age', column])
+
+
+def test_off_by_default(meta):
+    from skin_lesions.learner import n_patient
+    dls = loaders(meta, patient=False)
+    assert len(dls.one_batch()) == 2 and getattr(dls, 'patient', None) is None
+    learn = learner('one', dls)
+    assert n_patient(learn.model) == 0 and not any('patient' in n for n, _ in learn.model.named_parameters())
+
+
+def test_mixup_mixes_patients_with_the_images(meta):
+    from fastai.callback.core import Callback
+    learn = learner('one', loaders(meta), mixup=.7)
+    seen = []
+    class Look(Callback):
+        order = -10
+        def before_batch(self): seen.append((self.xb[0].clone(), self.xb[1].clone()))
+    class After(Look):
+        order = 60
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[Look(), After()])
+    (x0, p0), (x1, p1) = seen[:2]
+    # each mixed row is .7 of its own and .3 of the same partner in both inputs
+    partner = [int((x0-(x1[i]-.7*x0[i])/.3).abs().flatten(1).mean(1).argmin()) for i in range(len(x0))]
+    torch.testing.assert_close(p1, .7*p0 + .3*p0[partner], atol=1e-4, rtol=1e-4)
+    assert not torch.equal(p0, p1)
+
+
+def test_items_without_the_columns_get_an_error_that_says_what_to_do(meta, sample):
+    from skin_lesions.core import image_files
+    from skin_lesions.predictions import get_predictions
+    learn = learner('one', loaders(meta))
+    with pytest.raises(ValueError, match="no 'age' and no 'sex'.*NaN or 'unknown'"): get_predictions(learn, image_files(sample/'HAM10000_images_part_1')[:3])
+
+
+def test_worker_processes_give_the_same_batches_and_preprocessing_has_no_chance_in_it(meta):
+    from skin_lesions.preprocess import RemoveHair, ShadesOfGray
+    rows = meta.iloc[:12]
+    batches = []
+    for workers in (0, 2):
+        dls = loaders(meta, item_tfms=[RemoveHair(), ShadesOfGray()], augment=False)
+        batches.append(dls.test_dl(rows, num_workers=workers, bs=12).one_batch())
+    for a, b in zip(*batches): assert torch.equal(a, b)
+    plain = loaders(meta, augment=False).test_dl(rows, num_workers=0, bs=12).one_batch()
+    assert not torch.equal(plain[0], batches[0][0]) and torch.equal(plain[1], batches[0][1])
+
+
+def test_a_learner_takes_its_preprocessing_along(meta, tmp_path):
+    from fastai.learner import load_learner
+    from skin_lesions.predictions import get_predictions
+    from skin_lesions.preprocess import RemoveHair, ShadesOfGray
+    learn = learner('one', loaders(meta, patient=False, item_tfms=[RemoveHair(), ShadesOfGray(4)]))
+    learn.export(tmp_path/'learner.pkl')
+    table, again = get_predictions(learn, meta.head(8)), get_predictions(load_learner(tmp_path/'learner.pkl'), meta.head(8))
+    pd.testing.assert_frame_equal(table, again)
+    bare = learner('one', loaders(meta, patient=False))
+    bare.model.load_state_dict(learn.model.state_dict())
+    assert not np.allclose(get_predictions(bare, meta.head(8))['nv'], table['nv'], atol=1e-7)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_hair_comes_off_and_other_pixels_stay(seed):
+    import cv2
+    from unittest import mock
+    from skin_lesions import synthetic
+    from skin_lesions.preprocess import hair_mask, remove_hair
+    with mock.patch.object(synthetic, '_IN_THE_WAY', ()): picture, _ = synthetic.draw_image('nv', seed, seed, seed=9)
+    hairy, line = picture.copy(), np.zeros(picture.shape[:2], np.uint8)
+    rng = np.random.default_rng(seed)
+    for _ in range(6):
+        ends = [tuple(int(v) for v in rng.uniform(0, 1, 2)*(600, 450)) for _ in range(2)]
+        cv2.line(line, *ends, 255, 3)
+    hairy[line > 0] = (50, 38, 34)
+    mask, out = hair_mask(hairy), remove_hair(hairy)
+    error = lambda a: np.abs(a.astype(int)-picture).mean(-1)[line > 0].mean()
+    assert mask[line > 0].mean() > .9 and error(out) < .15*error(hairy)
+    assert (out != hairy).any(-1)[cv2.dilate(line, np.ones((15, 15))) == 0].mean() < .002
+    assert np.array_equal(out[~mask], hairy[~mask])
