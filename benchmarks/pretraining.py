@@ -11,6 +11,17 @@ from pathlib import Path
 import torch
 
 
+def untouched_error(meta, size, workers):
+    "Mean squared error of the disordered validation images as they are, to compare the restoration's with"
+    from skin_lesions.pretext import RestoreContext, pretext_dataloaders
+    dls, cb, total, n = pretext_dataloaders(meta, size, num_workers=workers), RestoreContext(), 0., 0
+    cb.generator = torch.Generator().manual_seed(cb.seed)
+    for x, in dls.valid:
+        disordered, x = cb.draw(x)
+        total += float(torch.nn.functional.mse_loss(disordered, x))*len(x); n += len(x)
+    return total/n
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data', required=True)
@@ -34,6 +45,7 @@ def main():
     pretext = dict(rotation=a.rotation_epochs, restoration=a.restoration_epochs)
     table = compare_pretraining(meta, size=a.size, epochs=epochs, pretext_epochs=pretext, seed=a.seed, out=a.out, num_workers=a.workers)
     pretexts = {s: json.loads((Path(a.out)/f'{s}.json').read_text()) for s in pretext}
+    pretexts['restoration']['untouched_loss'] = untouched_error(meta, a.size, a.workers)
     result = dict(date=datetime.date.today().isoformat(), data='HAM10000, fold 0 of 5 by lesion', arch='tf_efficientnet_lite0', size=a.size, seed=a.seed, pictures=a.pictures,
                   n_train=int((~meta.is_valid).sum()), n_valid=int(meta.is_valid.sum()), n_valid_lesions=int(meta[meta.is_valid].group.nunique()), pretexts=pretexts, rows=table.to_dict('records'))
     file = Path(__file__).parents[1]/'nbs'/'results'/'pretraining.json'

@@ -90,7 +90,7 @@ def find_network(
     inner = getattr(net, 'classifier', None)
     return inner if isinstance(inner, (LesionNet, TwoStageNet)) else net
 
-# %% ../nbs/50_gradcam.ipynb #9f785113
+# %% ../nbs/50_gradcam.ipynb #2c328ef4
 @contextmanager
 def _evaluating(net):
     "Evaluation mode in the block, and afterwards the mode of each part as it was"
@@ -100,19 +100,23 @@ def _evaluating(net):
     finally:
         for m,training in modes: m.training = training
 
-def _run_with_shapes(net, x, prefix=''):
+def _with(patient, device=None)->tuple:
+    "The arguments of a network after its images: none without patient data"
+    return () if patient is None else (patient.as_subclass(Tensor).to(device),)
+
+def _run_with_shapes(net, x, prefix='', patient=None):
     "Name, module and shape of what each layer below `prefix` returns, in the order in which they finish"
     found = []
     def keeper(name): return lambda m,_,out: found.append((name, m, tuple(out.shape))) if isinstance(out, Tensor) else None
     inside = [(n,m) for n,m in net.named_modules() if n and (not prefix or n==prefix or n.startswith(prefix+'.'))]
     handles = [m.register_forward_hook(keeper(n)) for n,m in inside]
     try:
-        with torch.no_grad(), _evaluating(net): net(x)
+        with torch.no_grad(), _evaluating(net): net(x, *_with(patient, x.device))
     finally:
         for h in handles: h.remove()
     return found
 
-# %% ../nbs/50_gradcam.ipynb #e84d7987
+# %% ../nbs/50_gradcam.ipynb #9fa47410
 def _channels_last(shape, size)->bool:
     "Whether a layer's [bs, ., ., .] has the proportions of the image in its first two places"
     proportion = lambda h,w: abs(np.log(h/w*size[1]/size[0]))
@@ -122,9 +126,10 @@ def last_spatial_layer(
     net:nn.Module, # takes [bs, 3, h, w]
     x:Tensor, # [1, 3, h, w], an image as the network gets it: the layer depends on its size
     prefix:str='', # look only below this part of the network, e.g. 'body2'
+    patient:Tensor=None, # [1, n], for a network with patient data
 )->str: # the layer's name in `net.named_modules()`
     "The last layer that returns [bs, channels, h, w] with more than one place"
-    found = [(n, m, s) for n,m,s in _run_with_shapes(net, x, prefix)
+    found = [(n, m, s) for n,m,s in _run_with_shapes(net, x, prefix, patient)
              if not isinstance(m, nn.Identity) and (len(s)==4 and s[1:3]!=(1, 1) and s[2:]!=(1, 1) or len(s)==3 and s[1]>1)]
     if not found: raise ValueError(f"{type(net).__name__} has no layer with a map of more than one place for images of {x.shape[2]}x{x.shape[3]} pixels; "
                                    "Grad-CAM needs a convolutional network, and images larger than its stride")
@@ -213,26 +218,26 @@ def _kept(module, name):
     try: yield kept
     finally: handle.remove()
 
-# %% ../nbs/50_gradcam.ipynb #e0b040f1
+# %% ../nbs/50_gradcam.ipynb #172bbaae
 @patch
-def _layer_for(self:GradCAM, x, stage):
+def _layer_for(self:GradCAM, x, stage, patient=None):
     "Name of the layer for a batch"
     if self.layer is not None: return self.layer
     prefix = ''
     if isinstance(self.net, TwoStageNet): prefix = 'body2' if stage=='two' and self.net.body2 is not None else 'body'
     key = prefix,tuple(x.shape[2:])
-    if key not in self.auto: self.auto[key] = last_spatial_layer(self.net, x[:1], prefix)
+    if key not in self.auto: self.auto[key] = last_spatial_layer(self.net, x[:1], prefix, None if patient is None else patient[:1])
     return self.auto[key]
 
 @patch
-def _forward(self:GradCAM, x):
+def _forward(self:GradCAM, x, patient=None):
     "What the network returns, and for two stages the joined log-probabilities, stage one's logit and stage two's logits"
     net = self.net
     if not isinstance(net, TwoStageNet):
-        out = net(x)
+        out = net(x, *_with(patient, x.device))
         if not isinstance(out, Tensor) or out.ndim!=2: raise ValueError(f"the network returns {tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__}, expected [bs, classes]")
         return out,out,None,None
-    s,z = (t if t.device.type=='mps' else t.double() for t in net.stages(x))
+    s,z = (t if t.device.type=='mps' else t.double() for t in net.stages(x, *_with(patient, x.device)))
     joined = join_stages(s, z, net.nevus)
     return (route_stages(s, z, net.nevus) if net.combine=='paper' else joined),joined,s,z
 
@@ -264,7 +269,7 @@ def _score(self:GradCAM, forward, target, stage):
     numbers = out.argmax(1) if target is None else class_numbers(target, n, bs, codes).to(out.device)
     return numbers,joined.gather(1, numbers[:,None])[:,0]
 
-# %% ../nbs/50_gradcam.ipynb #60d33569
+# %% ../nbs/50_gradcam.ipynb #d0139c17
 @patch
 def cam(self:GradCAM,
     xb:Tensor, # [bs, 3, h, w], normalised as in training
@@ -272,19 +277,20 @@ def cam(self:GradCAM,
     *,
     stage:str=None, # 'one' or 'two' of a two-stage network; None explains the class
     yb=None, # true classes [bs], for target='true'
+    patient:Tensor=None, # [bs, n], as from `PatientEncoder.encode`, for a network with patient data
     raw:bool=False, # leave the values as they are instead of dividing each map by its maximum
     resize:bool=True, # to the size of the images; False keeps the layer's size
 )->Tensor: # [bs, h, w], >= 0, float32 at least; a map without anything positive is all 0
     "The maps of a batch; `output` and `target` then hold what the network returned and which classes were explained"
     if not self.blocks:
-        with self: return self.cam(xb, target, stage=stage, yb=yb, raw=raw, resize=resize)
+        with self: return self.cam(xb, target, stage=stage, yb=yb, patient=patient, raw=raw, resize=resize)
     target = self._check(xb, target, stage, yb)
     with torch.inference_mode(False), torch.no_grad():
         x = xb.as_subclass(Tensor)
         if x.is_inference(): x = x.clone()
         x = _prepare(self.whole, x)
-        name = self._layer_for(x, stage)
-        with _kept(self.modules[name], name) as kept: forward = self._forward(x)
+        name = self._layer_for(x, stage, patient)
+        with _kept(self.modules[name], name) as kept: forward = self._forward(x, patient)
         if not kept: raise ValueError(f"layer {name!r} takes no part in this network's answer")
         self.target,score = self._score(forward, target, stage)
         gradient, = torch.autograd.grad(score.sum(), kept[-1], allow_unused=True) if score.requires_grad else (None,)
@@ -303,7 +309,7 @@ def _check(self:GradCAM, xb, target, stage, yb):
     if yb is None: raise ValueError("target='true' needs the true classes: give yb")
     return yb
 
-# %% ../nbs/50_gradcam.ipynb #bc97e1bf
+# %% ../nbs/50_gradcam.ipynb #97807cd5
 def _as_frame(items)->pd.DataFrame:
     "A frame with image_id and path, of a frame, a file, a folder or a list of files"
     if isinstance(items, (str, Path)): items = image_files(items)
@@ -313,12 +319,15 @@ def _as_frame(items)->pd.DataFrame:
     if 'image_id' not in items: items = items.assign(image_id=[Path(p).stem for p in items.path])
     return items.reset_index(drop=True)
 
-def _batch(learn, frame)->Tensor:
-    "The frame's images as the network gets them in validation"
+def _inputs(learn, frame)->tuple:
+    "The frame's images as the network gets them in validation, and its patients [n, n_patient], or None"
     lists = getattr(learn.dls.valid_ds, 'tls', None)
     reads_rows = not lists or issubclass(pd.Series, lists[0].types[0])
     dl = learn.dls.test_dl(frame if reads_rows else [Path(p) for p in frame.path], bs=len(frame), num_workers=0)
-    return dl.one_batch()[0].as_subclass(Tensor)
+    inputs = [t.as_subclass(Tensor) for t in dl.one_batch()]
+    return inputs[0],(inputs[1] if getattr(learn.dls, 'patient', None) is not None else None)
+
+def _batch(learn, frame)->Tensor: return _inputs(learn, frame)[0]
 
 def _unreadable(paths)->dict:
     "Reasons by path of the files that cannot be decoded"
@@ -331,12 +340,12 @@ def _unreadable(paths)->dict:
 
 def _readable_batch(learn, frame):
     "The rows that can be read, their batch (None if there is no such row), and the reasons for the others"
-    try: return frame,_batch(learn, frame),{}
+    try: return frame,_inputs(learn, frame),{}
     except Exception:
         bad = _unreadable(frame.path)
         if not bad: raise
     frame = frame[~frame.path.astype(str).isin(bad)].reset_index(drop=True)
-    return frame,(_batch(learn, frame) if len(frame) else None),bad
+    return frame,(_inputs(learn, frame) if len(frame) else (None, None)),bad
 
 # %% ../nbs/50_gradcam.ipynb #39e80910
 def network_view(
@@ -349,7 +358,7 @@ def network_view(
         if isinstance(t, Normalize): x = x*t.std.as_subclass(Tensor).cpu()+t.mean.as_subclass(Tensor).cpu()
     return x.clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
-# %% ../nbs/50_gradcam.ipynb #f43dc4e4
+# %% ../nbs/50_gradcam.ipynb #079da6ae
 def stream_cams(
     learn:Learner, # trained
     items, # meta frame (path, and where known image_id, dx, group), image file, folder or list of files
@@ -367,9 +376,9 @@ def stream_cams(
     if isinstance(target, str) and target=='true': check_columns(frame, ['dx'], name='items', why="target='true' explains that class")
     explain = GradCAM(learn, layer, method=method)
     for start in progress(range(0, len(frame), bs), 'Grad-CAM', show=show):
-        rows,xb,bad = _readable_batch(learn, frame[start:start+bs].reset_index(drop=True))
+        rows,(xb,patient),bad = _readable_batch(learn, frame[start:start+bs].reset_index(drop=True))
         if xb is None: yield SimpleNamespace(frame=rows, unreadable=bad); continue
-        cams = explain.cam(xb, target, stage=stage, yb=rows.dx if 'dx' in rows else None)
+        cams = explain.cam(xb, target, stage=stage, yb=rows.dx if 'dx' in rows else None, patient=patient)
         yield SimpleNamespace(frame=rows, images=network_view(learn, xb), cams=cams.cpu().numpy(), unreadable=bad,
                               probabilities=explain.output.softmax(1).cpu().numpy(), target=explain.target.cpu().numpy())
 
@@ -429,14 +438,15 @@ def plot_gradcam(
             band.suptitle(_caption(row, b.probabilities[i], b.target[i], vocab, stage), fontsize=7.5, x=.02, ha='left')
     return fig
 
-# %% ../nbs/50_gradcam.ipynb #b2145a28
+# %% ../nbs/50_gradcam.ipynb #934d4782
 def _true_probabilities(learn, frame, bs, show)->np.ndarray:
     "Probability of the true class of each image"
     net,vocab,found = _scorer(learn),list(learn.dls.vocab),[]
     with torch.no_grad(), _evaluating(net):
         for start in progress(range(0, len(frame), bs), 'probabilities', show=show):
             rows = frame[start:start+bs].reset_index(drop=True)
-            p = net(_batch(learn, rows)).float().softmax(1).cpu()
+            x,patient = _inputs(learn, rows)
+            p = net(x, *_with(patient, x.device)).float().softmax(1).cpu()
             found.append(p.gather(1, class_numbers(rows.dx, p.shape[1], len(rows), vocab)[:,None])[:,0].numpy())
     return np.concatenate(found)
 
@@ -659,11 +669,11 @@ def right_wrong_difference(
     return dict(value=float(_difference(shape(sums.sum(0)), shape(counts.sum(0)))), low=float(low), high=float(high), n_right=int(right.sum()), n_wrong=int((1-right).sum()),
                 n_units=int(u), unit='lesions' if unit=='group' else 'images')
 
-# %% ../nbs/50_gradcam.ipynb #970e19ca
-def _leaf_order(net, x)->list:
+# %% ../nbs/50_gradcam.ipynb #98316d4e
+def _leaf_order(net, x, patient=None)->list:
     "Names of the layers that have parameters of their own, in the order in which they run"
     owners = {n for n,m in net.named_modules() if any(True for _ in m.parameters(recurse=False))}
-    ran = [n for n,_,_ in _run_with_shapes(net, x) if n in owners]
+    ran = [n for n,_,_ in _run_with_shapes(net, x, patient=patient) if n in owners]
     return list(dict.fromkeys([*ran, *sorted(owners-set(ran))]))
 
 def _redraw(module, generator):
@@ -677,7 +687,7 @@ def _rank_correlation(a, b)->float:
     a,b = np.asarray(a).ravel(),np.asarray(b).ravel()
     return 0. if a.std()==0 or b.std()==0 else float(spearmanr(a, b).statistic)
 
-# %% ../nbs/50_gradcam.ipynb #32aefcd8
+# %% ../nbs/50_gradcam.ipynb #75acc21f
 def randomization_check(
     learn_or_model, # `Learner` or network; it is copied, not changed
     xb:Tensor, # [bs, 3, h, w], normalised
@@ -686,31 +696,32 @@ def randomization_check(
     steps:int=8, # steps from the intact network to one with nothing left of its weights
     layer=None, # layer by name; None takes the last spatial one
     method:str='gradcam', # one of `METHODS`
+    patient:Tensor=None, # [bs, n], for a network with patient data
     seed:int=42, # of the new weights
 )->pd.DataFrame: # a row a step: layers (redrawn so far), down_to (the lowest of them), similarity (mean rank correlation with the intact network's maps, -1 to 1)
     "Destroy the weights from the top down and compare the maps with those of the intact network"
     net,xb = deepcopy(find_network(learn_or_model)),_prepare(learn_or_model, xb.as_subclass(Tensor))
     vocab = list(learn_or_model.dls.vocab) if isinstance(learn_or_model, Learner) else None
     explain,generator = GradCAM(net, layer, method=method, vocab=vocab),torch.Generator().manual_seed(seed)
-    first = explain.cam(xb, target, resize=False).cpu()
+    first = explain.cam(xb, target, patient=patient, resize=False).cpu()
     numbers = explain.target
-    order,rows = _leaf_order(net, xb[:1].as_subclass(Tensor))[::-1],[dict(layers=0, down_to='(intact)', similarity=1.)]
+    order,rows = _leaf_order(net, xb[:1].as_subclass(Tensor), None if patient is None else patient[:1])[::-1],[dict(layers=0, down_to='(intact)', similarity=1.)]
     if steps<1: raise ValueError(f"steps must be 1 or more, got {steps}")
     for part in np.array_split(np.array(order, dtype=object), min(steps, len(order))):
         for name in part: _redraw(net.get_submodule(name), generator)
-        maps = explain.cam(xb, numbers, resize=False).cpu()
+        maps = explain.cam(xb, numbers, patient=patient, resize=False).cpu()
         rows.append(dict(layers=rows[-1]['layers']+len(part), down_to=part[-1], similarity=float(np.mean([_rank_correlation(a, b) for a,b in zip(first, maps)]))))
     return pd.DataFrame(rows)
 
-# %% ../nbs/50_gradcam.ipynb #4e1013a1
+# %% ../nbs/50_gradcam.ipynb #c29fe73d
 def _blurred(x, cells=4):
     "The image without its details"
     return F.interpolate(F.adaptive_avg_pool2d(x, cells), x.shape[2:], mode='bilinear', align_corners=False)
 
-def _curve(net, start, end, maps, numbers, steps)->np.ndarray:
+def _curve(net, start, end, maps, numbers, steps, patient=None)->np.ndarray:
     "Mean probability of the classes while pixels of `end` replace those of `start`, highest first [steps+1]"
     rank = maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1).view_as(maps)[:,None]
-    probability = lambda x: net(x).float().softmax(1).gather(1, numbers[:,None]).mean().item()
+    probability = lambda x: net(x, *_with(patient, x.device)).float().softmax(1).gather(1, numbers[:,None]).mean().item()
     pixels = maps[0].numel()
     return np.array([probability(torch.where(rank<pixels*i/steps, end, start)) for i in range(steps+1)])
 
@@ -721,6 +732,7 @@ def deletion_insertion(
     *,
     target=None, # class for all, or one for each image; None takes the predicted ones
     steps:int=16, # parts in which the pixels are replaced
+    patient:Tensor=None, # [bs, n], for a network with patient data
     cells:int=4, # grain of the random order: values on a `cells` x `cells` grid, interpolated as the maps are
     seed:int=42, # of the random order
 )->pd.DataFrame: # index: share of pixels replaced; columns: deletion, insertion, deletion_random, insertion_random, mean probability of the class
@@ -730,9 +742,9 @@ def deletion_insertion(
     vocab = list(learn_or_model.dls.vocab) if isinstance(learn_or_model, Learner) else list(CODES)
     random = resize_cams(torch.rand(len(x), cells, cells, generator=torch.Generator().manual_seed(seed)), x.shape[2:]).to(x.device)
     with torch.no_grad(), _evaluating(net):
-        out,blurred = net(x),_blurred(x)
+        out,blurred = net(x, *_with(patient, x.device)),_blurred(x)
         numbers = out.argmax(1) if target is None else class_numbers(target, out.shape[1], len(x), vocab).to(x.device)
-        curves = {f'{kind}{suffix}': _curve(net, a, b, maps, numbers, steps) for suffix,maps in (('', cams.to(x.device)), ('_random', random))
+        curves = {f'{kind}{suffix}': _curve(net, a, b, maps, numbers, steps, patient) for suffix,maps in (('', cams.to(x.device)), ('_random', random))
                   for kind,a,b in (('deletion', x, blurred), ('insertion', blurred, x))}
     return pd.DataFrame(curves, index=pd.Index(np.arange(steps+1)/steps, name='share'))
 

@@ -7,7 +7,7 @@ __all__ = ['WEIGHT_PACKAGES', 'PATIENT_FEATURES', 'COMBINE', 'package_weights', 
            'create_body', 'dense_head', 'n_patient', 'LesionNet', 'join_stages', 'route_stages', 'TwoStageNet',
            'lesion_splitter', 'check_normalization', 'resolve_alpha', 'lesion_learner', 'two_stage_learner']
 
-# %% ../nbs/30_learner.ipynb #5a6dfe10
+# %% ../nbs/30_learner.ipynb #37d90892
 import importlib.util, json, warnings
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam
+from fastai.torch_core import TensorBase
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from timm.models import group_parameters
@@ -130,7 +131,7 @@ def dense_head(
         if isinstance(m, nn.Linear): nn.init.kaiming_normal_(m.weight, nonlinearity='relu'); nn.init.zeros_(m.bias)
     return nn.Sequential(*layers, nn.Dropout(ps), nn.Linear(sizes[-1], n_out))
 
-# %% ../nbs/30_learner.ipynb #db4bbf04
+# %% ../nbs/30_learner.ipynb #4a2f6290
 PATIENT_FEATURES = 32 # that the patient layer makes
 
 def _patient_layer(n_patient):
@@ -154,8 +155,8 @@ def _patient_features(net, x, patient):
         return None
     if patient is None: raise ValueError(f"this {type(net).__name__} takes patient data [bs, {n}] as its second input and got none; encode it with dls.patient.encode(meta), "
                                          "which also knows what to do with missing values")
-    if tuple(patient.shape)!=(len(x), n): raise ValueError(f"patient data must have shape {(len(x), n)}, a row an image, got {tuple(patient.shape)}")
-    return net.patient(patient.as_subclass(Tensor))
+    if patient.ndim!=2 or patient.shape[1]!=n or patient.shape[0]!=x.shape[0]: raise ValueError(f"patient data must have shape {(len(x), n)}, a row an image, got {tuple(patient.shape)}")
+    return net.patient(patient.as_subclass(Tensor) if isinstance(patient, TensorBase) else patient) # a plain tensor as it is: `as_subclass` cannot be traced
 
 def _join(features, of_patient): return features if of_patient is None else torch.cat([features, of_patient.to(features.dtype)], 1)
 

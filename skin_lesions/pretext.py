@@ -242,7 +242,7 @@ class _JointNet(nn.Module):
         kept,self._kept = self._kept,None
         return kept
 
-# %% ../nbs/40_pretext.ipynb #ccf357a4
+# %% ../nbs/40_pretext.ipynb #bf748154
 class JointRotationNet(_JointNet):
     "A classifier whose body feeds a second head that predicts the angle"
     def __init__(self,
@@ -262,9 +262,10 @@ class JointRotationNet(_JointNet):
 
     def forward(self,
         x:Tensor, # [bs, 3, h, w], normalised; turned already in training
+        *rest, # further inputs of the classifier: patient data
     )->Tensor: # [bs, n_out], what the classifier returns
-        if not self.training: return self.classifier(self.prepare(x))
-        with hook_output(self.classifier.body, detach=False) as hook: pred = self.classifier(x)
+        if not self.training: return self.classifier(self.prepare(x), *rest)
+        with hook_output(self.classifier.body, detach=False) as hook: pred = self.classifier(x, *rest)
         self._kept = self.rotation_head(hook.stored)
         return pred
 
@@ -287,7 +288,7 @@ class JointRotationNet(_JointNet):
 
 def _classifier_from_config(config): return {c.__name__: c for c in (LesionNet, TwoStageNet)}[config['network']].from_config(config)
 
-# %% ../nbs/40_pretext.ipynb #8c035e00
+# %% ../nbs/40_pretext.ipynb #cd7bb48a
 class JointPretext(_PretextCallback):
     "Add `weight` times a pretext's loss to the classifier's; a subclass says what the pretext is"
     def __init__(self,
@@ -309,6 +310,7 @@ class JointPretext(_PretextCallback):
 
     def after_loss(self):
         "Join the losses"
+        if not len(self.learn.yb): return # unlabelled images are predicted
         if self.training: out,target = self._net().take(),self.target
         else:
             x,target = self.change(self.learn.xb[0])
@@ -602,7 +604,7 @@ def restoration_learner(
     if channels_last: net = net.to(memory_format=torch.channels_last)
     return Learner(dls, net, loss_func=nn.MSELoss(), lr=lr, opt_func=opt_func, splitter=unet_splitter, cbs=[RestoreContext(patch, swaps, grid), *L(cbs)], **kwargs)
 
-# %% ../nbs/40_pretext.ipynb #bf23de20
+# %% ../nbs/40_pretext.ipynb #1aa199ba
 def plot_restored(
     learn:Learner, # as from `restoration_learner` or `joint_restoration_learner`
     n:int=4, # images of the validation set
@@ -610,16 +612,16 @@ def plot_restored(
     width:float=1.5, # of one picture, inches
 ):
     "Original, disordered and restored images, an image a column; returns the figure"
-    cb = next((c for c in learn.cbs if isinstance(c, (RestoreContext, JointRestoration))), None)
+    cb = next((c for c in learn.cbs if hasattr(c, 'restoration') or isinstance(c, RestoreContext)), None)
     if cb is None: raise ValueError("this learner restores nothing; plot_restored needs one of restoration_learner or joint_restoration_learner")
-    cb.generator = torch.Generator().manual_seed(cb.seed)
+    getattr(cb, 'restoration', cb).generator = torch.Generator().manual_seed(cb.seed)
     x = learn.dls.valid.one_batch()[0][:n]
-    disordered,x = (cb.draw if isinstance(cb, RestoreContext) else cb.change)(x)
+    disordered,x = getattr(cb, 'restoration', cb).draw(x)
     net = learn.model
     training = net.training
     net.eval()
     try:
-        with torch.no_grad(): restored = (net.pretext if isinstance(cb, JointRestoration) else net)(disordered)
+        with torch.no_grad(): restored = getattr(net, 'pretext', net)(disordered)
     finally: net.train(training)
     norm = next(t for t in learn.dls.after_batch.fs if isinstance(t, Normalize))
     mean,std = (v.to(x).view(1, -1, 1, 1) for v in (norm.mean, norm.std))
@@ -629,7 +631,7 @@ def plot_restored(
         row[0].set_ylabel(name, fontsize=9)
     return fig
 
-# %% ../nbs/40_pretext.ipynb #ca6b3196
+# %% ../nbs/40_pretext.ipynb #caf9801c
 class JointRestorationNet(_JointNet):
     "A U-Net whose restored image goes to a classifier"
     def __init__(self,
@@ -647,7 +649,7 @@ class JointRestorationNet(_JointNet):
 
     def forward(self,
         x:Tensor, # [bs, 3, h, w], normalised; disordered already in training
-        *rest, # further inputs of the classifier
+        *rest, # further inputs of the classifier: patient data
     )->Tensor: # [bs, n_out], what the classifier returns
         restored = self.unet(x)
         if self.training: self._kept = restored

@@ -10,7 +10,7 @@ CODES = ['akiec', 'bcc', 'bkl', 'df', 'mel', 'nv', 'vasc']
 
 
 def test_train_writes_a_complete_run(finished_run):
-    assert {p.name for p in finished_run.iterdir()} == {'model.safetensors', 'run.json', 'split.csv', 'history.csv', 'predictions.csv', 'report.html'}
+    assert {p.name for p in finished_run.iterdir()} == {'model.safetensors', 'bundle.json', 'run.json', 'split.csv', 'history.csv', 'predictions.csv', 'report.html'}
     record = json.loads((finished_run/'run.json').read_text())
     table, split = pd.read_csv(finished_run/'predictions.csv'), pd.read_csv(finished_run/'split.csv')
     assert set(table.image_id) == set(split.image_id[split.is_valid])
@@ -147,6 +147,10 @@ def test_run_folder_that_is_none(call, finished_run, tmp_path):
     status, complained = call('predict', tmp_path/'x', tmp_path/'y.jpg')
     assert status == 2 and 'no run folder' in complained
     shutil.copytree(finished_run, tmp_path/'broken')
+    (tmp_path/'broken'/'bundle.json').write_text('{"format":')
+    status, complained = call('predict', tmp_path/'broken', tmp_path/'y.jpg')
+    assert status == 2 and 'damaged' in complained
+    (tmp_path/'broken'/'bundle.json').unlink()
     (tmp_path/'broken'/'run.json').write_text('{"arguments":')
     status, complained = call('predict', tmp_path/'broken', tmp_path/'y.jpg')
     assert status == 2 and 'damaged' in complained
@@ -154,19 +158,136 @@ def test_run_folder_that_is_none(call, finished_run, tmp_path):
 
 def test_weights_of_another_network_do_not_load(call, finished_run, tmp_path):
     shutil.copytree(finished_run, tmp_path/'other')
-    record = json.loads((tmp_path/'other'/'run.json').read_text())
-    record['arguments']['arch'] = 'test_resnet'
-    (tmp_path/'other'/'run.json').write_text(json.dumps(record))
+    bundle = json.loads((tmp_path/'other'/'bundle.json').read_text())
+    bundle['network']['arch'] = 'test_resnet'
+    (tmp_path/'other'/'bundle.json').write_text(json.dumps(bundle))
     image = next((finished_run.parent).rglob('*.jpg'), tmp_path/'y.jpg')
     image.touch()
     status, complained = call('predict', tmp_path/'other', image)
     assert status == 2 and 'does not fit the network' in complained
 
 
+def test_a_run_from_before_there_were_bundles(sample, call, finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path/'old')
+    image = next(sample.rglob('*.jpg'))
+    assert call('predict', tmp_path/'old', image, '--out', tmp_path/'new.csv')[0] == 0
+    (tmp_path/'old'/'bundle.json').unlink()
+    assert call('predict', tmp_path/'old', image, '--out', tmp_path/'old.csv')[0] == 0
+    np.testing.assert_allclose(pd.read_csv(tmp_path/'old.csv')[CODES], pd.read_csv(tmp_path/'new.csv')[CODES], atol=1e-6)
+    record = json.loads((tmp_path/'old'/'run.json').read_text())
+    record['arguments']['arch'] = 'test_resnet'
+    (tmp_path/'old'/'run.json').write_text(json.dumps(record))
+    status, complained = call('predict', tmp_path/'old', image)
+    assert status == 2 and 'does not fit the network' in complained
+
+
+def test_the_bundle_of_a_run_can_be_copied_alone(sample, call, finished_run, tmp_path):
+    (tmp_path/'b').mkdir()
+    for name in ('model.safetensors', 'bundle.json'): shutil.copy(finished_run/name, tmp_path/'b')
+    bundle = json.loads((tmp_path/'b'/'bundle.json').read_text())
+    record = json.loads((finished_run/'run.json').read_text())
+    assert bundle['scores']['average_recall'] == record['scores']['average_recall'] and bundle['split']['rule'] == record['split']['rule']
+    image = next(sample.rglob('*.jpg'))
+    for run, out in ((finished_run, 'a.csv'), (tmp_path/'b', 'b.csv')): assert call('predict', run, image, '--out', tmp_path/out)[0] == 0
+    assert (tmp_path/'a.csv').read_text() == (tmp_path/'b.csv').read_text()
+
+
+def test_calibrate_then_predict(sample, call, finished_run, tmp_path):
+    from skin_lesions.decide import from_dict
+    from skin_lesions.predictions import read_predictions
+    run = tmp_path/'run'
+    shutil.copytree(finished_run, run)
+    status, complained = call('calibrate', run, '--rule', 'prior', '--refer', '.9')
+    assert status == 0 and 'not a medical device' in complained, complained
+    bundle = json.loads((run/'bundle.json').read_text())
+    calibration, rule, referral = (from_dict(bundle[k]) for k in ('calibration', 'rule', 'referral'))
+    assert calibration.method == 'stages_vector' and rule.name == 'prior'
+    split = pd.read_csv(run/'split.csv')
+    (tmp_path/'in').mkdir()
+    for i in split.image_id[~split.is_valid][:4]: shutil.copy(next(sample.rglob(f'{i}.jpg')), tmp_path/'in')
+    assert call('predict', run, tmp_path/'in', '--out', tmp_path/'new.csv', '--quiet')[0] == 0
+    assert call('predict', finished_run, tmp_path/'in', '--out', tmp_path/'raw.csv', '--quiet')[0] == 0
+    new, by_hand = read_predictions(tmp_path/'new.csv'), calibration.calibrate(read_predictions(tmp_path/'raw.csv'))
+    np.testing.assert_allclose(new[CODES], by_hand[CODES], atol=1e-9)
+    assert list(new.decision) == list(rule.decide(by_hand)) and list(new.refer.astype(str)) == [str(r) for r in referral.refer(by_hand)]
+    assert (run/'model.safetensors').read_bytes() == (finished_run/'model.safetensors').read_bytes()
+    assert (run/'predictions.csv').read_bytes() == (finished_run/'predictions.csv').read_bytes()
+    assert call('calibrate', run, '--method', 'none', '--rule', 'argmax')[0] == 0
+    bundle = json.loads((run/'bundle.json').read_text())
+    assert bundle['calibration'] is None and bundle['referral'] is None and bundle['rule']['name'] == 'argmax'
+
+
+def test_calibrate_measures_in_turns(call, finished_run, tmp_path, capsys):
+    from skin_lesions.cli import main
+    rng = np.random.default_rng(0)
+    n = 700
+    z = rng.normal(size=(n, 7))
+    y = np.array([rng.choice(7, p=np.exp(r)/np.exp(r).sum()) for r in z])
+    p = np.exp(3*z)/np.exp(3*z).sum(1, keepdims=True) # three times too sure
+    table = pd.DataFrame(p, columns=CODES).assign(image_id=[f'i{i}' for i in range(n)], dx=np.array(CODES)[y], group=[f'l{i//2}' for i in range(n)])
+    table.to_csv(tmp_path/'valid.csv', index=False)
+    shutil.copytree(finished_run, tmp_path/'run')
+    assert main(['calibrate', str(tmp_path/'run'), '--table', str(tmp_path/'valid.csv'), '--method', 'temperature']) == 0
+    said = capsys.readouterr().out
+    assert 'in turns over 5 parts of 350 lesions' in said
+    temperature = float(said.split('temperature ')[1].split(';')[0])
+    assert 2.5 < temperature < 3.5, said
+    before, after = map(float, said.split('calibration error ')[1].splitlines()[0].split(' -> '))
+    assert after < before/2, said
+
+
+def test_ensemble_and_submit(sample, call, finished_run, tmp_path, capsys):
+    from skin_lesions.cli import main
+    from skin_lesions.predictions import ensemble, read_isic_submission, read_predictions
+    a = read_predictions(finished_run/'predictions.csv')
+    b = a.assign(**{c: a[CODES[::-1][i]] for i, c in enumerate(CODES)}).sample(frac=1, random_state=1)
+    b.to_csv(tmp_path/'b.csv', index=False)
+    for how in ('mean', 'geometric', 'rank'):
+        assert call('ensemble', finished_run, tmp_path/'b.csv', '--how', how, '--out', tmp_path/'e.csv')[0] == 0
+        np.testing.assert_allclose(read_predictions(tmp_path/'e.csv')[CODES], ensemble([a, b], how)[CODES], atol=1e-12)
+    assert call('ensemble', finished_run, tmp_path/'b.csv', '--weights', 1, 0, '--out', tmp_path/'e.csv')[0] == 0
+    np.testing.assert_allclose(read_predictions(tmp_path/'e.csv')[CODES], a[CODES], atol=1e-12)
+    assert main(['ensemble', str(finished_run), str(tmp_path/'b.csv'), '--greedy', '--out', str(tmp_path/'g.csv')]) == 0
+    assert 'too good' in capsys.readouterr().out
+    a.iloc[:10].to_csv(tmp_path/'f0.csv', index=False); a.iloc[10:].to_csv(tmp_path/'f1.csv', index=False)
+    status, complained = call('ensemble', tmp_path/'f0.csv', tmp_path/'f1.csv', '--out', tmp_path/'f.csv')
+    assert status == 2 and 'lacks' in complained
+    if not set(a.group[:10]) & set(a.group[10:]):
+        assert call('ensemble', tmp_path/'f0.csv', tmp_path/'f1.csv', '--folds', '--out', tmp_path/'f.csv')[0] == 0
+        assert set(read_predictions(tmp_path/'f.csv').image_id) == set(a.image_id)
+    assert call('submit', finished_run, '--out', tmp_path/'s.csv')[0] == 0
+    np.testing.assert_allclose(read_isic_submission(tmp_path/'s.csv')[CODES], a[CODES], atol=1e-12)
+    (tmp_path/'in').mkdir(); shutil.copy(next(sample.rglob('*.jpg')), tmp_path/'in')
+    assert call('submit', finished_run, tmp_path/'in', '--out', tmp_path/'s.csv', '--tta', 'dihedral', '--quiet')[0] == 0
+    assert len(read_isic_submission(tmp_path/'s.csv')) == 1
+    (tmp_path/'in'/'bad.jpg').write_text('no picture')
+    status, complained = call('submit', finished_run, tmp_path/'in', '--out', tmp_path/'t.csv', '--quiet')
+    assert status == 2 and 'bad.jpg' in complained and not (tmp_path/'t.csv').exists()
+
+
+def test_predict_names_unreadable_files_and_goes_on(sample, call, finished_run, tmp_path):
+    (tmp_path/'in').mkdir()
+    shutil.copy(next(sample.rglob('*.jpg')), tmp_path/'in'); (tmp_path/'in'/'bad.jpg').write_text('no picture')
+    status, complained = call('predict', finished_run, tmp_path/'in', '--out', tmp_path/'o.csv', '--quiet')
+    assert status == 0 and '1 of 2 pictures left out: bad.jpg: no image' in complained
+    assert len(pd.read_csv(tmp_path/'o.csv')) == 1
+
+
+def test_export_onnx(call, finished_run, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime', reason='needs onnx, onnxscript and onnxruntime')
+    pytest.importorskip('onnxscript', reason='needs onnx, onnxscript and onnxruntime')
+    status, complained = call('export-onnx', finished_run, tmp_path/'net.onnx')
+    assert status == 0, complained
+    session = onnxruntime.InferenceSession(str(tmp_path/'net.onnx'), providers=['CPUExecutionProvider'])
+    assert json.loads(session.get_modelmeta().custom_metadata_map['classes']) == CODES
+    status, complained = call('export-onnx', finished_run, tmp_path/'net.onnx')
+    assert status == 2 and 'exists' in complained
+
+
 def test_help_shows_every_default(capsys, monkeypatch):
     from skin_lesions.cli import main
     monkeypatch.setenv('COLUMNS', '200')
-    for command in ('demo', 'train', 'evaluate', 'predict', 'gradcam'):
+    for command in ('demo', 'train', 'evaluate', 'calibrate', 'predict', 'gradcam', 'ensemble', 'submit', 'export-onnx'):
         with pytest.raises(SystemExit) as stop: main([command, '--help'])
         assert stop.value.code == 0
         said = capsys.readouterr().out

@@ -150,3 +150,29 @@ def test_hair_comes_off_and_other_pixels_stay(seed):
     assert mask[line > 0].mean() > .9 and error(out) < .15*error(hairy)
     assert (out != hairy).any(-1)[cv2.dilate(line, np.ones((15, 15))) == 0].mean() < .002
     assert np.array_equal(out[~mask], hairy[~mask])
+
+
+@pytest.mark.parametrize('kind', ['one', 'own bodies'])
+def test_gradcam_takes_the_patient_along(meta, kind):
+    from skin_lesions.gradcam import GradCAM, deletion_insertion, stream_cams
+    dls = loaders(meta)
+    learn = learner(kind, dls)
+    x, patient, _ = (t.as_subclass(torch.Tensor) for t in dls.valid.one_batch())
+    explain = GradCAM(learn)
+    cams = explain.cam(x, patient=patient)
+    learn.model.eval()
+    with torch.no_grad(): torch.testing.assert_close(explain.output, learn.model(x, patient).float(), atol=1e-4, rtol=1e-4)
+    assert cams.shape == (len(x), 64, 64)
+    first = next(iter(stream_cams(learn, meta[meta.is_valid].head(len(x)))))
+    torch.testing.assert_close(torch.as_tensor(first.probabilities), explain.output.softmax(1), atol=1e-4, rtol=1e-4)
+    assert np.isfinite(deletion_insertion(learn, x, cams, steps=2, patient=patient).to_numpy()).all()
+
+
+def test_joint_networks_take_the_patient_along(meta):
+    from skin_lesions.pretext import joint_restoration_learner, joint_rotation_learner
+    dls = loaders(meta, augment=False)
+    for learn in (joint_rotation_learner(dls, 'test_efficientnet', pretrained=False), joint_restoration_learner(dls, 'test_efficientnet', 'test_efficientnet', pretrained=False)):
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1)
+        x, patient, _ = (t.as_subclass(torch.Tensor) for t in dls.valid.one_batch())
+        learn.model.eval()
+        with torch.no_grad(): assert (learn.model(x, patient)-learn.model(x, 1-patient)).abs().max() > 1e-6
