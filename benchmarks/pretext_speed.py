@@ -74,7 +74,7 @@ def steps():
         a, b = step(net, loss, plain), step(net, loss, draw)
         a(); b()
         pairs = []
-        for _ in range(5): # alternating, so that other work on the machine meets both
+        for _ in range(3): # alternating, so that other work on the machine meets both
             start = time.perf_counter(); a(); middle = time.perf_counter(); b(); end = time.perf_counter()
             pairs.append((end-middle)/(middle-start))
         print(f"{name}: a pretext step takes {statistics.median(pairs):.2f} of the plain step of the same network")
