@@ -47,6 +47,13 @@ def row(name, tables, n_draws=1000):
                 macro_auc=mean('macro_auc'), ece=float(np.mean([expected_calibration_error(t) for t in tables])))
 
 
+def decided(table, rule):
+    "A table that is sure of what the rule decides, for scores that read the most probable class"
+    from skin_lesions.core import CODES
+    codes = rule.decide(table)
+    return table.assign(**{c: (codes==c).astype(float) for c in CODES})
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data', required=True)
@@ -69,6 +76,7 @@ def main():
 
 def report(a, meta, folds):
     from skin_lesions.decide import compare_rules, decision_rule, fit_calibration, fit_referral, referral_report
+    from skin_lesions.evaluate import average_recall_interval
     from skin_lesions.predictions import ensemble, out_of_fold
     rows, rules, referrals = [], [], []
     for tta in VIEWS:
@@ -84,6 +92,9 @@ def report(a, meta, folds):
         calibrated, test = fitted.calibrate(oof), fitted.calibrate(together)
         chosen = {'argmax': decision_rule('argmax'), 'prior': decision_rule('prior', calibrated), 'cost': decision_rule('cost'), 'paper': decision_rule('paper')}
         found = compare_rules(test, chosen)
+        for rule, fitted_rule in chosen.items():
+            interval = average_recall_interval(decided(test, fitted_rule))
+            found.loc[rule, ['low', 'high']] = interval.low, interval.high
         found.insert(0, 'answer', f'ensemble of four folds{label}, calibrated: stages_vector')
         rules += found.reset_index(names='rule').to_dict('records')
         for by in ('risk', 'uncertainty'): referrals.append({'answer': f'ensemble of four folds{label}', 'by': by, **referral_report(test, fit_referral(calibrated, .95, by)).to_dict()})
