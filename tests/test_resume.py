@@ -4,7 +4,7 @@ import json, multiprocessing, os, random, signal, subprocess, sys, time
 import pytest
 import torch
 
-KILLS = int(os.environ.get('RESUME_KILLS', 6)) # 20 take two minutes
+KILLS = int(os.environ.get('RESUME_KILLS', 4)) # 20 take a minute
 
 
 def train(sample, folder, minutes):
