@@ -22,6 +22,19 @@ def untouched_error(meta, size, workers):
     return total/n
 
 
+def differences(out, shares=(.1, 1.)):
+    "Average recall of each start less that of random weights on the same images, paired over lesions"
+    from skin_lesions.evaluate import compare
+    from skin_lesions.predictions import read_predictions
+    rows = []
+    for share in shares:
+        table = {s: read_predictions(Path(out)/f'{s}_{share:g}.csv') for s in ('scratch', 'rotation', 'restoration', 'imagenet')}
+        for start in ('rotation', 'restoration', 'imagenet'):
+            found = compare(table['scratch'], table[start]).loc[('average_recall', 'all')]
+            rows.append(dict(start=start, labels=share, **{k: float(found[k]) for k in ('difference', 'low', 'high', 'p')}))
+    return rows
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data', required=True)
@@ -47,7 +60,7 @@ def main():
     pretexts = {s: json.loads((Path(a.out)/f'{s}.json').read_text()) for s in pretext}
     pretexts['restoration']['untouched_loss'] = untouched_error(meta, a.size, a.workers)
     result = dict(date=datetime.date.today().isoformat(), data='HAM10000, fold 0 of 5 by lesion', arch='tf_efficientnet_lite0', size=a.size, seed=a.seed, pictures=a.pictures,
-                  n_train=int((~meta.is_valid).sum()), n_valid=int(meta.is_valid.sum()), n_valid_lesions=int(meta[meta.is_valid].group.nunique()), pretexts=pretexts, rows=table.to_dict('records'))
+                  n_train=int((~meta.is_valid).sum()), n_valid=int(meta.is_valid.sum()), n_valid_lesions=int(meta[meta.is_valid].group.nunique()), pretexts=pretexts, rows=table.to_dict('records'), differences=differences(a.out))
     file = Path(__file__).parents[1]/'nbs'/'results'/'pretraining.json'
     file.write_text(json.dumps(result, indent=1) + '\n')
     print(table.round(3).to_string(index=False))
