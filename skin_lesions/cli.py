@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RUN_FILES', 'STATE_FOLDER', 'new_run_folder', 'versions', 'write_json', 'read_data', 'build_learner', 'fit',
-           'folder_to_train_in', 'all_scores', 'record_for_report', 'finish_run', 'describe_split', 'train', 'vars_of',
-           'print_scores', 'open_run', 'load_run', 'evaluate', 'predict_unseen', 'predict', 'calibrate', 'ensemble',
-           'submit', 'export_onnx', 'gradcam', 'demo', 'argument_parser', 'main']
+           'folder_to_train_in', 'all_scores', 'record_for_report', 'ood_of', 'finish_run', 'describe_split', 'train',
+           'vars_of', 'print_scores', 'open_run', 'load_run', 'evaluate', 'predict_unseen', 'predict', 'calibrate',
+           'ensemble', 'submit', 'export_onnx', 'gradcam', 'demo', 'argument_parser', 'main']
 
 # %% ../nbs/80_cli.ipynb #733f8970
 import argparse, json, shutil, sys, time
@@ -119,16 +119,27 @@ def record_for_report(record, data=None):
     return record | dict(split=said)
 
 # %% ../nbs/80_cli.ipynb #9d69c35c
+def ood_of(
+    learn, # trained
+    features, # of the validation images, in batches
+): # an `OODScore`, or None where there are too few images to fit one
+    "The score of pictures that do not look like dermatoscopic images, for the bundle"
+    import torch
+    from skin_lesions.ood import fit_ood
+    try: return fit_ood(learn, valid=torch.cat(features))
+    except ValueError as e: print(f'no score of unusual pictures: {e}')
+
 def finish_run(args, learn, meta, record, out):
     "Predict the validation images; write predictions, report and record"
     from skin_lesions.evaluate import html_report
+    from skin_lesions.ood import keep_features
     from skin_lesions.predict import update_bundle
     from skin_lesions.predictions import get_predictions, save_predictions
-    table = get_predictions(learn, show=not args.quiet)
+    with keep_features(learn.model) as features: table = get_predictions(learn, show=not args.quiet)
     save_predictions(table, out/'predictions.csv')
     record['scores'] = all_scores(table)
     write_json(record, out/'run.json')
-    update_bundle(out, scores=record['scores'])
+    update_bundle(out, scores=record['scores'], ood=ood_of(learn, features))
     html_report(table, out/'report.html', history=out/'history.csv', run=record_for_report(record), meta=meta, title=f"{args.model} {args.arch}, {record['split']['rule']}")
     return table
 
@@ -300,6 +311,13 @@ def _patient_table(path):
     if len(twice): raise ValueError(f"{path}: image_id {twice.iloc[0]!r} stands there twice; expected a row a picture")
     return table
 
+def _print_unusual(table):
+    "Say which pictures do not look like dermatoscopic images, where the table knows"
+    if 'unusual' not in table or not table.unusual.any(): return
+    names = table.image_id[table.unusual.astype(bool)]
+    which = ', '.join(names[:5]) + (', ...' if len(names)>5 else '')
+    print(f"{len(names)} of {len(table)} pictures {'does' if len(names)==1 else 'do'} not look like dermatoscopic images, their probabilities mean nothing: {which}", file=sys.stderr)
+
 def predict(
     args, # the arguments of `skin_lesions predict`
 )->int: # exit status
@@ -307,6 +325,7 @@ def predict(
     from skin_lesions.core import CODES, NOTICE, full_name
     from skin_lesions.predictions import save_predictions
     table = _readable(open_run(args.run).predict(args.images, _patient_table(args.patients), tta=args.tta, progress=not args.quiet))
+    _print_unusual(table)
     if args.out:
         save_predictions(table, args.out)
         print(f'{len(table)} predictions: {args.out}')
