@@ -307,6 +307,6 @@ def plot_ood(
         n,_ = np.histogram(s, edges)
         ax.bar(edges[:-1], .85*n/max(1, n.max()), np.diff(edges), bottom=-i, align='edge', color='#0072B2' if i==0 else '#D55E00')
     if threshold is not None and math.isfinite(threshold): ax.axvline(threshold, color='black', lw=1, ls='--'); ax.annotate('limit', (threshold, .92), xytext=(3, 0), textcoords='offset points', fontsize=8)
-    ax.set(yticks=[-i+.3 for i in range(len(scores))], yticklabels=[f'{k} (n={len(v)})' for k,v in scores.items()], xlabel=label, ylim=(.05-len(scores), 1.15))
+    ax.set(yticks=[-i+.3 for i in range(len(scores))], yticklabels=[f'{k} (n={len(v)})' for k,v in scores.items()], xlabel=label, ylim=(.95-len(scores), 1.15))
     ax.spines[['top', 'right', 'left']].set_visible(False); ax.tick_params(axis='y', length=0)
     return ax
