@@ -290,10 +290,14 @@ def predict_unseen(args, run, record):
 def _patient_table(path):
     "Patient data of a CSV with column image_id; None for no file"
     if path is None: return None
+    import io
     import pandas as pd
-    from skin_lesions.core import check_columns
-    table = pd.read_csv(path, dtype={'image_id': str})
+    from skin_lesions.core import check_columns, table_text
+    text,sep = table_text(path)
+    table = pd.read_csv(io.StringIO(text), sep=sep, dtype={'image_id': str}, index_col=False, skipinitialspace=True)
     check_columns(table, ['image_id'], name=str(path), why='--patients finds the row of each picture by it')
+    twice = table.image_id[table.image_id.duplicated()]
+    if len(twice): raise ValueError(f"{path}: image_id {twice.iloc[0]!r} stands there twice; expected a row a picture")
     return table
 
 def predict(

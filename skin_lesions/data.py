@@ -27,7 +27,7 @@ from fastcore.basics import noop
 from fastcore.foundation import L
 from PIL import Image
 
-from .core import CODES, LESION_CLASSES, NEVUS, check_columns, full_name, unknown_name
+from .core import CODES, LESION_CLASSES, NEVUS, check_columns, full_name, read_image, unknown_name
 from .dataset import read_metadata
 from .split import split_by_lesion
 
@@ -249,10 +249,10 @@ class EncodePatient(Transform):
 # %% ../nbs/12_data.ipynb #ce6e4264
 def get_image(
     item, # a row of `meta`, a path, or a picture
-): # what fastai's `PILImage.create` opens
-    "The picture of an item: its `path` if it has one"
-    if isinstance(item, (str, Path)): return item
-    return item['path'] if isinstance(item, (pd.Series, dict)) else getattr(item, 'path', item)
+): # RGB picture; a path is opened by `read_image`, whose error names the file
+    "The picture of an item: of its `path` if it has one"
+    if not isinstance(item, (str, Path)): item = item['path'] if isinstance(item, (pd.Series, dict)) else getattr(item, 'path', item)
+    return read_image(item) if isinstance(item, (str, Path)) else item
 
 def get_dx(
     item, # a row of `meta`
@@ -391,7 +391,7 @@ def plot_examples(
         rows = meta[meta.dx==code]
         for ax in row: ax.axis('off')
         for ax,path in zip(row, rows.path.sample(min(n, len(rows)), random_state=seed)):
-            image = PILImage.create(path); image.thumbnail((240, 240)); ax.imshow(image)
+            image = read_image(path); image.thumbnail((240, 240)); ax.imshow(image)
         row[0].set_title(f'{code}: {full_name(code)}', loc='left', fontsize=8).set_in_layout(False) # or the name would widen its column
     return fig
 

@@ -7,14 +7,14 @@ __all__ = ['META_COLUMNS', 'NEAR_DUPLICATES', 'LAYOUTS', 'merge_lesions', 'find_
            'unlabelled_images', 'check_images', 'drop_images', 'download_ham10000']
 
 # %% ../nbs/10_dataset.ipynb #27b40abb
-import os, re, shutil, stat, tempfile, warnings, zipfile
+import io, os, re, shutil, stat, tempfile, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import pandas as pd
-from PIL import Image, ImageFile
+from PIL import ImageFile
 
-from .core import CODES, LESION_CLASSES, atomic_path, check_columns, image_files, progress, unknown_name
+from .core import CODES, LESION_CLASSES, atomic_path, check_columns, image_files, progress, table_text, unknown_name, why_unreadable
 
 # %% ../nbs/10_dataset.ipynb #12792224
 META_COLUMNS = ('image_id', 'path', 'dx', 'lesion_id', 'age', 'sex', 'localization', 'group')
@@ -143,10 +143,8 @@ def find_ham10000(
 # %% ../nbs/10_dataset.ipynb #a9cf837b
 def _read_table(file):
     "A CSV or TSV as stripped strings (missing is ''), indexed by line number, without empty lines"
-    with open(file, encoding='utf-8-sig', errors='replace') as f: head = f.readline()
-    if not head.strip(): raise ValueError(f"{file} is empty")
-    sep = max('\t;,', key=head.count)
-    try: df = pd.read_csv(file, sep=sep, dtype=str, encoding='utf-8-sig', encoding_errors='replace', keep_default_na=False, skip_blank_lines=False)
+    text,sep = table_text(file)
+    try: df = pd.read_csv(io.StringIO(text), sep=sep, dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False, skipinitialspace=True)
     except pd.errors.ParserError as e: raise ValueError(f"{file} cannot be read as a table: {e}") from e
     df.columns = [str(c).strip() for c in df.columns]
     df = df.fillna('').apply(lambda c: c.str.strip())
@@ -178,9 +176,16 @@ def _numbers(text, file, name):
     "A column of text as floats, '' and 'unknown' as NaN"
     known = text.where(~text.str.lower().isin(['', 'unknown', 'nan', 'na']), None)
     numbers = pd.to_numeric(known, errors='coerce').astype(float)
-    bad = known.notna() & numbers.isna()
+    bad = known.notna() & ~(numbers.abs()<float('inf'))
     if bad.any(): raise ValueError(f"{file}, line {bad.idxmax()}: {name} is no number: {known[bad.idxmax()]!r}")
     return numbers
+
+def _ages(text, file):
+    "A column of text as years"
+    age = _numbers(text, file, 'age')
+    bad = (age<0) | (age>130)
+    if bad.any(): raise ValueError(f"{file}, line {bad.idxmax()}: age must be from 0 to 130 years, got {text[bad.idxmax()]!r}; leave it empty where it is not known")
+    return age
 
 # %% ../nbs/10_dataset.ipynb #fb6fb77b
 _EVALUATION_IDS = ('ISIC_0034321', 'ISIC_0036064') # the challenge's validation and test images
@@ -194,7 +199,7 @@ def _ham_table(file):
     if foreign.any() and not foreign.all():
         warnings.warn(f"{file}: left out {foreign.sum()} of {len(df)} rows, which are of the ISIC 2018 challenge's validation or test images")
         df = df[~foreign]
-    df['age'] = _numbers(df.age, file, 'age')
+    df['age'] = _ages(df.age, file)
     for c in ('sex', 'localization'): df[c] = df[c].where(df[c]!='', 'unknown')
     return df[['image_id', 'dx', 'lesion_id', 'age', 'sex', 'localization']]
 
@@ -227,7 +232,7 @@ def _challenge_table(folder, file, prefix):
         df = df.assign(dx=_diagnoses(df, file), image_id=df.image.str.replace(r'\.jpe?g$', '', regex=True))
         df['lesion_id'] = _lesion_groupings(folder, prefix, df.image_id, file)
     df = _check_rows(df, file)
-    df['age'] = _numbers(df.age, file, 'age') if 'age' in df.columns else float('nan')
+    df['age'] = _ages(df.age, file) if 'age' in df.columns else float('nan')
     for c in ('sex', 'localization'): df[c] = df[c].where(df[c]!='', 'unknown') if c in df.columns else 'unknown'
     return df[['image_id', 'dx', 'lesion_id', 'age', 'sex', 'localization']]
 
@@ -328,31 +333,19 @@ def unlabelled_images(
     return df[list(META_COLUMNS)].sort_values('image_id').reset_index(drop=True)
 
 # %% ../nbs/10_dataset.ipynb #40afea57
-def _why_unreadable(path):
-    "Why an image cannot be decoded in full; '' if it can"
-    try:
-        size = os.path.getsize(path)
-        if size==0: return 'empty file (0 bytes)'
-        with Image.open(path) as image: image.load()
-        return ''
-    except FileNotFoundError: return 'no such file'
-    except Image.UnidentifiedImageError:
-        with open(path, 'rb') as f: return f"not an image, its {size} bytes begin with {f.read(12)!r}"
-    except Exception as e: return f"cannot be decoded: {e}" # damaged files raise errors of many kinds
-
 def check_images(
     meta:pd.DataFrame, # with `image_id` and `path`
     *,
     n_workers:int=None, # threads; None takes one for each core, at most 8
     show:bool=True, # show a progress bar
-)->pd.DataFrame: # image_id, path, reason: one row for each image that cannot be read, none if all is well
-    "Decode every image in full and list those that fail"
+)->pd.DataFrame: # image_id, path, reason: one row for each image that cannot be used, none if all is well
+    "Decode every image in full and list those that cannot be used"
     check_columns(meta, ['image_id', 'path'], why='check_images decodes the files')
     n_workers = n_workers or min(8, os.cpu_count() or 1)
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         with ThreadPoolExecutor(n_workers) as pool:
-            reasons = list(progress(pool.map(_why_unreadable, meta.path), 'decoding', total=len(meta), show=show))
+            reasons = list(progress(pool.map(why_unreadable, meta.path), 'decoding', total=len(meta), show=show))
     finally: ImageFile.LOAD_TRUNCATED_IMAGES = before
     bad = meta[['image_id', 'path']].assign(reason=reasons)
     return bad[bad.reason!=''].reset_index(drop=True)

@@ -31,7 +31,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import CODES, NOTICE, atomic_path, check_columns, full_name, image_files, progress, unknown_name
+from .core import CODES, NOTICE, atomic_path, check_columns, full_name, image_files, progress, unknown_name, why_unreadable
 from .learner import LesionNet, TwoStageNet, join_stages, route_stages
 
 # %% ../nbs/50_gradcam.ipynb #08c3993c
@@ -331,12 +331,8 @@ def _batch(learn, frame)->Tensor: return _inputs(learn, frame)[0]
 
 def _unreadable(paths)->dict:
     "Reasons by path of the files that cannot be decoded"
-    bad = {}
-    for path in paths:
-        try:
-            with Image.open(path) as im: im.load()
-        except Exception as e: bad[str(path)] = 'no such file' if isinstance(e, FileNotFoundError) else str(e).replace(str(path), Path(path).name) or type(e).__name__
-    return bad
+    reasons = {str(path): why_unreadable(path) for path in paths}
+    return {path: why for path,why in reasons.items() if why}
 
 def _readable_batch(learn, frame):
     "The rows that can be read, their batch (None if there is no such row), and the reasons for the others"

@@ -9,7 +9,7 @@ __all__ = ['FORMAT', 'FORMAT_VERSION', 'BUNDLE_FILES', 'NETWORKS', 'ONNX_PACKAGE
            'update_bundle', 'export_onnx']
 
 # %% ../nbs/63_predict.ipynb #5ed75e29
-import copy, hashlib, importlib, io, json, math, os, platform, shutil, tempfile, threading, warnings, zipfile
+import copy, hashlib, importlib, json, math, os, platform, shutil, tempfile, threading, warnings, zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
@@ -30,12 +30,12 @@ from fastai.vision.augment import AffineCoordTfm, RandomCrop, RandomResizedCrop,
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
 from fastcore.basics import noop, patch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import Tensor, nn
 
-from .core import CODES, NEVUS, NOTICE, atomic_path, check_columns, full_name, image_files, unknown_name
+from .core import CODES, NEVUS, NOTICE, atomic_path, check_columns, full_name, image_files, read_image, unknown_name
 from .core import progress as progress_over
 from .data import CROPS, get_dx, get_image
 from .learner import join_stages
@@ -421,31 +421,21 @@ def _array_image(a):
     if not (a.ndim==2 or a.ndim==3 and a.shape[2] in (3, 4)) or 0 in a.shape: raise ValueError(f"array of shape {a.shape}, expected [h, w], [h, w, 3] or [h, w, 4]")
     return Image.fromarray(a)
 
-def _rgb(image):
-    "A PIL image with three times eight bits"
-    image.load()
-    if image.mode[0] in 'IF': raise ValueError(f"picture with more than 8 bits a pixel (mode {image.mode}); convert it to 8 bits first")
-    return PILImage(image.convert('RGB'))
-
 def open_image(
     source, # path, bytes of a file, PIL image, uint8 array [h, w], [h, w, 3 or 4], or uint8 tensor [3, h, w]
 )->PILImage: # RGB
     "A picture as fastai's `PILImage`"
-    if isinstance(source, bytes): source = io.BytesIO(source)
     if isinstance(source, Tensor):
         a = source.detach().cpu()
         source = (a.permute(1, 2, 0) if a.ndim==3 else a).numpy()
     if isinstance(source, np.ndarray): source = _array_image(source)
-    if isinstance(source, Image.Image): return _rgb(source)
-    if not isinstance(source, (str, Path, io.BytesIO)): raise TypeError(f"{type(source).__name__} is no picture; expected a path, PIL image, uint8 array or tensor")
-    with Image.open(source) as opened: return _rgb(opened)
+    if not isinstance(source, (str, Path, bytes, Image.Image)): raise TypeError(f"{type(source).__name__} is no picture; expected a path, PIL image, uint8 array or tensor")
+    return PILImage(read_image(source))
 
 def _reason(e, source):
     "Why a picture cannot be used, in a few words, with the file's name"
     if isinstance(e, FileNotFoundError): why = 'no such file'
-    elif isinstance(e, IsADirectoryError): why = 'a folder, not a file'
-    elif isinstance(e, UnidentifiedImageError): why = 'no image, or of a kind that Pillow does not know'
-    else: why = str(e).replace(str(source), Path(source).name) if isinstance(source, (str, Path)) else str(e)
+    else: why = getattr(e, 'why', None) or str(e)
     return (f'{Path(source).name}: ' if isinstance(source, (str, Path)) else '') + (why or type(e).__name__)
 
 # %% ../nbs/63_predict.ipynb #899a5fa8

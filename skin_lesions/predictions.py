@@ -7,6 +7,7 @@ __all__ = ['TTA', 'ENSEMBLES', 'check_predictions', 'get_predictions', 'predicte
            'isic_submission', 'read_isic_submission', 'ensemble', 'greedy_selection', 'out_of_fold']
 
 # %% ../nbs/60_predictions.ipynb #8085272f
+import io
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -19,10 +20,10 @@ from fastai.torch_core import TensorImage
 from fastai.vision.augment import RandomCrop, RandomResizedCrop, Resize, ResizeMethod
 from fastcore.basics import noop
 from fasttransform import Pipeline, Transform
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import nn
 
-from .core import CODES, ISIC_COLUMNS, atomic_path, check_columns, image_files, unknown_name
+from .core import CODES, ISIC_COLUMNS, atomic_path, check_columns, image_files, table_text, unknown_name, why_unreadable
 
 # %% ../nbs/60_predictions.ipynb #854d92f8
 def _probabilities(table:pd.DataFrame)->np.ndarray:
@@ -51,7 +52,8 @@ def check_predictions(
     if not len(table): raise ValueError("the predictions table is empty, expected a row an image")
     p = _probabilities(table)
     worst = lambda i: ', '.join(f"{c}={v}" for c,v in zip(CODES, p[i]) if not 0 <= v <= 1)
-    _first_bad(table, table.image_id.isna().to_numpy(), lambda i: "no image_id")
+    nameless = table.image_id.isna() | (table.image_id.astype(str).str.strip()=='')
+    _first_bad(table, nameless.to_numpy(dtype=bool), lambda i: "no image_id")
     _first_bad(table, np.isnan(p).any(1), lambda i: f"probability is missing (NaN) for {', '.join(np.array(CODES)[np.isnan(p[i])])}")
     _first_bad(table, ((p<0)|(p>1)).any(1), lambda i: f"probabilities must lie between 0 and 1, got {worst(i)}")
     _first_bad(table, np.abs(p.sum(1)-1)>tol, lambda i: f"probabilities sum to {p[i].sum():.6g}, expected 1 within {tol:g}")
@@ -119,14 +121,8 @@ def _unreadable(
     paths, # of image files
 )->dict: # path -> reason
     "The files that cannot be decoded"
-    bad = {}
-    for path in paths:
-        try:
-            with Image.open(path) as im: im.load()
-        except FileNotFoundError: bad[path] = 'no such file'
-        except UnidentifiedImageError: bad[path] = 'no image, or of a kind that Pillow does not know'
-        except Exception as e: bad[path] = str(e) or type(e).__name__
-    return bad
+    reasons = {path: why_unreadable(path) for path in paths}
+    return {path: why for path,why in reasons.items() if why}
 
 def _say_unreadable(paths, cause):
     "Raise a `ValueError` that names the unreadable files, if there are any"
@@ -287,10 +283,16 @@ def save_predictions(
         table.astype({c: np.float64 for c in CODES}).to_csv(tmp, index=False, lineterminator='\n', encoding='utf-8')
     return path
 
-def _to_numbers(texts, name):
+def _to_numbers(table, name):
     "Exact float64 from the texts of a CSV column; an empty one is missing"
-    try: return [float(t) if t else np.nan for t in texts]
-    except ValueError as e: raise ValueError(f"column {name!r}: {e}") from e
+    for i,t in enumerate(table[name]):
+        try: yield float(t.replace('_', '?')) if t else np.nan # Python reads 1_0 as 10
+        except ValueError: raise ValueError(f"row {i} (line {i+2} where no line is blank): {name} is no number: {t!r}") from None
+
+def _read_texts(path, multiline=True, **kwargs):
+    "A table by pandas after a check of its form"
+    text,sep = table_text(path, multiline=multiline)
+    return pd.read_csv(io.StringIO(text), sep=sep, index_col=False, keep_default_na=False, **kwargs)
 
 def read_predictions(
     path, # of a CSV file
@@ -299,12 +301,11 @@ def read_predictions(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no predictions at {path}")
     try:
-        header = list(pd.read_csv(path, nrows=0).columns)
+        header = list(_read_texts(path, nrows=0).columns)
         if {'image', *ISIC_COLUMNS}<=set(header): raise ValueError("it is in the ISIC challenge's form; use read_isic_submission")
-        table = pd.read_csv(path, dtype={c: str for c in ('image_id', 'dx', 'group', *CODES)}, keep_default_na=False,
-                            na_values={c: [''] for c in header if c not in ('image_id', *CODES)})
+        table = _read_texts(path, dtype={c: str for c in ('image_id', 'dx', 'group', *CODES)}, na_values={c: [''] for c in header if c not in ('image_id', *CODES)})
         for c in CODES:
-            if c in table: table[c] = _to_numbers(table[c], c)
+            if c in table: table[c] = np.fromiter(_to_numbers(table, c), float, len(table))
         return check_predictions(table)
     except ValueError as e: raise ValueError(f"{path} is no predictions table: {e}") from e
 
@@ -329,9 +330,9 @@ def read_isic_submission(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no submission at {path}")
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = _read_texts(path, dtype=str)
         check_columns(table, ['image', *ISIC_COLUMNS], name='the submission', why='a row is an image with its seven probabilities')
-        numbers = {c: _to_numbers(table[c.upper()], c.upper()) for c in CODES}
+        numbers = {c: np.fromiter(_to_numbers(table, c.upper()), float, len(table)) for c in CODES}
         return check_predictions(pd.DataFrame({'image_id': table.image, **numbers}))
     except ValueError as e: raise ValueError(f"{path} is no submission to the ISIC 2018 challenge: {e}") from e
 

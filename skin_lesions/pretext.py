@@ -36,7 +36,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import check_columns, image_files
+from .core import ImageError, check_columns, image_files
 from .data import check_arch, crop_transform, get_image, normalization
 from .dataset import check_images
 from .learner import LesionNet, TwoStageNet, check_normalization, create_body, lesion_learner, lesion_splitter, two_stage_learner
@@ -47,10 +47,9 @@ def open_image(
     item, # a row with `path`, or a path
 )->PILImage: # RGB
     "Open a picture; the error for an unreadable file names it"
-    path = get_image(item)
-    try: return PILImage.create(path)
-    except Exception as e:
-        raise OSError(f"cannot read the image {path} ({type(e).__name__}: {e}); remove it, or build the data with pretext_dataloaders(..., unreadable='skip')") from e
+    try: return PILImage.create(get_image(item))
+    except (ImageError, FileNotFoundError) as e:
+        raise ImageError(f"cannot read the image {e}; remove it, or build the data with pretext_dataloaders(..., unreadable='skip')") from e
 
 class AtLeast(Transform):
     "Enlarge a picture whose shorter side is below `size` pixels, so that a window of that size fits"

@@ -1,0 +1,186 @@
+"Pictures that are broken, odd or no pictures, at every door: the right pixels, or the file and the reason."
+import io, shutil, warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from mutate import KINDS, mutated, saved
+from skin_lesions import core
+from skin_lesions.core import CODES, ImageError, read_image
+from skin_lesions.data import ham10000_dataloaders
+from skin_lesions.dataset import check_images, unlabelled_images
+from skin_lesions.learner import lesion_learner
+from skin_lesions.predict import load_predictor, save_bundle
+from skin_lesions.predictions import get_predictions
+
+INSIDE = ('Traceback', 'File "', 'site-packages', 'object at 0x', 'NoneType', 'unsupported operand') # of a library's inside, never in a reason
+pytestmark = pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::PIL.Image.DecompressionBombWarning')
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    "The thousand, as files that are all called .jpg: (kind, path)"
+    folder = tmp_path_factory.mktemp('mutated')
+    out = []
+    for i, (kind, data) in enumerate(mutated(1000)):
+        (folder/f'{i:04}.jpg').write_bytes(data)
+        out.append((kind, folder/f'{i:04}.jpg'))
+    return out
+
+
+@pytest.fixture(scope='module')
+def read(files):
+    "What the door says of each: an array, or the error"
+    out = []
+    for kind, path in files:
+        try: out.append(np.asarray(read_image(path)))
+        except ImageError as e: out.append(e)
+    return out
+
+
+def by_opencv(path):
+    "Another library's decoder, which turns by EXIF too; None where it gives up"
+    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+    return None if pixels is None else pixels[..., ::-1]
+
+
+def test_each_of_a_thousand_is_read_or_named(files, read):
+    good = {}
+    for (kind, path), got in zip(files, read):
+        if isinstance(got, ImageError):
+            assert str(got) == f'{path}: {got.why}' and 5 < len(got.why) < 300 and not any(s in got.why for s in INSIDE), str(got)
+        good.setdefault(kind, []).append(not isinstance(got, ImageError))
+    assert set(good) == {k.__name__ for k in KINDS}
+    for kind in ('zero_bytes', 'wrong_type', 'truncated', 'last_bytes_gone'): assert not any(good[kind]), kind
+    for kind in ('other_kind', 'exif', 'tiny', 'two_pictures'): assert all(good[kind]), kind
+    for kind in ('flipped', 'huge', 'other_mode', 'animated'): assert 0 < sum(good[kind]) < len(good[kind]), kind
+
+
+def test_what_is_read_has_the_pixels_of_another_decoder(files, read):
+    compared = 0
+    for (kind, path), got in zip(files, read):
+        if isinstance(got, ImageError): continue
+        other = by_opencv(path)
+        if other is None: continue
+        assert got.shape == other.shape, (kind, path)
+        assert np.abs(got.astype(int) - other).max() <= 4, (kind, path)
+        compared += 1
+    assert compared > 400
+
+
+def test_check_images_says_the_same(files, read):
+    meta = unlabelled_images(files[0][1].parent)
+    bad = check_images(meta, n_workers=2, show=False)
+    assert dict(zip(bad.path, bad.reason)) == {str(p): r.why for (_, p), r in zip(files, read) if isinstance(r, ImageError)}
+
+
+@pytest.fixture(scope='module')
+def learn(sample):
+    from skin_lesions.dataset import read_metadata
+    meta = read_metadata(sample)
+    meta = pd.concat([g.head(4) for _, g in meta.groupby('dx')], ignore_index=True)
+    dls = ham10000_dataloaders(meta.assign(is_valid=[i % 4 == 0 for i in range(len(meta))]), 32, bs=7, arch='test_efficientnet', num_workers=0, device='cpu')
+    return lesion_learner(dls, 'test_efficientnet', pretrained=False, alpha=None)
+
+
+@pytest.fixture(scope='module')
+def predictor(learn, tmp_path_factory): return load_predictor(save_bundle(learn, tmp_path_factory.mktemp('b')/'b'), device='cpu')
+
+
+def test_predict_keeps_a_row_for_each(predictor, files, read):
+    some = slice(0, 240)
+    table = predictor.predict([p for _, p in files[some]], progress=False)
+    assert list(table.image_id) == [p.stem for _, p in files[some]]
+    for (_, path), got, row in zip(files[some], read[some], table.itertuples()):
+        if isinstance(got, ImageError): assert row.problem == f'{path.name}: {got.why}' and np.isnan(row.nv)
+        else: assert row.problem is None or pd.isna(row.problem)
+    good = table.problem.isna().to_numpy()
+    pixels = predictor.predict([np.array(g) for g, ok in zip(read[some], good) if ok], progress=False)
+    np.testing.assert_allclose(pixels[list(CODES)], table.loc[good, list(CODES)].astype(float), atol=1e-6)
+    as_bytes = predictor.predict([p.read_bytes() for _, p in files[some]], progress=False, workers=0)
+    np.testing.assert_array_equal(as_bytes.problem.isna(), good)
+    pd.testing.assert_frame_equal(as_bytes.loc[good, list(CODES)], table.loc[good, list(CODES)])
+
+
+def test_get_predictions_names_the_files(learn, files, read):
+    bad = [str(p) for (_, p), r in zip(files, read) if isinstance(r, ImageError)][:3]
+    good = [str(p) for (_, p), r in zip(files, read) if not isinstance(r, ImageError)][:5]
+    assert len(get_predictions(learn, good)) == 5
+    with pytest.raises(ValueError) as e: get_predictions(learn, good + bad)
+    assert '3 of 8' in str(e.value) and all(b in str(e.value) for b in bad) and not any(s in str(e.value) for s in INSIDE)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('kind', ['truncated', 'wrong_type', 'huge', 'zero_bytes'])
+def test_training_stops_with_the_file_and_the_reason(kind, workers, learn, files, read):
+    "In this process, and in a worker process of the DataLoader"
+    if workers and kind != 'truncated': pytest.skip('one kind is enough with worker processes')
+    path, error = next((str(p), r) for (k, p), r in zip(files, read) if k == kind and isinstance(r, ImageError))
+    meta = pd.concat([learn.dls.train_ds.items, learn.dls.valid_ds.items], ignore_index=True)
+    meta.loc[meta.index[~meta.is_valid.astype(bool)][-1], 'path'] = path
+    broken = lesion_learner(ham10000_dataloaders(meta, 32, bs=7, arch='test_efficientnet', num_workers=workers, device='cpu'), 'test_efficientnet', pretrained=False, alpha=None)
+    with pytest.raises(ImageError) as e, broken.no_bar(): broken.fit(1)
+    assert str(e.value) == str(error)
+
+
+def test_training_and_prediction_see_the_same_pixels(learn, predictor, sample, tmp_path):
+    "A phone's picture, stored lying and marked as standing; not square, so that a crop would show"
+    picture = Image.open(next(Path(sample).rglob('*.jpg'))).convert('RGB').crop((0, 0, 300, 180))
+    note = Image.Exif(); note[0x0112] = 6
+    (tmp_path/'turned.png').write_bytes(saved(picture.transpose(Image.Transpose.ROTATE_90), 'PNG', exif=note))
+    (tmp_path/'plain.png').write_bytes(saved(picture, 'PNG'))
+    names = ['turned', 'plain']
+    for table in (get_predictions(learn, tmp_path), predictor.predict(tmp_path, progress=False), predictor.predict([Image.open(tmp_path/f'{n}.png') for n in names], progress=False)):
+        np.testing.assert_array_equal(table.loc[0, list(CODES)].astype(float), table.loc[1, list(CODES)].astype(float))
+    seen = [np.asarray(learn.dls.valid_ds.tls[0].tfms(tmp_path/f'{n}.png')) for n in names]
+    np.testing.assert_array_equal(seen[0], np.asarray(picture)); np.testing.assert_array_equal(seen[1], np.asarray(picture))
+
+
+def test_a_bomb_is_refused_before_it_goes_off(tmp_path, monkeypatch):
+    "400 KB that would be 1.2 GB; the limit can be moved"
+    bomb = saved(Image.new('1', (20_000, 20_000)), 'PNG')
+    assert len(bomb) < 1_000_000
+    def decoded(self): raise AssertionError('decoded')
+    monkeypatch.setattr(Image.Image, 'load', decoded)
+    with pytest.raises(ImageError, match='64,000,000'): read_image(bomb)
+    monkeypatch.undo()
+    monkeypatch.setattr(core, 'MAX_PIXELS', 100)
+    with pytest.raises(ImageError, match='12 x 10 pixels, more than the limit of 100'): read_image(saved(Image.new('RGB', (12, 10)), 'PNG'))
+
+
+def test_what_is_no_file_is_never_waited_for(tmp_path, predictor):
+    import os
+    os.mkfifo(tmp_path/'pipe.jpg')
+    table = predictor.predict([tmp_path/'pipe.jpg', tmp_path, 'a\0b.jpg', tmp_path/'gone.jpg'], progress=False)
+    for said, problem in zip(('not a plain file', 'a folder', 'null', 'no such file'), table.problem): assert said in problem
+
+
+def test_no_other_program_is_started_for_a_picture(tmp_path, monkeypatch):
+    "Pillow would call Ghostscript for PostScript"
+    import subprocess
+    eps = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n%%EOF\n'
+    with Image.open(io.BytesIO(eps)) as known: assert known.format == 'EPS'
+    def run(*args, **kwargs): raise AssertionError('a program was started')
+    monkeypatch.setattr(subprocess, 'Popen', run)
+    with pytest.raises(ImageError, match='not an image of a kind'): read_image(eps)
+
+
+@pytest.mark.parametrize('command', ['predict', 'submit', 'gradcam', 'train'])
+def test_commands_name_the_file(command, predictor, learn, files, read, sample, tmp_path, capsys, small):
+    from skin_lesions.cli import main
+    run = save_bundle(learn, tmp_path/'run')
+    (tmp_path/'new').mkdir()
+    bad = next(p for (k, p), r in zip(files, read) if k == 'truncated')
+    shutil.copy(bad, tmp_path/'new'/'bad.jpg')
+    out = tmp_path/('out' if command in ('gradcam', 'train') else 'out.csv')
+    if command == 'train':
+        data = shutil.copytree(sample, tmp_path/'data')
+        shutil.copy(bad, next(data.rglob('ISIC_*.jpg')))
+        status = main(['train', '--data', str(data), '--out', str(out), '--no-check', *small])
+    else: status = main([command, str(run), str(tmp_path/'new'), '--out', str(out), '--quiet'])
+    said = capsys.readouterr().err
+    assert status == 2 and '.jpg' in said and ('truncated' in said or 'broken' in said or 'not an image' in said or 'cannot be decoded' in said) and not any(s in said for s in INSIDE) and said.count('\n') == 1, said
