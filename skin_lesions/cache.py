@@ -5,20 +5,18 @@
 # %% auto #0
 __all__ = ['CACHE_FORMAT', 'SPARE', 'PixelStore', 'cache_folder', 'ImageCache', 'resize_cache', 'CachedBatches']
 
-# %% ../nbs/14_cache.ipynb #572151fa
-import hashlib, io, json, math, os, random, shutil, zlib
+# %% ../nbs/14_cache.ipynb #c8eac457
+import hashlib, json, os, shutil, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from fastai.data.all import DataLoaders, ToTensor
-from fastai.torch_core import TensorBase, default_device
-from fastai.vision.augment import RandomResizedCrop, Resize, ResizeMethod
+from fastai.data.all import DataLoaders
+from fastai.torch_core import default_device
+from fastai.vision.augment import RandomCrop, RandomResizedCrop, Resize
 from fastai.vision.core import PILImage, TensorImage
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -26,10 +24,19 @@ from filelock import FileLock
 from PIL import Image
 
 from .core import ImageError, check_columns, progress, read_image
-from .data import CROPS, crop_side, crop_transform, get_source
+from .data import crop_box, crop_side, crop_transform, scaled_part
 
-# %% ../nbs/14_cache.ipynb #f5b33f00
+# %% ../nbs/14_cache.ipynb #b5e65a69
 def _digest(data): return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+_ROW = dict(path=str, size=int, mtime=int, digest=str, at=int, h=int, w=int, crc=int)
+
+def _row(line, size):
+    "A line of the index; None if it is torn, or speaks of pixels that are not there"
+    try: row = json.loads(line) if line.endswith(b'\n') else None
+    except ValueError: return None
+    if not isinstance(row, dict) or any(type(row.get(k)) is not t for k,t in _ROW.items()): return None
+    return row if row['at']>=0 and row['h']>0 and row['w']>0 and row['at']+row['h']*row['w']*3<=size else None
 
 class PixelStore:
     "Pictures as pixels on disk, by the path and the content of their files"
@@ -37,7 +44,7 @@ class PixelStore:
         folder, # made if it is not there
         prepare, # from the bytes of an image file to its pixels, uint8 [height, width, 3]
     ):
-        self.folder,self.prepare,self.rows,self._map = Path(folder),prepare,{},None
+        self.folder,self.prepare,self._rows,self._map = Path(folder),prepare,None,None
         self.pixels_file,self.index_file = self.folder/'pixels.bin',self.folder/'index.jsonl'
         try: self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise self._no_room(e) from e
@@ -53,17 +60,26 @@ class PixelStore:
         "Read the index; of what was torn, nothing is taken"
         data = self.index_file.read_bytes() if self.index_file.is_file() else b''
         size = self.pixels_file.stat().st_size if self.pixels_file.is_file() else 0
-        self.rows,self.good,self.end = {},0,0 # `good`: bytes of the index that hold; `end`: bytes of pixels that they speak of
+        self._rows,self.good,self.end = {},0,0 # `good`: bytes of the index that hold; `end`: bytes of pixels that they speak of
         for line in data.splitlines(keepends=True):
-            try: row = json.loads(line) if line.endswith(b'\n') else None
-            except ValueError: row = None
-            if row is None or row['at']+row['h']*row['w']*3>size: break
-            self.rows[row['path']] = row
+            row = _row(line, size)
+            if row is None: break
+            self._rows[row['path']] = row
             self.good,self.end = self.good+len(line),max(self.end, row['at']+row['h']*row['w']*3)
+
+    @property
+    def rows(self)->dict: # a row for each path
+        "The index, read when it is needed"
+        if self._rows is None: self.load()
+        return self._rows
+
+    def release(self):
+        "Forget the index until it is needed again: it takes a kilobyte a picture"
+        self._rows = None
 
     def __len__(self): return len(self.rows)
     def __contains__(self, path): return str(path) in self.rows
-    def __getstate__(self): return self.__dict__ | {'_map': None}
+    def __getstate__(self): return self.__dict__ | {'_map': None, '_rows': None}
 
     def pixels(self)->np.ndarray: # uint8 [bytes]
         "All pixels, mapped into memory"
@@ -78,7 +94,7 @@ class PixelStore:
         row = self.rows[str(path)]
         return np.asarray(self.pixels()[row['at']:row['at']+row['h']*row['w']*3]).reshape(row['h'], row['w'], 3)
 
-# %% ../nbs/14_cache.ipynb #88a1961e
+# %% ../nbs/14_cache.ipynb #68c1c3f4
 def _stat(path):
     try: s = os.stat(path)
     except FileNotFoundError: raise FileNotFoundError(f"{path}: no such file") from None
@@ -162,7 +178,7 @@ def _check_room(self:PixelStore, found, n):
     need,free = (np.mean(sizes)*n if sizes else 0),shutil.disk_usage(self.folder).free
     if need>free: raise OSError(28, f"{n:,} pictures need about {need/2**20:,.0f} MB")
 
-# %% ../nbs/14_cache.ipynb #97d0d4cb
+# %% ../nbs/14_cache.ipynb #9cad6e9a
 CACHE_FORMAT = 1
 SPARE = 1.1 # a picture is kept as it was decoded if its shorter side is at most this many times what is needed
 
@@ -199,7 +215,7 @@ class _View:
         for t in self.item_tfms: image = t(image)
         return np.asarray(crop_transform(*self.crop)(image, split_idx=1)) # a new one each time: it keeps what it drew, and threads would share it
 
-# %% ../nbs/14_cache.ipynb #c24eecc1
+# %% ../nbs/14_cache.ipynb #3c397247
 class ImageCache:
     "Decoded pictures on disk, and batches made from them; made by `resize_cache`"
     def __init__(self,
@@ -252,22 +268,7 @@ def resize_cache(
     cache.squares.fill(meta.path[valid], label='caching validation squares', **cache.filling)
     return cache
 
-# %% ../nbs/14_cache.ipynb #638b3ecd
-def _boxes(crop, sizes):
-    "Left, top, width and height of the crop of each picture, and the size it is scaled to; None where fastai's transform must do it"
-    for w,h in sizes:
-        if isinstance(crop, RandomResizedCrop):
-            crop.before_call(SimpleNamespace(size=(w, h)), split_idx=0)
-            yield *map(int, crop.tl),*map(int, crop.cp_size)
-        elif isinstance(crop, Resize) and crop.method==ResizeMethod.Squish: yield 0,0,w,h
-        else: yield None
-
-def _scaled(picture, box, size):
-    "A part of a picture in another size, uint8 [3, height, width]"
-    x,y,w,h = box
-    part = torch.from_numpy(np.ascontiguousarray(picture[y:y+h, x:x+w])).permute(2, 0, 1)[None]
-    return F.interpolate(part, size, mode='bilinear', antialias=True, align_corners=False)[0]
-
+# %% ../nbs/14_cache.ipynb #394f0cb8
 class CachedBatches:
     "Makes the batches of a `LesionDL` from a `PixelStore`"
     def __init__(self,
@@ -280,7 +281,7 @@ class CachedBatches:
         rows = [store.rows[str(p)] for p in items.path]
         self.at,self.h,self.w = (np.array([r[k] for r in rows], dtype=np.int64) for k in ('at', 'h', 'w'))
         self.others = [self._stacked(tl) for tl in dl.dataset.tls[1:]]
-        self.crop,self.before = self._crop(dl)
+        self.crop = next(t for t in dl.after_item.fs if isinstance(t, (RandomResizedCrop, Resize, RandomCrop)))
 
     def _stacked(self, tl):
         "All targets, or all second inputs, of a loader in one tensor"
@@ -289,12 +290,6 @@ class CachedBatches:
         all_ = torch.stack([torch.as_tensor(v) for v in values])
         return all_.as_subclass(kind) if issubclass(kind, torch.Tensor) else all_
 
-    def _crop(self, dl):
-        "The crop among the loader's transforms, and those before it that the cache does not hold"
-        tfms = [t for t in dl.after_item.fs if not isinstance(t, ToTensor)]
-        at = [i for i,t in enumerate(tfms) if isinstance(t, (RandomResizedCrop, Resize)) or type(t).__name__=='RandomCrop']
-        return (tfms[at[0]],tfms[:at[0]]+tfms[at[0]+1:]) if at else (None, tfms)
-
     def picture(self, i)->np.ndarray: # uint8 [height, width, 3]
         n = self.at[i]
         return np.asarray(self.store.pixels()[n:n+self.h[i]*self.w[i]*3]).reshape(self.h[i], self.w[i], 3)
@@ -302,18 +297,18 @@ class CachedBatches:
     def images(self, idxs)->TensorImage: # uint8 [n, 3, height, width]
         "The pictures of some items, cropped"
         if self.squares: return TensorImage(torch.from_numpy(np.stack([self.picture(i) for i in idxs])).permute(0, 3, 1, 2).contiguous())
-        out = [None]*len(idxs)
-        for k,(i,box) in enumerate(zip(idxs, _boxes(self.crop, [(self.w[i], self.h[i]) for i in idxs]))):
-            out[k] = _scaled(self.picture(i), box, self.crop.size[::-1]) if box is not None else self._slowly(self.picture(i))
-        return TensorImage(torch.stack(out).contiguous())
+        return TensorImage(torch.stack([self._cropped(self.picture(i)) for i in idxs]).contiguous())
 
-    def _slowly(self, picture): return torch.from_numpy(np.array(self.crop(PILImage.create(picture), split_idx=0))).permute(2, 0, 1)
+    def _cropped(self, picture):
+        box = crop_box(self.crop, picture.shape[1::-1])
+        if box is not None: return scaled_part(picture, box, self.crop.size[::-1])
+        return torch.from_numpy(np.array(self.crop(PILImage.create(picture), split_idx=0))).permute(2, 0, 1)
 
     def batches(self, dl, samps):
         "The loader's batches, a tuple each"
         for idxs in dl.chunkify(samps): yield (self.images(idxs), *(o[torch.as_tensor(idxs)] for o in self.others))
 
-# %% ../nbs/14_cache.ipynb #9812250f
+# %% ../nbs/14_cache.ipynb #d946902b
 @patch
 def check(self:ImageCache,
     size:int, # side of the square that the network sees, pixels
@@ -336,9 +331,14 @@ def default_workers(self:ImageCache,
 @patch
 def attach(self:ImageCache,
     dls:DataLoaders, # of `LesionDL`s, without `item_tfms` or with those of the cache
+    *,
+    smallest:int=0, # raise for pictures whose shorter side is below this many pixels
 )->DataLoaders: # the same
     "Let loaders take their pictures from the cache; pictures that are missing or have changed are added first"
     for k,(dl,store) in enumerate(zip(dls.loaders, (self.pictures, self.squares))):
         store.fill(dl.dataset.items.path, label='caching', **self.filling)
         dl.cached = CachedBatches(store, dl, squares=k==1)
+        store.release()
+        least = int(np.minimum(dl.cached.h, dl.cached.w).min())
+        if least<smallest: raise ValueError(f"the smallest picture has {least} pixels at its shorter side, {smallest} are needed; use cache=None, which enlarges small pictures")
     return dls

@@ -5,26 +5,29 @@
 # %% auto #0
 __all__ = ['CROPS', 'PATIENT_COLUMNS', 'WEIGHT_KINDS', 'crop_transform', 'crop_side', 'OpenReduced', 'open_picture',
            'lesion_augmentation', 'check_arch', 'normalization', 'check_patient_columns', 'PatientEncoder',
-           'TensorPatient', 'EncodePatient', 'get_source', 'get_image', 'get_dx', 'LesionDL', 'WeightedLesionDL',
-           'ham10000_datablock', 'class_weights', 'ham10000_dataloaders', 'warn_if_weighted_twice', 'plot_examples',
-           'plot_class_frequencies']
+           'TensorPatient', 'EncodePatient', 'get_source', 'get_image', 'get_dx', 'crop_box', 'scaled_part', 'LesionDL',
+           'WeightedLesionDL', 'ham10000_datablock', 'class_weights', 'ham10000_dataloaders', 'warn_if_weighted_twice',
+           'plot_examples', 'plot_class_frequencies']
 
 # %% ../nbs/12_data.ipynb #ad9ffd79
 import math, numbers, os, re, warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import timm
 import torch
+import torch.nn.functional as F
 from fastai.callback.data import WeightedDL
-from fastai.data.all import CategoryBlock, ColSplitter, DataBlock, DataLoaders, IntToFloatTensor, Normalize, TfmdDL, Transform, TransformBlock
+from fastai.data.all import CategoryBlock, ColSplitter, DataBlock, DataLoaders, IntToFloatTensor, Normalize, TfmdDL, ToTensor, Transform, TransformBlock
 from fastai.torch_core import TensorBase, TitledStr
 from fastai.vision.augment import Brightness, Contrast, Dihedral, RandomCrop, RandomResizedCrop, Resize, ResizeMethod, Rotate, setup_aug_tfms
-from fastai.vision.core import PILImage
+from fastai.vision.core import PILImage, TensorImage
 from fastcore.basics import noop
 from fastcore.foundation import L
+from PIL import Image
 
 from .core import CODES, LESION_CLASSES, NEVUS, check_columns, full_name, read_image, unknown_name
 from .dataset import read_metadata
@@ -262,6 +265,26 @@ def get_dx(
     return item['dx'] if isinstance(item, (pd.Series, dict)) else item.dx
 
 # %% ../nbs/12_data.ipynb #876f2c62
+def crop_box(
+    crop, # fastai's transform, as from `crop_transform`
+    size, # width and height of a picture, pixels
+): # left, top, width and height of the crop; None where the transform does more than cut a box and scale it
+    "Draw the box of a training picture's crop"
+    if isinstance(crop, RandomResizedCrop):
+        crop.before_call(SimpleNamespace(size=size), split_idx=0)
+        return *map(int, crop.tl),*map(int, crop.cp_size)
+    return (0, 0, *size) if isinstance(crop, Resize) and crop.method==ResizeMethod.Squish else None
+
+def scaled_part(
+    picture:np.ndarray, # uint8 [height, width, 3]
+    box, # left, top, width, height
+    size, # height and width of the result, pixels
+)->torch.Tensor: # uint8 [3, height, width]
+    "Part of a picture in another size, bilinear with the smoothing of Pillow's `resize`"
+    x,y,w,h = box
+    part = torch.from_numpy(np.ascontiguousarray(picture[y:y+h, x:x+w])).permute(2, 0, 1)[None]
+    return F.interpolate(part, tuple(size), mode='bilinear', antialias=True, align_corners=False)[0]
+
 class LesionDL(TfmdDL):
     "fastai's `TfmdDL` that can take its batches from a cache, and names the file a worker read when it died"
     cached,reading = None,None # `reading`: of each worker, the number of its process and the place of its item, in shared memory
@@ -270,6 +293,13 @@ class LesionDL(TfmdDL):
         worker = torch.utils.data.get_worker_info()
         if worker is not None and self.reading is not None: self.reading[worker.id] = torch.tensor([os.getpid(), -1 if s is None else s])
         return super().create_item(s)
+
+    def do_item(self, s):
+        fs = self.after_item.fs
+        if not (len(fs)==2 and type(fs[0]) is RandomResizedCrop and type(fs[1]) is ToTensor and self.after_item.split_idx==0): return super().do_item(s)
+        image,*others = self.create_item(s)
+        if not isinstance(image, Image.Image): return self.after_item((image, *others))
+        return TensorImage(scaled_part(np.array(image), crop_box(fs[0], image.size), fs[0].size[::-1])),*others
 
     def create_batches(self, samps):
         return super().create_batches(samps) if self.cached is None else self.cached.batches(self, samps)

