@@ -6,7 +6,7 @@
 __all__ = ['RUN_FILES', 'STATE_FOLDER', 'new_run_folder', 'versions', 'write_json', 'read_data', 'build_learner', 'fit',
            'folder_to_train_in', 'all_scores', 'record_for_report', 'finish_run', 'describe_split', 'train', 'vars_of',
            'print_scores', 'open_run', 'load_run', 'evaluate', 'predict_unseen', 'predict', 'calibrate', 'ensemble',
-           'submit', 'export_onnx', 'gradcam', 'demo', 'argument_parser', 'main']
+           'submit', 'export_onnx', 'gradcam', 'paper', 'demo', 'argument_parser', 'main']
 
 # %% ../nbs/80_cli.ipynb #733f8970
 import argparse, json, shutil, sys, time
@@ -436,6 +436,59 @@ def gradcam(
     print(NOTICE, file=sys.stderr)
     return 0
 
+# %% ../nbs/80_cli.ipynb #2d04e29c
+def _paper_table(args):
+    "Print the tables of finished runs"
+    from skin_lesions.experiments import ROWS, ablation, current_runs, row_names, show_table, table
+    names,done = row_names(args.rows),{l['row'] for l in current_runs(args.out, args.rows, args.scale)}
+    print(show_table(table(args.out, names, args.scale)).to_string())
+    better = [n for n in names if ROWS[n].base]
+    if done & set(better): print('\ndifferences of average recall to the base, by lesion:\n' + ablation(args.out, better, args.scale).drop(columns='about').round(4).to_string(na_rep=''))
+    print(f'\nscale {args.scale}: {len(done)} of {len(names)} rows have a finished run')
+
+def paper(
+    args, # the arguments of `skin_lesions paper`
+)->int: # exit status
+    "Run rows of the paper, or print their table"
+    from skin_lesions.experiments import ROWS, SCALES, row_names, run_row
+    names = row_names(args.rows)
+    if args.list:
+        for n in names: print(f'{n:30s} {ROWS[n].about}')
+        return 0
+    if args.table: return _paper_table(args) or 0
+    todo = [(n, split, fold, seed) for seed in args.seeds for split in args.splits for fold in (args.folds if split=='lesion' else [0]) for n in names]
+    print(f"{len(todo)} runs at scale {args.scale}: {SCALES[args.scale].about}")
+    loaders = dict(num_workers=args.workers) | ({} if args.device is None else dict(device=args.device))
+    busy = 0
+    for i,(n,split,fold,seed) in enumerate(todo):
+        said = f"[{i+1}/{len(todo)}] {n}, by {split}" + (f", fold {fold}" if split=='lesion' else '') + f", seed {seed}"
+        try: line = run_row(n, args.data, split, seed, args.scale, fold=fold, out=args.out, weights=args.weights, cache=args.cache, keep_model=not args.no_models, show=args.verbose, **loaders)
+        except BlockingIOError: busy += 1; print(f'{said}: another process is at it', flush=True); continue
+        how = f"as {line['trained_as']}" if 'trained_as' in line else 'trained' if line['new'] else 'done before'
+        print(f"{said}: accuracy {line['accuracy']:.3f}, average recall {line['average_recall']:.3f} ({how}{', '+line['arch'] if line['instead_of'] else ''})", flush=True)
+    if busy: print(f'{busy} runs are with other processes; the same command finishes what they leave')
+    return 0
+
+def _add_paper_command(commands, style):
+    p = commands.add_parser('paper', help="run the rows of the paper's tables, or print them", **style)
+    add = p.add_argument
+    add('--rows', nargs='+', default=['paper'], help='names of rows, or paper, better, all; --list shows them')
+    add('--seeds', type=int, nargs='+', default=[42], help='of weights, order and augmentation')
+    add('--splits', nargs='+', choices=('image', 'lesion'), default=['image', 'lesion'], help="the paper's split by image, and that by lesion")
+    add('--folds', type=int, nargs='+', default=[0], choices=range(5), help='which of the five folds by lesion validate')
+    add('--scale', choices=('full', 'reduced', 'tiny'), default='full', help='the row as it stands; sized for a CPU; in seconds on a drawn sample')
+    add('--data', help='folder of HAM10000; without it, the usual places and HAM10000_DIR are searched, and tiny draws its own')
+    add('--out', default='experiments', help='folder of the results file and the runs')
+    add('--cache', help='folder for decoded pictures; without it, every epoch decodes them anew')
+    add('--weights', choices=('auto', 'hub', 'lite'), default='auto', help="where an architecture's ImageNet weights cannot be had (auto), or always (lite), EfficientNet-Lite0 runs and the name says so; hub: never")
+    add('--workers', type=int, default=2, help='processes that read images')
+    add('--device', help="cpu, cuda, ...; without it, fastai's default")
+    add('--no-models', action='store_true', help='do not keep the networks; other readings then need a new training')
+    add('--list', action='store_true', help='print the rows and stop')
+    add('--table', action='store_true', help='print the tables of finished runs and stop')
+    add('--verbose', action='store_true', help="show each training's progress")
+    p.set_defaults(run_command=paper)
+
 # %% ../nbs/80_cli.ipynb #3b2265a1
 def demo(
     args, # the arguments of `skin_lesions demo`
@@ -562,6 +615,7 @@ def argument_parser()->argparse.ArgumentParser: # of the command `skin_lesions`
     p.add_argument('--patients', help='CSV with image_id, age, sex, localization; for networks that were trained with patient data')
     p.add_argument('--quiet', action='store_true', help='no progress bars')
     p.set_defaults(run_command=predict)
+    _add_paper_command(commands, style)
     p = commands.add_parser('gradcam', help='show where the network looked', **style)
     p.add_argument('run', help='run folder or bundle')
     p.add_argument('images', help='an image, or a folder searched with its subfolders')
