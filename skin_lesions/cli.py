@@ -6,7 +6,7 @@
 __all__ = ['RUN_FILES', 'STATE_FOLDER', 'new_run_folder', 'versions', 'write_json', 'read_data', 'build_learner', 'fit',
            'folder_to_train_in', 'all_scores', 'record_for_report', 'finish_run', 'describe_split', 'train', 'vars_of',
            'print_scores', 'open_run', 'load_run', 'evaluate', 'predict_unseen', 'predict', 'calibrate', 'ensemble',
-           'submit', 'export_onnx', 'gradcam', 'paper', 'demo', 'argument_parser', 'main']
+           'submit', 'export_onnx', 'gradcam', 'paper', 'reproduce_bundle', 'demo', 'argument_parser', 'main']
 
 # %% ../nbs/80_cli.ipynb #733f8970
 import argparse, json, shutil, sys, time
@@ -188,10 +188,11 @@ def print_scores(table, s):
 
 # %% ../nbs/80_cli.ipynb #296b662c
 def open_run(
-    run, # a run folder or a bundle
+    run, # a run folder or a bundle, or the name of the one that comes with the package
 ): # a `Predictor`
     "The trained network of a run, ready to predict"
-    from skin_lesions.predict import load_predictor
+    from skin_lesions.predict import BUNDLE_NAMES, load_predictor
+    if str(run) in BUNDLE_NAMES and not Path(run).exists(): return load_predictor(str(run))
     run = Path(run)
     if run.is_dir() and not (run/'bundle.json').is_file():
         if (run/'run.json').is_file() and (run/'model.safetensors').is_file(): return _open_old_run(run)
@@ -302,7 +303,8 @@ def predict(
     "Print or write the predictions table of an image or a folder"
     from skin_lesions.core import CODES, NOTICE, full_name
     from skin_lesions.predictions import save_predictions
-    table = _readable(open_run(args.run).predict(args.images, _patient_table(args.patients), tta=args.tta, progress=not args.quiet))
+    run,images = (args.run, args.images) if args.images is not None else ('ham10000', args.run)
+    table = _readable(open_run(run).predict(images, _patient_table(args.patients), tta=args.tta, progress=not args.quiet))
     if args.out:
         save_predictions(table, args.out)
         print(f'{len(table)} predictions: {args.out}')
@@ -489,6 +491,39 @@ def _add_paper_command(commands, style):
     add('--verbose', action='store_true', help="show each training's progress")
     p.set_defaults(run_command=paper)
 
+# %% ../nbs/80_cli.ipynb #7b1d40c9
+_ROW_FLAGS = dict(epochs=int, size=int, arch=str, stages=int, loss=str, gamma=float, alpha=str, tau=float, mixup=float, sampling=str, crop=str, schedule=str, lr=float, bs=int)
+
+def reproduce_bundle(
+    args, # the arguments of `skin_lesions reproduce-bundle`
+)->int: # exit status
+    "Train the network of the package's bundle and what it is calibrated with, or go on"
+    from skin_lesions.reproduce import reproduce_bundle
+    none = lambda v: None if v=='none' else v
+    changes = {k: none(getattr(args, k)) for k in _ROW_FLAGS if getattr(args, k) is not None}
+    loaders = dict(num_workers=args.workers) | ({} if args.device is None else dict(device=args.device))
+    found = reproduce_bundle(args.data, args.out, args.row, folds=tuple(args.folds), seed=args.seed, scale=args.scale, minutes=args.minutes, show=not args.quiet, changes=changes, **loaders)
+    for name in ('argmax', 'decided'):
+        if found[name]: print(f"{name}: accuracy {found[name]['accuracy']:.3f}, average recall {found[name]['average_recall']:.3f} ({found[name]['low']:.3f} to {found[name]['high']:.3f})")
+    print(f"{args.out}: {found['megabytes']} MB, {'16' if found['half']['used'] else '32'}-bit weights, {found['measured_on']}")
+    return 0
+
+def _add_reproduce_command(commands, style):
+    p = commands.add_parser('reproduce-bundle', help='train the network that comes with the package, calibrate it, write bundle and model card; the same command goes on after a stop', **style)
+    add = p.add_argument
+    add('--data', help='folder of HAM10000; without it, the usual places and HAM10000_DIR are searched, and scale tiny draws its own')
+    add('--out', default='ham10000_bundle', help='folder of the bundle and, in work, of the trainings')
+    add('--row', help='row to start from; without it, two-stage EfficientNet-Lite0, 128 pixels, 20 epochs of one cycle, cross-entropy')
+    add('--folds', type=int, nargs='+', default=[0], choices=range(5), help='which of five folds by lesion are held out, each with a network of its own')
+    for k,kind in _ROW_FLAGS.items(): add(f'--{k}', type=kind, help=f"the row's {k}, instead")
+    add('--seed', type=int, default=42, help='of weights, order and augmentation')
+    add('--scale', choices=('full', 'reduced', 'tiny'), default='full', help='see skin_lesions paper')
+    add('--minutes', type=float, default=5., help='between two states within an epoch')
+    add('--workers', type=int, default=2, help='processes that read images')
+    add('--device', help="cpu, cuda, ...; without it, fastai's default")
+    add('--quiet', action='store_true', help='no line an epoch')
+    p.set_defaults(run_command=reproduce_bundle)
+
 # %% ../nbs/80_cli.ipynb #3b2265a1
 def demo(
     args, # the arguments of `skin_lesions demo`
@@ -608,14 +643,15 @@ def argument_parser()->argparse.ArgumentParser: # of the command `skin_lesions`
     p.set_defaults(run_command=evaluate)
     _add_decide_commands(commands, style)
     p = commands.add_parser('predict', help='predict an image or a folder of images', **style)
-    p.add_argument('run', help='run folder or bundle')
-    p.add_argument('images', help='an image, or a folder searched with its subfolders')
+    p.add_argument('run', help='run folder or bundle; may be left out where the trained network ham10000 comes with the package')
+    p.add_argument('images', nargs='?', help='an image, or a folder searched with its subfolders')
     p.add_argument('--out', help='CSV to write; without it, the table is printed')
     _add_tta(p)
     p.add_argument('--patients', help='CSV with image_id, age, sex, localization; for networks that were trained with patient data')
     p.add_argument('--quiet', action='store_true', help='no progress bars')
     p.set_defaults(run_command=predict)
     _add_paper_command(commands, style)
+    _add_reproduce_command(commands, style)
     p = commands.add_parser('gradcam', help='show where the network looked', **style)
     p.add_argument('run', help='run folder or bundle')
     p.add_argument('images', help='an image, or a folder searched with its subfolders')
@@ -633,7 +669,10 @@ def main(
     argv=None, # arguments; None takes those of the process
 )->int: # exit status: 0, 2 for a wrong argument or bad input, 130 after Ctrl-C
     "The command `skin_lesions`"
-    args = argument_parser().parse_args(argv)
+    parser = argument_parser()
+    args,more = parser.parse_known_args(argv)
+    if args.command=='predict' and args.images is None and len(more)==1 and not more[0].startswith('-'): args.images,more = more[0],[] # after an option
+    if more: parser.error(f"unrecognized arguments: {' '.join(more)}")
     debug = vars(args).pop('debug')
     try: return args.run_command(args)
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as e:
