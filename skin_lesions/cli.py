@@ -502,7 +502,7 @@ def reproduce_bundle(
     none = lambda v: None if v=='none' else v
     changes = {k: none(getattr(args, k)) for k in _ROW_FLAGS if getattr(args, k) is not None}
     loaders = dict(num_workers=args.workers) | ({} if args.device is None else dict(device=args.device))
-    found = reproduce_bundle(args.data, args.out, args.row, folds=tuple(args.folds), seed=args.seed, scale=args.scale, minutes=args.minutes, show=not args.quiet, changes=changes, **loaders)
+    found = reproduce_bundle(args.data, args.out, args.row, folds=tuple(args.folds), cache=args.cache, seed=args.seed, scale=args.scale, minutes=args.minutes, show=not args.quiet, changes=changes, **loaders)
     for name in ('argmax', 'decided'):
         if found[name]: print(f"{name}: accuracy {found[name]['accuracy']:.3f}, average recall {found[name]['average_recall']:.3f} ({found[name]['low']:.3f} to {found[name]['high']:.3f})")
     print(f"{args.out}: {found['megabytes']} MB, {'16' if found['half']['used'] else '32'}-bit weights, {found['measured_on']}")
@@ -518,6 +518,7 @@ def _add_reproduce_command(commands, style):
     for k,kind in _ROW_FLAGS.items(): add(f'--{k}', type=kind, help=f"the row's {k}, instead")
     add('--seed', type=int, default=42, help='of weights, order and augmentation')
     add('--scale', choices=('full', 'reduced', 'tiny'), default='full', help='see skin_lesions paper')
+    add('--cache', help='folder for decoded pictures; without it, every epoch decodes them anew')
     add('--minutes', type=float, default=5., help='between two states within an epoch')
     add('--workers', type=int, default=2, help='processes that read images')
     add('--device', help="cpu, cuda, ...; without it, fastai's default")

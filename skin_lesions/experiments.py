@@ -382,6 +382,14 @@ def _scores_of(table)->dict:
     return dict(n_valid=found['n_images'], n_valid_lesions=found['n_lesions'], **{k: found[k] for k in ('accuracy', 'average_recall', 'macro_auc')},
                 recall={c: None if np.isnan(r) else float(r) for c,r in by_class.recall.items()})
 
+def _cache(cache, row)->dict:
+    "The loaders' argument for a cache of decoded pictures; a folder serves the row's size and crop"
+    if cache is None: return {}
+    if not isinstance(cache, (str, Path)): return dict(cache=cache)
+    try: from skin_lesions.cache import ImageCache
+    except ModuleNotFoundError as e: raise ValueError("this version of skin_lesions has no cache of decoded pictures; use cache=None") from e
+    return dict(cache=ImageCache(row.size, row.crop, folder=cache))
+
 def run_row(
     name, # of a row, or a `Row`
     data=None, # folder of the data set, or the frame of `read_metadata`; None searches the usual places, at scale 'tiny' it is drawn
@@ -392,7 +400,7 @@ def run_row(
     fold:int=0, # which of five folds validates; 0 with split 'image'
     out='experiments', # folder of the results file and the runs
     weights:str='auto', # one of `WEIGHTS`
-    cache=None, # folder for decoded pictures, see `ham10000_dataloaders`; None decodes them anew
+    cache=None, # folder for decoded pictures, or what `ham10000_dataloaders(..., cache=)` takes; None decodes them anew
     keep_model:bool=True, # keep the network as a bundle
     minutes:float=10., # between two states within an epoch
     show:bool=False, # show the training's progress
@@ -408,7 +416,7 @@ def run_row(
     if _key(line) in done: return done[_key(line)] | dict(new=False)
     twin = next((l for l in done.values() if _key(l)[1:]==_key(line)[1:]), None)
     line['run'] = '-'.join(map(str, (line['digest'], split, fold, 'seed', seed, scale)))
-    if twin is None: line |= _run(row, meta, line, out, data, instead_of, keep_model, minutes, show, kwargs | (dict(cache=cache) if cache is not None else {}))
+    if twin is None: line |= _run(row, meta, line, out, data, instead_of, keep_model, minutes, show, kwargs | _cache(cache, row))
     else: line = twin | line | dict(trained_as=twin['row'])
     append_result(out, line)
     shutil.rmtree(run_folder(out, line)/'state', ignore_errors=True)

@@ -19,7 +19,7 @@ from .core import CODES, NOTICE, atomic_path, full_name
 from .data import ham10000_dataloaders
 from .decide import crossfit, decision_rule, expected_calibration_error, fit_calibration, fit_referral
 from .evaluate import scores, scores_by
-from .experiments import FOLDS, ROWS, SPLIT_SEED, Row, _data_of, _divide, _fingerprint, _interval, _lock, _recalls, _share_right, _unit_counts, _unit_draws, find_row, row_learner, scaled_row, training_config
+from .experiments import FOLDS, ROWS, SPLIT_SEED, Row, _cache, _data_of, _divide, _fingerprint, _interval, _lock, _recalls, _share_right, _unit_counts, _unit_draws, find_row, row_learner, scaled_row, training_config
 from .predict import half_difference, load_predictor, save_bundle, versions
 from .predictions import get_predictions, read_predictions, save_predictions
 from .resume import ResumeCallback
@@ -123,7 +123,7 @@ def reproduce_bundle(
     seed:int=42, # of weights, order and augmentation
     scale:str='full', # one of `SCALES`
     weights:str='auto', # see `scaled_row`
-    cache=None, # for `ham10000_dataloaders`; None decodes the pictures in every epoch
+    cache=None, # folder for decoded pictures, or what `ham10000_dataloaders(..., cache=)` takes; None decodes them in every epoch
     rule:str='prior', # how a diagnosis is made, see `decision_rule`
     sensitivity:float=.95, # share of the malignant images to refer
     tolerance:float=.01, # weights become 16-bit if no probability moves by more than this
@@ -139,7 +139,7 @@ def reproduce_bundle(
     row,_ = scaled_row(bundle_row(row, **(changes or {})), scale, weights=weights)
     meta = _data_of(data, scale, out/'work')
     about = _fingerprint(meta)
-    kw = dict(minutes=minutes, show=show, dls_kwargs=kwargs | (dict(cache=cache) if cache is not None else {}))
+    kw = dict(minutes=minutes, show=show, dls_kwargs=kwargs | _cache(cache, row))
     work = out/'work'/_digest(row, about, seed)
     with _lock(out/'work'/'.lock', wait=False) as free:
         if not free: raise BlockingIOError(f"{out} is being worked on by another process; wait for it")
