@@ -6,7 +6,7 @@
 __all__ = ['RUN_FILES', 'STATE_FOLDER', 'new_run_folder', 'versions', 'write_json', 'read_data', 'build_learner', 'fit',
            'folder_to_train_in', 'all_scores', 'record_for_report', 'finish_run', 'describe_split', 'train', 'vars_of',
            'print_scores', 'open_run', 'load_run', 'evaluate', 'predict_unseen', 'predict', 'calibrate', 'ensemble',
-           'submit', 'export_onnx', 'gradcam', 'demo', 'argument_parser', 'main']
+           'submit', 'export_onnx', 'gradcam', 'paper', 'reproduce_bundle', 'demo', 'argument_parser', 'main']
 
 # %% ../nbs/80_cli.ipynb #733f8970
 import argparse, json, shutil, sys, time
@@ -188,10 +188,11 @@ def print_scores(table, s):
 
 # %% ../nbs/80_cli.ipynb #296b662c
 def open_run(
-    run, # a run folder or a bundle
+    run, # a run folder or a bundle, or the name of the one that comes with the package
 ): # a `Predictor`
     "The trained network of a run, ready to predict"
-    from skin_lesions.predict import load_predictor
+    from skin_lesions.predict import BUNDLE_NAMES, load_predictor
+    if str(run) in BUNDLE_NAMES and not Path(run).exists(): return load_predictor(str(run))
     run = Path(run)
     if run.is_dir() and not (run/'bundle.json').is_file():
         if (run/'run.json').is_file() and (run/'model.safetensors').is_file(): return _open_old_run(run)
@@ -306,7 +307,8 @@ def predict(
     "Print or write the predictions table of an image or a folder"
     from skin_lesions.core import CODES, NOTICE, full_name
     from skin_lesions.predictions import save_predictions
-    table = _readable(open_run(args.run).predict(args.images, _patient_table(args.patients), tta=args.tta, progress=not args.quiet))
+    run,images = (args.run, args.images) if args.images is not None else ('ham10000', args.run)
+    table = _readable(open_run(run).predict(images, _patient_table(args.patients), tta=args.tta, progress=not args.quiet))
     if args.out:
         save_predictions(table, args.out)
         print(f'{len(table)} predictions: {args.out}')
@@ -440,6 +442,93 @@ def gradcam(
     print(NOTICE, file=sys.stderr)
     return 0
 
+# %% ../nbs/80_cli.ipynb #2d04e29c
+def _paper_table(args):
+    "Print the tables of finished runs"
+    from skin_lesions.experiments import ROWS, ablation, current_runs, row_names, show_table, table
+    names,done = row_names(args.rows),{l['row'] for l in current_runs(args.out, args.rows, args.scale)}
+    print(show_table(table(args.out, names, args.scale)).to_string())
+    better = [n for n in names if ROWS[n].base]
+    if done & set(better): print('\ndifferences of average recall to the base, by lesion:\n' + ablation(args.out, better, args.scale).drop(columns='about').round(4).to_string(na_rep=''))
+    print(f'\nscale {args.scale}: {len(done)} of {len(names)} rows have a finished run')
+
+def paper(
+    args, # the arguments of `skin_lesions paper`
+)->int: # exit status
+    "Run rows of the paper, or print their table"
+    from skin_lesions.experiments import ROWS, SCALES, row_names, run_row
+    names = row_names(args.rows)
+    if args.list:
+        for n in names: print(f'{n:30s} {ROWS[n].about}')
+        return 0
+    if args.table: return _paper_table(args) or 0
+    todo = [(n, split, fold, seed) for seed in args.seeds for split in args.splits for fold in (args.folds if split=='lesion' else [0]) for n in names]
+    print(f"{len(todo)} runs at scale {args.scale}: {SCALES[args.scale].about}")
+    loaders = dict(num_workers=args.workers) | ({} if args.device is None else dict(device=args.device))
+    busy = 0
+    for i,(n,split,fold,seed) in enumerate(todo):
+        said = f"[{i+1}/{len(todo)}] {n}, by {split}" + (f", fold {fold}" if split=='lesion' else '') + f", seed {seed}"
+        try: line = run_row(n, args.data, split, seed, args.scale, fold=fold, out=args.out, weights=args.weights, cache=args.cache, keep_model=not args.no_models, show=args.verbose, **loaders)
+        except BlockingIOError: busy += 1; print(f'{said}: another process is at it', flush=True); continue
+        how = f"as {line['trained_as']}" if 'trained_as' in line else 'trained' if line['new'] else 'done before'
+        print(f"{said}: accuracy {line['accuracy']:.3f}, average recall {line['average_recall']:.3f} ({how}{', '+line['arch'] if line['instead_of'] else ''})", flush=True)
+    if busy: print(f'{busy} runs are with other processes; the same command finishes what they leave')
+    return 0
+
+def _add_paper_command(commands, style):
+    p = commands.add_parser('paper', help="run the rows of the paper's tables, or print them", **style)
+    add = p.add_argument
+    add('--rows', nargs='+', default=['paper'], help='names of rows, or paper, better, all; --list shows them')
+    add('--seeds', type=int, nargs='+', default=[42], help='of weights, order and augmentation')
+    add('--splits', nargs='+', choices=('image', 'lesion'), default=['image', 'lesion'], help="the paper's split by image, and that by lesion")
+    add('--folds', type=int, nargs='+', default=[0], choices=range(5), help='which of the five folds by lesion validate')
+    add('--scale', choices=('full', 'reduced', 'tiny'), default='full', help='the row as it stands; sized for a CPU; in seconds on a drawn sample')
+    add('--data', help='folder of HAM10000; without it, the usual places and HAM10000_DIR are searched, and tiny draws its own')
+    add('--out', default='experiments', help='folder of the results file and the runs')
+    add('--cache', help='folder for decoded pictures; without it, every epoch decodes them anew')
+    add('--weights', choices=('auto', 'hub', 'lite'), default='auto', help="where an architecture's ImageNet weights cannot be had (auto), or always (lite), EfficientNet-Lite0 runs and the name says so; hub: never")
+    add('--workers', type=int, default=2, help='processes that read images')
+    add('--device', help="cpu, cuda, ...; without it, fastai's default")
+    add('--no-models', action='store_true', help='do not keep the networks; other readings then need a new training')
+    add('--list', action='store_true', help='print the rows and stop')
+    add('--table', action='store_true', help='print the tables of finished runs and stop')
+    add('--verbose', action='store_true', help="show each training's progress")
+    p.set_defaults(run_command=paper)
+
+# %% ../nbs/80_cli.ipynb #7b1d40c9
+_ROW_FLAGS = dict(epochs=int, size=int, arch=str, stages=int, loss=str, gamma=float, alpha=str, tau=float, mixup=float, sampling=str, crop=str, schedule=str, lr=float, bs=int)
+
+def reproduce_bundle(
+    args, # the arguments of `skin_lesions reproduce-bundle`
+)->int: # exit status
+    "Train the network of the package's bundle and what it is calibrated with, or go on"
+    from skin_lesions.reproduce import reproduce_bundle
+    none = lambda v: None if v=='none' else v
+    changes = {k: none(getattr(args, k)) for k in _ROW_FLAGS if getattr(args, k) is not None}
+    loaders = dict(num_workers=args.workers) | ({} if args.device is None else dict(device=args.device))
+    found = reproduce_bundle(args.data, args.out, args.row, folds=tuple(args.folds), cache=args.cache, seed=args.seed, scale=args.scale, minutes=args.minutes, show=not args.quiet, changes=changes, **loaders)
+    for name in ('argmax', 'decided'):
+        if found[name]: print(f"{name}: accuracy {found[name]['accuracy']:.3f}, average recall {found[name]['average_recall']:.3f} ({found[name]['low']:.3f} to {found[name]['high']:.3f})")
+    print(f"{args.out}: {found['megabytes']} MB, {'16' if found['half']['used'] else '32'}-bit weights, {found['measured_on']}")
+    return 0
+
+def _add_reproduce_command(commands, style):
+    p = commands.add_parser('reproduce-bundle', help='train the network that comes with the package, calibrate it, write bundle and model card; the same command goes on after a stop', **style)
+    add = p.add_argument
+    add('--data', help='folder of HAM10000; without it, the usual places and HAM10000_DIR are searched, and scale tiny draws its own')
+    add('--out', default='ham10000_bundle', help='folder of the bundle and, in work, of the trainings')
+    add('--row', help='row to start from; without it, two-stage EfficientNet-Lite0, 128 pixels, 20 epochs of one cycle, cross-entropy')
+    add('--folds', type=int, nargs='+', default=[0], choices=range(5), help='which of five folds by lesion are held out, each with a network of its own')
+    for k,kind in _ROW_FLAGS.items(): add(f'--{k}', type=kind, help=f"the row's {k}, instead")
+    add('--seed', type=int, default=42, help='of weights, order and augmentation')
+    add('--scale', choices=('full', 'reduced', 'tiny'), default='full', help='see skin_lesions paper')
+    add('--cache', help='folder for decoded pictures; without it, every epoch decodes them anew')
+    add('--minutes', type=float, default=5., help='between two states within an epoch')
+    add('--workers', type=int, default=2, help='processes that read images')
+    add('--device', help="cpu, cuda, ...; without it, fastai's default")
+    add('--quiet', action='store_true', help='no line an epoch')
+    p.set_defaults(run_command=reproduce_bundle)
+
 # %% ../nbs/80_cli.ipynb #3b2265a1
 def demo(
     args, # the arguments of `skin_lesions demo`
@@ -559,13 +648,15 @@ def argument_parser()->argparse.ArgumentParser: # of the command `skin_lesions`
     p.set_defaults(run_command=evaluate)
     _add_decide_commands(commands, style)
     p = commands.add_parser('predict', help='predict an image or a folder of images', **style)
-    p.add_argument('run', help='run folder or bundle')
-    p.add_argument('images', help='an image, or a folder searched with its subfolders')
+    p.add_argument('run', help='run folder or bundle; may be left out where the trained network ham10000 comes with the package')
+    p.add_argument('images', nargs='?', help='an image, or a folder searched with its subfolders')
     p.add_argument('--out', help='CSV to write; without it, the table is printed')
     _add_tta(p)
     p.add_argument('--patients', help='CSV with image_id, age, sex, localization; for networks that were trained with patient data')
     p.add_argument('--quiet', action='store_true', help='no progress bars')
     p.set_defaults(run_command=predict)
+    _add_paper_command(commands, style)
+    _add_reproduce_command(commands, style)
     p = commands.add_parser('gradcam', help='show where the network looked', **style)
     p.add_argument('run', help='run folder or bundle')
     p.add_argument('images', help='an image, or a folder searched with its subfolders')
@@ -583,7 +674,10 @@ def main(
     argv=None, # arguments; None takes those of the process
 )->int: # exit status: 0, 2 for a wrong argument or bad input, 130 after Ctrl-C
     "The command `skin_lesions`"
-    args = argument_parser().parse_args(argv)
+    parser = argument_parser()
+    args,more = parser.parse_known_args(argv)
+    if args.command=='predict' and args.images is None and len(more)==1 and not more[0].startswith('-'): args.images,more = more[0],[] # after an option
+    if more: parser.error(f"unrecognized arguments: {' '.join(more)}")
     debug = vars(args).pop('debug')
     try: return args.run_command(args)
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as e:
