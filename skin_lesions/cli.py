@@ -131,18 +131,18 @@ def finish_run(args, learn, meta, record, out):
     from skin_lesions.predictions import get_predictions
     valid = learn.dls.valid_ds.items.reset_index(drop=True)
     table = over_ranks(lambda part: get_predictions(learn, part, show=not args.quiet), valid)
-    return on_rank0(_write_results, args, table, meta, record, out)
+    record['scores'] = on_rank0(all_scores, table)
+    on_rank0(_write_results, args, table, meta, record, out)
+    return table
 
 def _write_results(args, table, meta, record, out):
     from skin_lesions.evaluate import html_report
     from skin_lesions.predict import update_bundle
     from skin_lesions.predictions import save_predictions
     save_predictions(table, out/'predictions.csv')
-    record['scores'] = all_scores(table)
     write_json(record, out/'run.json')
     update_bundle(out, scores=record['scores'])
     html_report(table, out/'report.html', history=out/'history.csv', run=record_for_report(record), meta=meta, title=f"{args.model} {args.arch}, {record['split']['rule']}")
-    return table
 
 # %% ../nbs/80_cli.ipynb #140f2cbd
 def describe_split(args, meta):

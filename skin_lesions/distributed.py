@@ -29,13 +29,17 @@ from .resume import ResumeCallback
 def n_ranks()->int: return max(1, num_distrib()) # how many processes train together; 1 unless a launcher started several
 def this_rank()->int: return rank_distrib() if n_ranks()>1 else 0 # the number of this one, from 0; rank 0 writes and prints
 
+_ONE_STARTED = ("accelerate was asked for several processes, but this one has not been told of the others: `accelerate launch --cpu` starts only one, or several through MPI, which is not supported. "
+                "Use `accelerate launch --multi_gpu --num_processes N`, which works without GPUs too, or `torchrun --nproc_per_node N`")
 _OTHER_PLUGINS = ('ACCELERATE_USE_DEEPSPEED', 'ACCELERATE_USE_FSDP', 'ACCELERATE_USE_MEGATRON_LM')
 
 def start_ranks(
     timeout:float=1800., # how long a rank waits for the others, seconds
 )->torch.device: # of this rank; None for a single process
     "Connect the processes that a launcher started: NCCL with GPUs, gloo without"
-    if n_ranks()==1: return None
+    if n_ranks()==1:
+        if all(k in os.environ for k in ('ACCELERATE_MIXED_PRECISION', 'MASTER_PORT')) and 'WORLD_SIZE' not in os.environ: raise ValueError(_ONE_STARTED)
+        return None
     try: from accelerate import PartialState
     except ImportError as e: raise ModuleNotFoundError(f"training in {n_ranks()} processes (WORLD_SIZE) needs accelerate: pip install accelerate") from e
     on = [k for k in _OTHER_PLUGINS if os.environ.get(k, 'false').lower() in ('1', 'true')]
@@ -128,8 +132,9 @@ def rank_places(
 class _OfRank:
     "Mixed into a loader's class by `rank_loader`"
     def get_idxs(self):
-        idxs = np.asarray(share(list(self._drawn() if self._drawn else super().get_idxs())), dtype=np.int64)
-        return idxs[self._places(len(idxs))].tolist()
+        idxs = list(self._drawn() if self._drawn else super().get_idxs())
+        if self.rank_of[1]>1: idxs = share(idxs)
+        return np.asarray(idxs, dtype=np.int64)[self._places(len(idxs))].tolist()
 
     def _places(self, n): return rank_places(n, self.bs, *self.rank_of, drop_last=self.drop_last, equal=self._equal)
     def __len__(self): return -(-len(self._places(getattr(self, 'max_n', None) or self.n))//self.bs)

@@ -265,6 +265,16 @@ def test_other_ways_of_the_launcher_are_refused(monkeypatch, asked):
     with pytest.raises(ValueError, match='launch'): start_ranks()
 
 
+def test_one_process_of_several_asked_for_is_refused(monkeypatch):
+    "What `accelerate launch --cpu --num_processes 2` does"
+    from skin_lesions.distributed import start_ranks
+    monkeypatch.delenv('WORLD_SIZE', raising=False)
+    monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'no')
+    assert start_ranks() is None # one was asked for
+    monkeypatch.setenv('MASTER_PORT', '29500')
+    with pytest.raises(ValueError, match='--multi_gpu --num_processes N'): start_ranks()
+
+
 def launch(launcher, data, out, small, cwd, *more):
     command = [sys.executable, '-W', 'ignore', '-m', *launcher, '-m', 'skin_lesions.cli', 'train', '--data', str(data), '--out', out, *small, *more]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=400, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'})
