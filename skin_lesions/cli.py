@@ -9,7 +9,7 @@ __all__ = ['RUN_FILES', 'STATE_FOLDER', 'new_run_folder', 'versions', 'write_jso
            'submit', 'export_onnx', 'gradcam', 'paper', 'reproduce_bundle', 'demo', 'argument_parser', 'main']
 
 # %% ../nbs/80_cli.ipynb #733f8970
-import argparse, json, shutil, sys, time
+import argparse, json, os, shutil, sys, time
 from pathlib import Path
 
 # %% ../nbs/80_cli.ipynb #9b2a4de0
@@ -73,15 +73,21 @@ def fit(args, learn, out):
     from contextlib import nullcontext
     from fastai.callback.progress import CSVLogger
     import fastai.callback.schedule
+    from skin_lesions.distributed import n_ranks, on_rank0
     from skin_lesions.resume import ResumeCallback
     learn.path,state = out,out/STATE_FOLDER
+    on_rank0(_note_arguments, args, state)
+    with (learn.no_bar() if args.quiet else nullcontext()):
+        try: learn.fit_one_cycle(args.epochs, args.lr, cbs=[CSVLogger(fname='history.csv'), ResumeCallback(state, minutes=10 if n_ranks()==1 else None)])
+        except KeyboardInterrupt:
+            if n_ranks()>1: raise # the launcher stops all; the state of the last whole epoch is there
+            return False
+    on_rank0(shutil.rmtree, state)
+    return True
+
+def _note_arguments(args, state):
     state.mkdir(exist_ok=True)
     write_json(_asked(args), state/'arguments.json')
-    with (learn.no_bar() if args.quiet else nullcontext()):
-        try: learn.fit_one_cycle(args.epochs, args.lr, cbs=[CSVLogger(fname='history.csv'), ResumeCallback(state, minutes=10)])
-        except KeyboardInterrupt: return False
-    shutil.rmtree(state)
-    return True
 
 STATE_FOLDER = 'state' # of a training that is not finished, in its run folder
 
@@ -121,16 +127,22 @@ def record_for_report(record, data=None):
 # %% ../nbs/80_cli.ipynb #9d69c35c
 def finish_run(args, learn, meta, record, out):
     "Predict the validation images; write predictions, report and record"
+    from skin_lesions.distributed import on_rank0, over_ranks
+    from skin_lesions.predictions import get_predictions
+    valid = learn.dls.valid_ds.items.reset_index(drop=True)
+    table = over_ranks(lambda part: get_predictions(learn, part, show=not args.quiet), valid)
+    record['scores'] = on_rank0(all_scores, table)
+    on_rank0(_write_results, args, table, meta, record, out)
+    return table
+
+def _write_results(args, table, meta, record, out):
     from skin_lesions.evaluate import html_report
     from skin_lesions.predict import update_bundle
-    from skin_lesions.predictions import get_predictions, save_predictions
-    table = get_predictions(learn, show=not args.quiet)
+    from skin_lesions.predictions import save_predictions
     save_predictions(table, out/'predictions.csv')
-    record['scores'] = all_scores(table)
     write_json(record, out/'run.json')
     update_bundle(out, scores=record['scores'])
     html_report(table, out/'report.html', history=out/'history.csv', run=record_for_report(record), meta=meta, title=f"{args.model} {args.arch}, {record['split']['rule']}")
-    return table
 
 # %% ../nbs/80_cli.ipynb #140f2cbd
 def describe_split(args, meta):
@@ -146,26 +158,35 @@ def describe_split(args, meta):
 def train(
     args, # the arguments of `skin_lesions train`
 )->int: # exit status: 0, or 130 after Ctrl-C
-    "Train a classifier and write its run folder"
+    "Train a classifier and write its run folder, alone or with the other processes that a launcher started"
+    from skin_lesions.distributed import ranks
+    if args.epochs<1: raise ValueError(f"--epochs must be 1 or more, got {args.epochs}")
+    with ranks(): return _train(args)
+
+def _train(args):
     from fastai.torch_core import set_seed
     from skin_lesions.data import class_weights, ham10000_dataloaders
-    from skin_lesions.predict import save_bundle
-    if args.epochs<1: raise ValueError(f"--epochs must be 1 or more, got {args.epochs}")
-    out,start = folder_to_train_in(args),time.time()
-    meta,folder = read_data(args)
+    from skin_lesions.distributed import distributed, n_ranks, on_rank0
+    out,start = on_rank0(folder_to_train_in, args),time.time()
+    meta,folder = on_rank0(read_data, args)
     if args.nv is not None and args.alpha=='none': raise ValueError('--nv is a factor on class weights; it needs another --alpha than none')
     alpha = (None if args.alpha=='none' else args.alpha) if args.nv is None else class_weights(meta, 'inverse' if args.alpha=='auto' else args.alpha, nv=args.nv)
     set_seed(args.seed, reproducible=True)
     dls = ham10000_dataloaders(meta, args.size, args.crop, args.bs, arch=args.arch, sampling=None if args.sampling=='none' else args.sampling, num_workers=args.workers)
     learn = build_learner(args, dls, alpha)
-    record = dict(arguments=vars_of(args), data=str(folder), weights=learn.model.body.weights_from, split=describe_split(args, meta), versions=versions(), classes=list(dls.vocab))
-    meta[['image_id', 'dx', 'group', 'is_valid']].to_csv(out/'split.csv', index=False)
+    record = dict(arguments=vars_of(args), data=str(folder), weights=learn.model.body.weights_from, split=describe_split(args, meta), versions=versions(), classes=list(dls.vocab), processes=n_ranks())
+    on_rank0(lambda: meta[['image_id', 'dx', 'group', 'is_valid']].to_csv(out/'split.csv', index=False))
     print(f"{args.model} {args.arch} ({record['weights']} weights), {record['split']['train_images']} images for training, {record['split']['valid_images']} of "
           f"{record['split']['valid_lesions']} lesions for validation, split {record['split']['rule']}")
+    with distributed(learn): return _fit_and_finish(args, learn, meta, record, out, start)
+
+def _fit_and_finish(args, learn, meta, record, out, start):
+    from skin_lesions.distributed import on_rank0
+    from skin_lesions.predict import save_bundle
     complete = fit(args, learn, out)
-    save_bundle(learn, out, split=record['split'] | dict(data=record['data']), overwrite=True)
+    on_rank0(lambda: save_bundle(learn, out, split=record['split'] | dict(data=record['data']), overwrite=True) and None)
     record |= dict(complete=complete, epochs_done=len(learn.recorder.values), minutes=round((time.time()-start)/60, 2))
-    write_json(record, out/'run.json')
+    on_rank0(write_json, record, out/'run.json')
     if not complete:
         print(f"\nstopped by Ctrl-C after {record['epochs_done']} whole epochs; what was learnt so far is in {out/'model.safetensors'}; skin_lesions evaluate {out} scores it, the same command with --resume goes on")
         return 130
@@ -569,7 +590,7 @@ def _add_train_arguments(p):
     add('--size', type=int, default=128, help='side of the image that the network sees, pixels')
     add('--crop', choices=('random', 'resize', 'window'), default='random', help='how the picture becomes a square')
     add('--epochs', type=int, default=10, help='times through the training images')
-    add('--bs', type=int, default=64, help='images in a batch')
+    add('--bs', type=int, default=64, help='images in a batch, of each process')
     add('--lr', type=float, default=1e-3, help='highest learning rate of the one-cycle schedule')
     add('--gamma', type=float, default=1., help='focusing strength of the focal loss')
     add('--alpha', choices=('auto', 'none', 'inverse', 'sqrt', 'effective'), default='auto', help='class weights of the loss; auto: inverse, unless --sampling weighs already')
@@ -580,7 +601,7 @@ def _add_train_arguments(p):
     add('--fold', type=int, default=0, help='which fold of the lesion split is for validation')
     add('--folds', type=int, default=5, help='folds of the lesion split')
     add('--seed', type=int, default=42, help='of the split, the weights and the order of the images')
-    add('--workers', type=int, default=2, help='processes that read images')
+    add('--workers', type=int, default=2, help='processes that read images, for each one that trains')
     add('--no-check', action='store_true', help='do not decode every image once before training')
     add('--drop-bad', action='store_true', help='leave out missing and unreadable images instead of stopping')
     add('--quiet', action='store_true', help='no progress bars')
@@ -682,7 +703,8 @@ def main(
     try: return args.run_command(args)
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as e:
         if debug: raise
-        print(f'skin_lesions {args.command}: {e}', file=sys.stderr)
+        said_by = getattr(e, 'said_by', None) # of an error that all processes of a training share, the one that says it
+        if said_by is None or said_by==int(os.environ.get('RANK', 0)): print(f'skin_lesions {args.command}: {e}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f'\nskin_lesions {args.command}: stopped by Ctrl-C', file=sys.stderr)

@@ -349,6 +349,7 @@ class JointRotation(JointPretext):
 # %% ../nbs/40_pretext.ipynb #e863d738
 class CallbackValue(Metric):
     "The mean over the images of a value that a callback notes for each batch"
+    rank_state = ('total', 'n') # see `skin_lesions.distributed`
     def __init__(self,
         cb, # the callback
         attr:str, # of the callback: a number for a batch
