@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-MODULES = ['core', 'synthetic', 'dataset', 'split', 'data', 'preprocess', 'losses', 'mixup', 'metrics', 'resume', 'learner', 'pretext', 'gradcam', 'predictions', 'evaluate', 'decide', 'predict', 'experiments', 'cli']
+MODULES = ['core', 'synthetic', 'dataset', 'split', 'data', 'preprocess', 'losses', 'mixup', 'metrics', 'resume', 'ema', 'learner', 'pretext', 'gradcam', 'predictions', 'evaluate', 'decide', 'predict', 'experiments', 'cli']
 
 
 @pytest.mark.parametrize('module', MODULES)
