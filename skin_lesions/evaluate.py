@@ -625,6 +625,8 @@ def plot_history(
     return fig
 
 # %% ../nbs/61_evaluate.ipynb #9643591e
+_NO_SCRIPTS = '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">' # a second lock, should a text ever come through unescaped
+
 def _esc(x)->str:
     "Text for HTML"
     if isinstance(x, float): x = f'{x:.6g}'
@@ -780,7 +782,7 @@ def html_report(
     if history is not None: history = _read_history(history)
     every = _score_intervals(table, 1000, 42, .95)
     with matplotlib.style.context('default'): points, figures = _html_points(table), _html_figures(table, history)
-    page = [f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    page = [f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{_NO_SCRIPTS}'
             f'<title>{_esc(title)}</title><style>{_STYLE}</style></head><body><main><h1>{_esc(title)}</h1><p class="notice">{_esc(NOTICE)}</p>',
             _html_scores(table, every), '<h2>What was evaluated</h2>', _html_evaluated(table, run), _html_classes(table, every),
             points, '' if meta is None else _html_subgroups(table, meta), figures, '<h2>What the scores mean</h2><dl>' + ''.join(f'<dt>{a}</dt><dd>{b}</dd>' for a,b in _DEFINITIONS) + '</dl>',
