@@ -226,9 +226,9 @@ class _Reading(GetAttr):
     def __len__(self): return len(self.dl)
     def __iter__(self):
         try: yield from self.dl
-        except OSError as e: # of a worker, it comes with the worker's traceback
+        except (OSError, ValueError) as e: # of a worker, it comes with the worker's traceback
             why = str(e).strip().splitlines()[-1:] or [type(e).__name__]
-            raise OSError(f"{why[0]}; a file of epoch {self.resume.epoch} could not be read. {self.resume._where()}; put the data back and call fit again with the same arguments (in the shell: the same command and --resume)") from e
+            raise (OSError if isinstance(e, OSError) else ValueError)(f"{why[0]}; a file of epoch {self.resume.epoch} could not be read. {self.resume._where()}; put the data back and call fit again with the same arguments (in the shell: the same command and --resume)") from e
 
 class _SkipBatches(Callback):
     "Cancel the batches that a resumed epoch has done; first of all callbacks"
