@@ -56,7 +56,8 @@ def _read_split(run):
     import pandas as pd
     from skin_lesions.core import check_columns
     from skin_lesions.predictions import original_cells
-    split = original_cells(pd.read_csv(run/'split.csv', dtype={'image_id': str, 'dx': str, 'group': str}, keep_default_na=False))
+    try: split = original_cells(pd.read_csv(run/'split.csv', dtype={'image_id': str, 'dx': str, 'group': str}, keep_default_na=False))
+    except ValueError as e: raise ValueError(f"{run/'split.csv'} cannot be read as a table: {e}") from e
     check_columns(split, ['image_id', 'group', 'is_valid'], name=str(run/'split.csv'))
     return split
 
@@ -225,7 +226,7 @@ def _open_old_run(run):
     from skin_lesions.predict import Predictor, bundle_record
     try:
         args = argparse.Namespace(**_read_json(run/'run.json')['arguments'])
-        args.size,args.crop,args.arch,args.model
+        args.size,args.crop,args.arch,args.model,args.gamma,args.mixup,args.lr
     except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"{run/'run.json'} is damaged or no record of a run ({type(e).__name__}: {e})") from e
     frame = pd.DataFrame({'path': [Image.new('RGB', (64, 64))]*2, 'dx': ['nv', 'nv'], 'is_valid': [False, True]}) # a DataBlock wants items; these are never used
     dls = ham10000_dataloaders(frame, args.size, args.crop, 1, arch=args.arch, augment=False, num_workers=0)
@@ -311,7 +312,8 @@ def _patient_table(path):
     if path is None: return None
     import pandas as pd
     from skin_lesions.core import check_columns
-    table = pd.read_csv(path, dtype={'image_id': str})
+    try: table = pd.read_csv(path, dtype={'image_id': str}, compression=None)
+    except ValueError as e: raise ValueError(f"{path} cannot be read as a table: {e}; --patients takes a plain CSV") from e
     check_columns(table, ['image_id'], name=str(path), why='--patients finds the row of each picture by it')
     return table
 
@@ -600,7 +602,7 @@ def main(
     args = argument_parser().parse_args(argv)
     debug = vars(args).pop('debug')
     try: return args.run_command(args)
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as e:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError) as e:
         if debug: raise
         print(f'skin_lesions {args.command}: {e}', file=sys.stderr)
         return 2

@@ -146,7 +146,7 @@ def _read_table(file):
     with open(file, encoding='utf-8-sig', errors='replace') as f: head = f.readline()
     if not head.strip(): raise ValueError(f"{file} is empty")
     sep = max('\t;,', key=head.count)
-    try: df = pd.read_csv(file, sep=sep, dtype=str, encoding='utf-8-sig', encoding_errors='replace', keep_default_na=False, skip_blank_lines=False)
+    try: df = pd.read_csv(file, sep=sep, dtype=str, encoding='utf-8-sig', encoding_errors='replace', keep_default_na=False, skip_blank_lines=False, compression=None)
     except pd.errors.ParserError as e: raise ValueError(f"{file} cannot be read as a table: {e}") from e
     df.columns = [str(c).strip() for c in df.columns]
     df = df.fillna('').apply(lambda c: c.str.strip())

@@ -345,7 +345,7 @@ def _sources(meta)->pd.Series:
     folders = list(Path(meta.path.iloc[0]).absolute().parents)[:3] if 'path' in meta and len(meta) else []
     for file in (f/'HAM10000_sources.csv' for f in folders):
         if not file.is_file(): continue
-        known = pd.read_csv(file, dtype=str)
+        known = pd.read_csv(file, dtype=str, compression=None)
         check_columns(known, ['image_id', 'dataset'], name=str(file), why="'dataset' is the source of each image")
         return meta.image_id.map(dict(zip(known.image_id, known.dataset)))
     raise ValueError("meta has no column 'source', and no HAM10000_sources.csv lies above its images; give meta a column 'source'")
@@ -586,7 +586,7 @@ def _read_history(history)->pd.DataFrame:
     if isinstance(history, (str, Path)):
         path = Path(history)
         if not path.is_file(): raise FileNotFoundError(f"no history at {path}")
-        try: history = pd.read_csv(path)
+        try: history = pd.read_csv(path, compression=None)
         except pd.errors.EmptyDataError: raise ValueError(f"{path} is empty; a history has a header and a row an epoch") from None
     check_columns(history, ['epoch', 'train_loss', 'valid_loss'], name='history', why="expected what fastai's CSVLogger writes")
     history = history[[c for c in ('epoch', 'train_loss', 'valid_loss', *_RECALLS) if c in history]].apply(pd.to_numeric, errors='coerce')
