@@ -43,6 +43,24 @@ def write_json(
     from skin_lesions.core import atomic_path
     with atomic_path(path) as tmp: tmp.write_text(json.dumps(data, indent=1, default=str) + '\n', encoding='utf-8')
 
+def _read_json(path, most=2**24):
+    "The object in a JSON file of at most so many bytes"
+    if Path(path).stat().st_size>most: raise ValueError(f"{path} has {Path(path).stat().st_size:,} bytes, more than the {most:,} of any record; it was not read")
+    try: data = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is damaged, it is no JSON: {e}") from e
+    if not isinstance(data, dict): raise ValueError(f"{path} is damaged: expected an object, got {type(data).__name__}")
+    return data
+
+def _read_split(run):
+    "Which images of a run were for training and which for validation"
+    import pandas as pd
+    from skin_lesions.core import check_columns
+    from skin_lesions.predictions import original_cells
+    try: split = original_cells(pd.read_csv(run/'split.csv', dtype={'image_id': str, 'dx': str, 'group': str}, keep_default_na=False))
+    except ValueError as e: raise ValueError(f"{run/'split.csv'} cannot be read as a table: {e}") from e
+    check_columns(split, ['image_id', 'group', 'is_valid'], name=str(run/'split.csv'))
+    return split
+
 # %% ../nbs/80_cli.ipynb #44a3191a
 def read_data(args):
     "The metadata frame for the arguments of `train`, split, images checked; where it was found"
@@ -98,7 +116,7 @@ def folder_to_train_in(args)->Path:
     out = Path(args.out)
     state,asked = out/STATE_FOLDER,_asked(args)
     if args.resume and (state/'arguments.json').is_file():
-        before = json.loads((state/'arguments.json').read_text(encoding='utf-8'))
+        before = _read_json(state/'arguments.json')
         differ = [f"--{k.replace('_', '-')} was {before.get(k)} and is {v}" for k,v in asked.items() if before.get(k)!=v]
         if differ: raise ValueError(f"--resume goes on with the same arguments, but {'; '.join(differ)}")
         return out
@@ -167,6 +185,7 @@ def _train(args):
     from fastai.torch_core import set_seed
     from skin_lesions.data import class_weights, ham10000_dataloaders
     from skin_lesions.distributed import distributed, n_ranks, on_rank0
+    from skin_lesions.predictions import write_csv
     out,start = on_rank0(folder_to_train_in, args),time.time()
     meta,folder = on_rank0(read_data, args)
     if args.nv is not None and args.alpha=='none': raise ValueError('--nv is a factor on class weights; it needs another --alpha than none')
@@ -175,7 +194,7 @@ def _train(args):
     dls = ham10000_dataloaders(meta, args.size, args.crop, args.bs, arch=args.arch, sampling=None if args.sampling=='none' else args.sampling, num_workers=args.workers)
     learn = build_learner(args, dls, alpha)
     record = dict(arguments=vars_of(args), data=str(folder), weights=learn.model.body.weights_from, split=describe_split(args, meta), versions=versions(), classes=list(dls.vocab), processes=n_ranks())
-    on_rank0(lambda: meta[['image_id', 'dx', 'group', 'is_valid']].to_csv(out/'split.csv', index=False))
+    on_rank0(lambda: write_csv(meta[['image_id', 'dx', 'group', 'is_valid']], out/'split.csv') and None)
     print(f"{args.model} {args.arch} ({record['weights']} weights), {record['split']['train_images']} images for training, {record['split']['valid_images']} of "
           f"{record['split']['valid_lesions']} lesions for validation, split {record['split']['rule']}")
     with distributed(learn): return _fit_and_finish(args, learn, meta, record, out, start)
@@ -224,16 +243,18 @@ def _open_old_run(run):
     "The predictor of a run without a bundle"
     import pandas as pd
     from PIL import Image
-    from safetensors.torch import load_file
     from skin_lesions.data import ham10000_dataloaders
+    from skin_lesions.learner import read_weights
     from skin_lesions.predict import Predictor, bundle_record
-    try: args = argparse.Namespace(**json.loads((run/'run.json').read_text(encoding='utf-8'))['arguments'])
-    except (json.JSONDecodeError, KeyError, TypeError) as e: raise ValueError(f"{run/'run.json'} is damaged or no record of a run ({type(e).__name__}: {e})") from e
+    try:
+        args = argparse.Namespace(**_read_json(run/'run.json')['arguments'])
+        args.size,args.crop,args.arch,args.model,args.gamma,args.mixup,args.lr
+    except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"{run/'run.json'} is damaged or no record of a run ({type(e).__name__}: {e})") from e
     frame = pd.DataFrame({'path': [Image.new('RGB', (64, 64))]*2, 'dx': ['nv', 'nv'], 'is_valid': [False, True]}) # a DataBlock wants items; these are never used
     dls = ham10000_dataloaders(frame, args.size, args.crop, 1, arch=args.arch, augment=False, num_workers=0)
     args.no_pretrained,args.weights = True,None
     learn = build_learner(args, dls, alpha=None)
-    state,own = load_file(run/'model.safetensors'),learn.model.state_dict()
+    state,own = read_weights(run/'model.safetensors'),learn.model.state_dict()
     wrong = [k for k in own if k not in state or state[k].shape!=own[k].shape] + [k for k in state if k not in own]
     if wrong: raise ValueError(f"{run/'model.safetensors'} does not fit the network in run.json; first: {', '.join(wrong[:3])}")
     learn.model.load_state_dict(state)
@@ -262,7 +283,7 @@ def evaluate(
     is_table = source.is_file() and source.suffix!='.zip'
     if is_table and (args.tta or args.data): raise ValueError(f"{source} is a table; --data and --tta predict with a network, so they need a run folder")
     folder,record = (source.parent if source.is_file() else source),None
-    if (folder/'run.json').is_file(): record = json.loads((folder/'run.json').read_text(encoding='utf-8'))
+    if (folder/'run.json').is_file(): record = _read_json(folder/'run.json')
     known = is_table or args.data is None and args.tta is None and (source/'predictions.csv').is_file()
     table = _predictions_of(source) if known else predict_unseen(args, source, record)
     print_scores(table, all_scores(table))
@@ -290,14 +311,13 @@ def _readable(table, what='left out'):
 
 def predict_unseen(args, run, record):
     "Predictions on the labelled images that the run was not trained on"
-    import pandas as pd
     from skin_lesions.dataset import find_ham10000, read_metadata
     from skin_lesions.predictions import save_predictions
     predictor,split = open_run(run),run/'split.csv'
     if not split.is_file() and args.data is None: raise FileNotFoundError(f"{run} has no split.csv that says which images are new to it; give --data with images that are")
     meta = read_metadata(find_ham10000(args.data or (record or {}).get('data')))
     if split.is_file():
-        split = pd.read_csv(split)
+        split = _read_split(run)
         trained = split[~split.is_valid]
         seen = meta.image_id.isin(trained.image_id) | meta.group.isin(trained.group)
         if seen.all(): raise ValueError(f"all {len(meta)} images there were used to train {run} or show the same lesions; give --data with others")
@@ -316,7 +336,8 @@ def _patient_table(path):
     import pandas as pd
     from skin_lesions.core import check_columns, table_text
     text,sep = table_text(path)
-    table = pd.read_csv(io.StringIO(text), sep=sep, dtype={'image_id': str}, index_col=False, skipinitialspace=True)
+    try: table = pd.read_csv(io.StringIO(text), sep=sep, dtype={'image_id': str}, index_col=False, skipinitialspace=True)
+    except ValueError as e: raise ValueError(f"{path} cannot be read as a table: {e}; --patients takes a plain CSV") from e
     check_columns(table, ['image_id'], name=str(path), why='--patients finds the row of each picture by it')
     twice = table.image_id[table.image_id.duplicated()]
     if len(twice): raise ValueError(f"{path}: image_id {twice.iloc[0]!r} stands there twice; expected a row a picture")
@@ -567,8 +588,7 @@ def demo(
     flags = ['train', '--data', str(sample), '--out', str(run), '--overwrite', '--epochs', str(args.epochs), '--size', str(args.size), '--bs', '16', '--seed', str(args.seed), '--workers', '0', '--no-check']
     status = main(flags + ([] if pretrained else ['--no-pretrained']) + (['--quiet'] if args.quiet else []))
     if status: return status
-    import pandas as pd
-    split = pd.read_csv(run/'split.csv')
+    split = _read_split(run)
     image_id = split.image_id[split.is_valid].iloc[0]
     image = next(sample.rglob(f'{image_id}.jpg'))
     print(f"\na validation image, {image.name} ({split.set_index('image_id').dx[image_id]}: drawn, so the answer is known)")
@@ -701,7 +721,7 @@ def main(
     if more: parser.error(f"unrecognized arguments: {' '.join(more)}")
     debug = vars(args).pop('debug')
     try: return args.run_command(args)
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as e:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError) as e:
         if debug: raise
         said_by = getattr(e, 'said_by', None) # of an error that all processes of a training share, the one that says it
         if said_by is None or said_by==int(os.environ.get('RANK', 0)): print(f'skin_lesions {args.command}: {e}', file=sys.stderr)

@@ -8,7 +8,7 @@ __all__ = ['WEIGHT_PACKAGES', 'PATIENT_FEATURES', 'COMBINE', 'package_weights', 
            'lesion_splitter', 'check_normalization', 'resolve_alpha', 'lesion_learner', 'two_stage_learner']
 
 # %% ../nbs/30_learner.ipynb #37d90892
-import importlib.util, json, warnings
+import importlib.util, json, warnings, zipfile
 from pathlib import Path
 
 import fastai.callback.progress, fastai.callback.schedule # these give learners progress bars, fit_one_cycle, fine_tune, lr_find
@@ -50,6 +50,12 @@ def package_weights(
     return files[0] if files else None
 
 # %% ../nbs/30_learner.ipynb #279208cd
+def _refuse_bomb(path):
+    "Raise a `ValueError` where a file of `torch.save`, which is a zip that packs nothing, would grow when it is read"
+    if not zipfile.is_zipfile(path): return
+    with zipfile.ZipFile(path) as z: size = sum(i.file_size for i in z.infolist())
+    if size>2*path.stat().st_size+2**20: raise ValueError(f"{path} has {path.stat().st_size:,} bytes and would grow to {size:,}; torch.save packs nothing, so it was not read")
+
 def read_weights(
     path, # .safetensors, or a file of tensors by `torch.save`; nothing else is unpickled
 )->dict: # tensors by name
@@ -57,8 +63,11 @@ def read_weights(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no weights at {path}; give a .pth or .safetensors file or one of the packages {', '.join(WEIGHT_PACKAGES.values())}")
     if path.suffix=='.safetensors':
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
-        return load_file(path)
+        try: return load_file(path)
+        except SafetensorError as e: raise ValueError(f"{path} holds no tensors in safetensors' format ({e}); it is damaged, or another kind of file") from e
+    _refuse_bomb(path)
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f"{path} holds no plain tensors that can be read safely ({type(e).__name__}); save it with torch.save(model.state_dict(), path)") from e
     for key in ('state_dict', 'model'):
