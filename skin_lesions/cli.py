@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RUN_FILES', 'STATE_FOLDER', 'new_run_folder', 'versions', 'write_json', 'read_data', 'build_learner', 'fit',
-           'folder_to_train_in', 'all_scores', 'record_for_report', 'finish_run', 'describe_split', 'train', 'vars_of',
-           'print_scores', 'open_run', 'load_run', 'evaluate', 'predict_unseen', 'predict', 'calibrate', 'ensemble',
-           'submit', 'export_onnx', 'gradcam', 'paper', 'reproduce_bundle', 'demo', 'argument_parser', 'main']
+           'folder_to_train_in', 'all_scores', 'record_for_report', 'ood_of', 'finish_run', 'describe_split', 'train',
+           'vars_of', 'print_scores', 'open_run', 'load_run', 'evaluate', 'predict_unseen', 'predict', 'calibrate',
+           'ensemble', 'submit', 'export_onnx', 'gradcam', 'paper', 'reproduce_bundle', 'demo', 'argument_parser',
+           'main']
 
 # %% ../nbs/80_cli.ipynb #733f8970
 import argparse, json, os, shutil, sys, time
@@ -143,23 +144,34 @@ def record_for_report(record, data=None):
     return record | dict(split=said)
 
 # %% ../nbs/80_cli.ipynb #9d69c35c
+def ood_of(
+    learn, # trained
+    features, # of the validation images, in batches; empty where they are not at hand
+): # an `OODScore`, or None where there are too few images to fit one
+    "The score of pictures that do not look like dermatoscopic images, for the bundle"
+    import torch
+    from skin_lesions.ood import fit_ood
+    try: return fit_ood(learn, valid=torch.cat(features) if features else None)
+    except ValueError as e: print(f'no score of unusual pictures: {e}')
+
 def finish_run(args, learn, meta, record, out):
     "Predict the validation images; write predictions, report and record"
-    from skin_lesions.distributed import on_rank0, over_ranks
+    from skin_lesions.distributed import n_ranks, on_rank0, over_ranks
+    from skin_lesions.ood import keep_features
     from skin_lesions.predictions import get_predictions
     valid = learn.dls.valid_ds.items.reset_index(drop=True)
-    table = over_ranks(lambda part: get_predictions(learn, part, show=not args.quiet), valid)
+    with keep_features(learn.model) as features: table = over_ranks(lambda part: get_predictions(learn, part, show=not args.quiet), valid)
     record['scores'] = on_rank0(all_scores, table)
-    on_rank0(_write_results, args, table, meta, record, out)
+    on_rank0(_write_results, args, learn, features if n_ranks()==1 else [], table, meta, record, out)
     return table
 
-def _write_results(args, table, meta, record, out):
+def _write_results(args, learn, features, table, meta, record, out):
     from skin_lesions.evaluate import html_report
     from skin_lesions.predict import update_bundle
     from skin_lesions.predictions import save_predictions
     save_predictions(table, out/'predictions.csv')
     write_json(record, out/'run.json')
-    update_bundle(out, scores=record['scores'])
+    update_bundle(out, scores=record['scores'], ood=ood_of(learn, features))
     html_report(table, out/'report.html', history=out/'history.csv', run=record_for_report(record), meta=meta, title=f"{args.model} {args.arch}, {record['split']['rule']}")
 
 # %% ../nbs/80_cli.ipynb #140f2cbd
@@ -343,6 +355,13 @@ def _patient_table(path):
     if len(twice): raise ValueError(f"{path}: image_id {twice.iloc[0]!r} stands there twice; expected a row a picture")
     return table
 
+def _print_unusual(table):
+    "Say which pictures do not look like dermatoscopic images, where the table knows"
+    if 'unusual' not in table or not table.unusual.any(): return
+    names = table.image_id[table.unusual.astype(bool)]
+    which = ', '.join(names[:5]) + (', ...' if len(names)>5 else '')
+    print(f"{len(names)} of {len(table)} pictures {'does' if len(names)==1 else 'do'} not look like dermatoscopic images, their probabilities mean nothing: {which}", file=sys.stderr)
+
 def predict(
     args, # the arguments of `skin_lesions predict`
 )->int: # exit status
@@ -351,6 +370,7 @@ def predict(
     from skin_lesions.predictions import save_predictions
     run,images = (args.run, args.images) if args.images is not None else ('ham10000', args.run)
     table = _readable(open_run(run).predict(images, _patient_table(args.patients), tta=args.tta, progress=not args.quiet))
+    _print_unusual(table)
     if args.out:
         save_predictions(table, args.out)
         print(f'{len(table)} predictions: {args.out}')

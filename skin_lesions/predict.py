@@ -40,6 +40,8 @@ from .core import CODES, NEVUS, NOTICE, atomic_path, check_columns, full_name, i
 from .core import progress as progress_over
 from .data import CROPS, get_dx, get_image
 from .learner import join_stages
+from .ood import body_of, keep_features
+from .ood import from_dict as ood_from_dict
 from .predictions import TTA, _AverageOverViews, _crop_boxes, _Views, check_predictions
 
 # %% ../nbs/63_predict.ipynb #c86d17f4
@@ -200,6 +202,7 @@ def bundle_record(
     calibration=None, # `Calibration` of `skin_lesions.decide`, or its dict; None for none
     rule=None, # `DecisionRule` of `skin_lesions.decide`, or its dict; None for none
     referral=None, # `Referral` of `skin_lesions.decide`, or its dict; None for none
+    ood=None, # `OODScore` of `skin_lesions.ood`, or its dict; None for none
     split:dict=None, # what it was trained on; None takes `split_summary`
     scores:dict=None, # as measured, with what they were measured on; None for none
 )->dict: # what goes into bundle.json, without the checksum
@@ -210,7 +213,7 @@ def bundle_record(
     network = network_as_dict(learn.model)
     return dict(format=FORMAT, format_version=FORMAT_VERSION, notice=NOTICE, created=datetime.now(timezone.utc).isoformat(timespec='seconds'),
                 network=network, channels_last=_is_channels_last(learn.model), classes=classes, **view_as_dict(learn.dls), patient=_plain(patient),
-                calibration=_plain(calibration), rule=_plain(rule), referral=_plain(referral), split=_plain(split_summary(learn.dls) if split is None else split), scores=_plain(scores), versions=versions())
+                calibration=_plain(calibration), rule=_plain(rule), referral=_plain(referral), ood=_plain(ood), split=_plain(split_summary(learn.dls) if split is None else split), scores=_plain(scores), versions=versions())
 
 # %% ../nbs/63_predict.ipynb #717f2843
 def _state_bytes(net, half=False):
@@ -288,6 +291,7 @@ def save_bundle(
     calibration=None, # `Calibration` of `skin_lesions.decide`, or its dict; None for none
     rule=None, # `DecisionRule` of `skin_lesions.decide`, or its dict; None for none
     referral=None, # `Referral` of `skin_lesions.decide`, or its dict; None for none
+    ood=None, # `OODScore` of `skin_lesions.ood`, or its dict; None for none
     split:dict=None, # what it was trained on; None takes `split_summary`
     scores:dict=None, # as measured, with what they were measured on; None for none
     overwrite:bool=False, # replace a bundle that is there; other files stay
@@ -295,7 +299,7 @@ def save_bundle(
 )->Path: # `folder`
     "Save a network with all that its predictions need, as tensors and JSON"
     path,weights = Path(folder),_state_bytes(learn.model, half)
-    record = bundle_record(learn, calibration=calibration, rule=rule, referral=referral, split=split, scores=scores)
+    record = bundle_record(learn, calibration=calibration, rule=rule, referral=referral, ood=ood, split=split, scores=scores)
     record |= dict(sha256=hashlib.sha256(weights).hexdigest(), **(dict(dtype='float16') if half else {}))
     check_record(record, 'the bundle')
     _write_bundle(path, dict(zip(BUNDLE_FILES, (weights, _json_bytes(record)))), overwrite)
@@ -328,6 +332,7 @@ def check_record(
     for key,(expected,good) in _KEYS.items():
         if key not in record: raise ValueError(f"{where} lacks {key!r}, expected {expected}")
         if not good(record[key]): raise ValueError(f"{where}: {key!r} must be {expected}, got {str(record[key])[:80]!r}")
+    if not _is_dict_or_none(record.get('ood')): raise ValueError(f"{where}: 'ood' must be an object or null, got {str(record['ood'])[:80]!r}") # older bundles have none
     return record
 
 # %% ../nbs/63_predict.ipynb #08dd5768
@@ -436,6 +441,7 @@ class Predictor:
         self.calibration,self.rule,self.referral = (_from_decide(k, record) for k in ('calibration', 'rule', 'referral'))
         self.patient = _patient_encoder(record)
         self.model,self.device = model,torch.device('cpu')
+        self.ood = _ood_score(record, model)
         self._local = threading.local() # a copy of the transforms for each thread: fastai's keep the picture's size in themselves
         self.to(default_device() if device is None else device)
 
@@ -450,7 +456,7 @@ class Predictor:
     def __repr__(self):
         n = self.record['network']
         parts = [n['network'], *([n['arch']] if 'arch' in n else []), f"{self.size[0]}x{self.size[1]} pixels, crop {self.record['crop']['name']}"]
-        return f"Predictor({', '.join(parts + [k for k in ('patient', 'calibration', 'rule', 'referral') if self.record[k]])})"
+        return f"Predictor({', '.join(parts + [k for k in ('patient', 'calibration', 'rule', 'referral', 'ood') if self.record.get(k)])})"
 
 def _from_decide(key, record):
     "The calibration, rule or referral of a record; None for none"
@@ -458,6 +464,15 @@ def _from_decide(key, record):
     from skin_lesions.decide import from_dict
     if record[key].get('kind')!=key: raise ValueError(f"bundle.json: {key!r} holds a fitted object of kind {record[key].get('kind')!r}")
     return from_dict(record[key])
+
+def _ood_score(record, model):
+    "The `OODScore` of a record; None for none"
+    if record.get('ood') is None: return None
+    try: ood = ood_from_dict(record['ood'])
+    except ValueError as e: raise ValueError(f"bundle.json: {e}") from e
+    n = body_of(model).n_features
+    if ood.n_features!=n: raise ValueError(f"bundle.json: the OODScore is for {ood.n_features} features, the network makes {n}")
+    return ood
 
 def _patient_encoder(record):
     if record['patient'] is None: return None
@@ -619,20 +634,28 @@ def _patient_of(self:Predictor, images, meta, n):
 def _called(source, i): return f'image_{i}' if _file(source) is None else _file(source).stem
 
 @patch
+def _answers(self:Predictor, xb, patient, tta):
+    "Probabilities [pictures, 7] and out-of-distribution scores [pictures], NaN without an `OODScore`; of several views, the mean score"
+    if self.ood is None: return self.probabilities(xb, patient, tta).numpy(),np.nan
+    with keep_features(self.model) as found: p = self.probabilities(xb, patient, tta).numpy()
+    scores = np.stack([self.ood.score(f) for f in found])
+    return p,(scores.mean(0) if scores.shape[1]==len(p) else scores.reshape(len(p), -1).mean(1))
+
+@patch
 def _predict_all(self:Predictor, chunks, names, encode, tta):
-    "Files, probabilities [n, 7] and problems of all pictures"
-    files,problems,found = [],[],[]
+    "Files, probabilities [n, 7], out-of-distribution scores [n] and problems of all pictures"
+    files,problems,found,scores = [],[],[],[]
     for chunk,pictures in chunks:
         good,at = [i for i,p in enumerate(pictures) if isinstance(p, Tensor)],len(files)
-        p = np.full((len(chunk), len(CODES)), np.nan)
+        p,s = np.full((len(chunk), len(CODES)), np.nan),np.full(len(chunk), np.nan)
         if good:
             called = [names[at+i] if names else _called(chunk[i], at+i) for i in good]
             patient = None if encode is None else encode([at+i for i in good], called)
-            p[good] = self.probabilities(self.batch([pictures[i] for i in good]), patient, tta).numpy()
+            p[good],s[good] = self._answers(self.batch([pictures[i] for i in good]), patient, tta)
         files += [_file(s) for s in chunk]
         problems += [None if isinstance(q, Tensor) else q for q in pictures]
-        found.append(p)
-    return files,np.concatenate(found or [np.empty((0, len(CODES)))]),problems
+        found.append(p); scores.append(s)
+    return files,np.concatenate(found or [np.empty((0, len(CODES)))]),np.concatenate(scores or [np.empty(0)]),problems
 
 @patch
 def predict(self:Predictor,
@@ -644,7 +667,7 @@ def predict(self:Predictor,
     tta:str=None, # views of each picture, one of `TTA` as for `get_predictions`; None looks once
     tta_part:float=.8, # side of a crop in shares of the picture's short side, in (0,1]
     workers:int=None, # threads that open pictures; 0 for none; None takes one a core, up to 4
-)->pd.DataFrame: # predictions table: image_id, the seven codes, dx and group if `images` has them, `decision` and `refer` if the bundle has a rule and a referral, and `problem`
+)->pd.DataFrame: # predictions table: image_id, the seven codes, dx and group if `images` has them, `ood` and `unusual` if the bundle has an `OODScore`, `decision` and `refer` if it has a rule and a referral, and `problem`
     "The predictions table of pictures, calibrated if the bundle has a calibration"
     if bs<1: raise ValueError(f"bs must be 1 or more, got {bs}")
     if tta is not None and tta not in TTA: raise ValueError(unknown_name('test-time augmentation', tta, TTA))
@@ -655,12 +678,13 @@ def predict(self:Predictor,
     self.model.eval()
     chunks = _prepared(sources, lambda s: self.prepare(s, tta, tta_part), bs, min(4, os.cpu_count() or 1) if workers is None else workers)
     bar = progress_over(chunks, 'pictures', total='noinfer' if n is None else -(-n//bs), show=progress and n!=1)
-    files,p,problems = self._predict_all(bar, names, encode, tta)
+    files,p,scores,problems = self._predict_all(bar, names, encode, tta)
     if not len(p): raise ValueError("no picture to predict: the list is empty")
     table = pd.DataFrame(p, columns=list(CODES))
     table.insert(0, 'image_id', _names(files) if names is None else names)
     for c in ('dx', 'group'):
         if isinstance(images, pd.DataFrame) and c in images and images[c].notna().any(): table[c] = images[c].to_numpy()
+    if self.ood is not None: table['ood'],table['unusual'] = scores,[None if q else bool(u) for q,u in zip(problems, self.ood.unusual(scores))]
     return self._decided(table.assign(problem=pd.Series(problems, dtype=object)))
 
 @patch
@@ -687,15 +711,17 @@ def update_bundle(
     rule=None, # `DecisionRule` or its dict; likewise
     referral=None, # `Referral` or its dict; likewise
     scores:dict=None, # likewise
+    ood=None, # `OODScore` or its dict; likewise
 )->Path: # the folder
     "Put fitted objects or scores into the `bundle.json` of a bundle"
     folder = Path(folder)
     record = read_bundle(folder)
     if folder.suffix=='.zip': raise ValueError(f"{folder} is a zip; unpack it, update the folder, and zip it again")
     if folder.is_file(): folder = folder.parent
-    for key,value in dict(calibration=calibration, rule=rule, referral=referral, scores=scores).items():
+    for key,value in dict(calibration=calibration, rule=rule, referral=referral, scores=scores, ood=ood).items():
         if value is not None: record[key] = None if value is False else _plain(value)
     for key in ('calibration', 'rule', 'referral'): _from_decide(key, record)
+    if record.get('ood') is not None: ood_from_dict(record['ood'])
     with atomic_path(folder/'bundle.json') as tmp: tmp.write_bytes(_json_bytes(check_record(record)))
     return folder
 
