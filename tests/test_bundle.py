@@ -108,7 +108,7 @@ def test_all_kinds_of_pictures_in_any_batches(bundle, meta, tmp_path):
     expected = numbers(predictor.predict(paths, progress=False))
     arrays = [np.array(Image.open(p)) for p in paths]
     many = (arrays, [Image.fromarray(a) for a in arrays], [torch.tensor(a).permute(2, 0, 1) for a in arrays], np.stack(arrays), iter(arrays), [Path(p).read_bytes() for p in paths],
-            [np.dstack([a, a[..., 0]]) for a in arrays], [Image.fromarray(a).convert('RGBA') for a in arrays])
+            [np.dstack([a, np.full_like(a[..., 0], 255)]) for a in arrays], [Image.fromarray(a).convert('RGBA') for a in arrays])
     for images in many: np.testing.assert_allclose(numbers(predictor.predict(images, bs=4, progress=False)), expected, atol=1e-5)
     for workers in (0, 3): np.testing.assert_allclose(numbers(predictor.predict(paths, bs=2, progress=False, workers=workers)), expected, atol=1e-5)
     one = predictor.predict(paths[0])
