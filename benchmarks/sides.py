@@ -1,5 +1,5 @@
 """Two ways of doing one thing, timed in turn: each in a process of its own, so that neither's settings reach the other."""
-import json, multiprocessing, platform, statistics, sys, traceback
+import atexit, json, multiprocessing, statistics, traceback
 from importlib import import_module
 
 
@@ -20,6 +20,7 @@ class Side:
         self.pipe, there = context.Pipe()
         self.process = context.Process(target=serve, args=(there, module, name, kwargs))
         self.process.start()
+        atexit.register(self.process.kill) # where the other side fails
         self._answer()
 
     def _answer(self):

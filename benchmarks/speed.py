@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 HERE = Path(__file__).parent
-SCRIPTS = (('speed_import.py',), ('speed_loader.py',), ('speed_step.py',), ('speed_step.py', '--two-stage'), ('speed_predict.py',), ('speed_memory.py',), ('speed_gpu.py',))
+SCRIPTS = (('speed_import.py',), ('speed_loader.py',), ('speed_step.py',), ('speed_step.py', '--gains'), ('speed_step.py', '--two-stage'), ('speed_predict.py',), ('speed_memory.py',), ('speed_gpu.py',))
 
 
 def processor():

@@ -42,7 +42,7 @@ def main(args):
     from skin_lesions.synthetic import synthetic_ham10000
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
-        synthetic_ham10000(tmp/'few', n_images=40, seed=0)
+        synthetic_ham10000(tmp/'few', n_images=60, seed=0)
         sources = sorted((tmp/'few').rglob('*.jpg'))
         found = {}
         for n in args.images:

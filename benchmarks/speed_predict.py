@@ -13,7 +13,7 @@ def ours(folder, bundle):
     predictor = load_predictor(bundle)
     def run():
         start = time.perf_counter()
-        n = len(predictor.predict(folder, show=False))
+        n = len(predictor.predict(folder, progress=False))
         return n/(time.perf_counter() - start)
     return run
 

@@ -2,7 +2,7 @@
 
     python benchmarks/speed_step.py
 
-Timed from a batch's arrival to the optimiser's step, without the loader. With `--two-stage`, the two-stage learner against the one-stage learner of this library, training and prediction.
+Timed from a batch's arrival to the optimiser's step, without the loader. With `--two-stage`, the two-stage learner against the one-stage learner of this library, training and prediction; with `--gains`, the learner against itself without one of its parts.
 """
 import argparse, statistics, tempfile, time
 
@@ -43,9 +43,12 @@ def plain(folder, n):
     return timed_steps(vision_learner(loaders(folder, n, plain=True), 'tf_efficientnet_lite0', pretrained=False, metrics=accuracy), n)
 
 
-def ours(folder, n, two_stage=False, mixup=.7):
+def ours(folder, n, two_stage=False, keep_memory=True, **kwargs):
     from skin_lesions.learner import lesion_learner, two_stage_learner
-    return timed_steps((two_stage_learner if two_stage else lesion_learner)(loaders(folder, n), pretrained=False, mixup=mixup), n)
+    from skin_lesions.speed import ReuseMemory
+    learn = (two_stage_learner if two_stage else lesion_learner)(loaders(folder, n), pretrained=False, **kwargs)
+    if not keep_memory: learn.remove_cb(ReuseMemory)
+    return timed_steps(learn, n)
 
 
 def predictions(folder, n, two_stage):
@@ -70,6 +73,7 @@ def main(args):
         synthetic_ham10000(folder, n_images=64*args.batches + 16, seed=0)
         common = dict(folder=folder, n=64*args.batches)
         if args.two_stage: rows = [('two-stage training step', 'one-stage training step', '>= 1/1.05', 'ours', dict(two_stage=True), 'ours', {}), ('two-stage prediction', 'one-stage prediction', '>= 1/1.05', 'predictions', dict(two_stage=True), 'predictions', dict(two_stage=False))]
+        elif args.gains: rows = [('CPU training step, memory kept', 'the same without ReuseMemory', '', 'ours', {}, 'ours', dict(keep_memory=False)), ('CPU training step, channels_last', 'the same without channels_last', '', 'ours', {}, 'ours', dict(channels_last=False))]
         else: rows = [('CPU training step, EfficientNet-Lite0, 128 px, batch 64', "plain fastai's vision_learner", '>= 1.7', 'ours', {}, 'plain', {})]
         for what, against, goal, a, kwargs_a, b, kwargs_b in rows:
             sides = [Side('speed_step', a, **common, **kwargs_a), Side('speed_step', b, **common, **kwargs_b)]
@@ -82,4 +86,5 @@ if __name__ == '__main__':
     parser.add_argument('--batches', type=int, default=5)
     parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--two-stage', action='store_true')
+    parser.add_argument('--gains', action='store_true', help='what each part brings')
     main(parser.parse_args())

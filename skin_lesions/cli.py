@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RUN_FILES', 'STATE_FOLDER', 'new_run_folder', 'versions', 'write_json', 'read_data', 'build_learner', 'fit',
-           'folder_to_train_in', 'all_scores', 'record_for_report', 'ood_of', 'finish_run', 'describe_split', 'train',
-           'vars_of', 'print_scores', 'open_run', 'load_run', 'evaluate', 'predict_unseen', 'predict', 'calibrate',
-           'ensemble', 'submit', 'export_onnx', 'gradcam', 'paper', 'reproduce_bundle', 'demo', 'argument_parser',
-           'main']
+           'folder_to_train_in', 'all_scores', 'record_for_report', 'ood_of', 'finish_run', 'describe_split',
+           'picture_cache', 'train', 'vars_of', 'print_scores', 'open_run', 'load_run', 'evaluate', 'predict_unseen',
+           'predict', 'calibrate', 'ensemble', 'submit', 'export_onnx', 'gradcam', 'paper', 'reproduce_bundle', 'demo',
+           'argument_parser', 'main']
 
 # %% ../nbs/80_cli.ipynb #733f8970
 import argparse, json, os, shutil, sys, time
@@ -184,6 +184,20 @@ def describe_split(args, meta):
     return dict(rule=rule, seed=args.seed, train_images=int((~meta.is_valid).sum()), valid_images=len(valid), valid_lesions=int(valid.group.nunique()),
                 valid_share_with_lesion_in_training=float(valid.group.isin(meta.group[~meta.is_valid]).mean()), valid_counts=valid.dx.value_counts().to_dict())
 
+# %% ../nbs/80_cli.ipynb #8124d40d
+def picture_cache(
+    args, # the arguments of `train`
+    meta, # the images
+): # `ImageCache`, or None
+    "The cache of decoded pictures that `--cache` asks for; 'auto' goes without one where it does not pay, or cannot be written"
+    from skin_lesions.cache import resize_cache
+    auto = args.cache=='auto'
+    if args.cache=='none' or auto and (args.epochs==1 or args.crop=='window'): return None
+    try: return resize_cache(meta, args.size, args.crop, folder=None if auto else args.cache, show=not args.quiet)
+    except OSError as e:
+        if not auto: raise
+        print(f'training without a cache: {e}', file=sys.stderr)
+
 # %% ../nbs/80_cli.ipynb #788f0bc2
 def train(
     args, # the arguments of `skin_lesions train`
@@ -203,7 +217,9 @@ def _train(args):
     if args.nv is not None and args.alpha=='none': raise ValueError('--nv is a factor on class weights; it needs another --alpha than none')
     alpha = (None if args.alpha=='none' else args.alpha) if args.nv is None else class_weights(meta, 'inverse' if args.alpha=='auto' else args.alpha, nv=args.nv)
     set_seed(args.seed, reproducible=True)
-    dls = ham10000_dataloaders(meta, args.size, args.crop, args.bs, arch=args.arch, sampling=None if args.sampling=='none' else args.sampling, num_workers=args.workers)
+    cache = picture_cache(args, meta)
+    workers = {'num_workers': 2 if args.workers is None else args.workers} if cache is None or args.workers is not None else {}
+    dls = ham10000_dataloaders(meta, args.size, args.crop, args.bs, arch=args.arch, sampling=None if args.sampling=='none' else args.sampling, cache=cache, **workers)
     learn = build_learner(args, dls, alpha)
     record = dict(arguments=vars_of(args), data=str(folder), weights=learn.model.body.weights_from, split=describe_split(args, meta), versions=versions(), classes=list(dls.vocab), processes=n_ranks())
     on_rank0(lambda: write_csv(meta[['image_id', 'dx', 'group', 'is_valid']], out/'split.csv') and None)
@@ -641,7 +657,8 @@ def _add_train_arguments(p):
     add('--fold', type=int, default=0, help='which fold of the lesion split is for validation')
     add('--folds', type=int, default=5, help='folds of the lesion split')
     add('--seed', type=int, default=42, help='of the split, the weights and the order of the images')
-    add('--workers', type=int, default=2, help='processes that read images, for each one that trains')
+    add('--workers', type=int, help='processes that read images, for each one that trains; without it 2, and with a cache none on a processor')
+    add('--cache', default='auto', help="folder for decoded pictures; 'auto' keeps them where caches are kept (SKIN_LESIONS_CACHE says elsewhere), if there is more than one epoch to use them; 'none' decodes in every epoch")
     add('--no-check', action='store_true', help='do not decode every image once before training')
     add('--drop-bad', action='store_true', help='leave out missing and unreadable images instead of stopping')
     add('--quiet', action='store_true', help='no progress bars')

@@ -83,7 +83,8 @@ def _decoded(data, path):
     utf16 = data[:2] in (b'\xff\xfe', b'\xfe\xff')
     try: text = data.decode('utf-16' if utf16 else 'utf-8-sig')
     except UnicodeDecodeError as e: raise ValueError(f"{path}, line {data[:e.start].count(10)+1}: not in UTF-8 ({e.reason}, {data[e.start:e.end]!r}); save the table as UTF-8") from e
-    text = text.replace('\r\n', '\n').replace('\r', '\n')
+    parts = text.split('"') # a field in quotes, every second part, keeps its line ends
+    text = '"'.join(p if i%2 else p.replace('\r\n', '\n').replace('\r', '\n') for i,p in enumerate(parts))
     if '\0' in text: raise ValueError(f"{path}, line {text[:text.index(chr(0))].count(chr(10))+1}: a NUL character; this is no table of text")
     return text
 
@@ -104,7 +105,7 @@ def table_text(
     head = text.split('\n', 1)[0]
     if not head.strip(): raise ValueError(f"{path}, line 1: blank, expected the names of the columns")
     separator = max('\t;,', key=head.count)
-    rows,n,last = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True, strict=True),None,0
+    rows,n,last = csv.reader(io.StringIO(text, newline=''), delimiter=separator, skipinitialspace=True, strict=True),None,0
     try:
         for row in rows:
             first,last = last+1,rows.line_num

@@ -327,7 +327,7 @@ def _to_numbers(table, name):
 def _read_texts(path, multiline=True, **kwargs):
     "A table by pandas after a check of its form"
     text,sep = table_text(path, multiline=multiline)
-    return pd.read_csv(io.StringIO(text), sep=sep, index_col=False, keep_default_na=False, **kwargs)
+    return pd.read_csv(io.StringIO(text, newline=''), sep=sep, index_col=False, keep_default_na=False, **kwargs)
 
 def read_predictions(
     path, # of a CSV file

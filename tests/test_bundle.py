@@ -142,7 +142,7 @@ def test_unreadable_files_are_rows(bundle, meta, tmp_path):
         table = predictor.predict(tmp_path, bs=bs, progress=False)
         assert list(table.problem.isna()) == [True, False, False, False, False, True]
         assert table.image_id.is_unique
-        assert 'kind that Pillow' in table.problem[1] and 'truncated' in table.problem[2] and '8 bits' in table.problem[4]
+        assert 'not an image of a kind' in table.problem[1] and 'truncated' in table.problem[2] and '8 bits' in table.problem[4]
         assert np.isnan(numbers(table[table.problem.notna()])).all()
         check_predictions(table[table.problem.isna()])
     assert predictor.predict(tmp_path/'b.jpg').problem[0]

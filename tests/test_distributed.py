@@ -306,4 +306,4 @@ def test_torchrun_ends_with_the_message(lesions, tmp_path, small):
     train = lesions[1][~lesions[1].is_valid]
     for image_id in train.image_id[:20]: next(data.rglob(f'{image_id}.jpg')).write_bytes(b'no picture')
     done = launch(['torch.distributed.run', '--nproc_per_node', '2', '--master_port', '0', '--rdzv_backend', 'c10d', '--rdzv_endpoint', 'localhost:0'], data, 'run', small, tmp_path, '--no-check', '--epochs', '1')
-    assert done.returncode != 0 and 'skin_lesions train: cannot identify image file' in done.stderr and '.jpg' in done.stderr, done.stderr
+    assert done.returncode != 0 and 'skin_lesions train: ' in done.stderr and '.jpg: not an image of a kind' in done.stderr, done.stderr
