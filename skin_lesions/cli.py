@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['RUN_FILES', 'STATE_FOLDER', 'new_run_folder', 'versions', 'write_json', 'read_data', 'build_learner', 'fit',
-           'folder_to_train_in', 'all_scores', 'record_for_report', 'ood_of', 'finish_run', 'describe_split', 'train',
-           'vars_of', 'print_scores', 'open_run', 'load_run', 'evaluate', 'predict_unseen', 'predict', 'calibrate',
-           'ensemble', 'submit', 'export_onnx', 'gradcam', 'demo', 'argument_parser', 'main']
+           'folder_to_train_in', 'all_scores', 'record_for_report', 'ood_of', 'finish_run', 'describe_split',
+           'picture_cache', 'train', 'vars_of', 'print_scores', 'open_run', 'load_run', 'evaluate', 'predict_unseen',
+           'predict', 'calibrate', 'ensemble', 'submit', 'export_onnx', 'gradcam', 'paper', 'reproduce_bundle', 'demo',
+           'argument_parser', 'main']
 
 # %% ../nbs/80_cli.ipynb #733f8970
-import argparse, json, shutil, sys, time
+import argparse, json, os, shutil, sys, time
 from pathlib import Path
 
 # %% ../nbs/80_cli.ipynb #9b2a4de0
@@ -43,6 +44,24 @@ def write_json(
     from skin_lesions.core import atomic_path
     with atomic_path(path) as tmp: tmp.write_text(json.dumps(data, indent=1, default=str) + '\n', encoding='utf-8')
 
+def _read_json(path, most=2**24):
+    "The object in a JSON file of at most so many bytes"
+    if Path(path).stat().st_size>most: raise ValueError(f"{path} has {Path(path).stat().st_size:,} bytes, more than the {most:,} of any record; it was not read")
+    try: data = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is damaged, it is no JSON: {e}") from e
+    if not isinstance(data, dict): raise ValueError(f"{path} is damaged: expected an object, got {type(data).__name__}")
+    return data
+
+def _read_split(run):
+    "Which images of a run were for training and which for validation"
+    import pandas as pd
+    from skin_lesions.core import check_columns
+    from skin_lesions.predictions import original_cells
+    try: split = original_cells(pd.read_csv(run/'split.csv', dtype={'image_id': str, 'dx': str, 'group': str}, keep_default_na=False))
+    except ValueError as e: raise ValueError(f"{run/'split.csv'} cannot be read as a table: {e}") from e
+    check_columns(split, ['image_id', 'group', 'is_valid'], name=str(run/'split.csv'))
+    return split
+
 # %% ../nbs/80_cli.ipynb #44a3191a
 def read_data(args):
     "The metadata frame for the arguments of `train`, split, images checked; where it was found"
@@ -73,15 +92,21 @@ def fit(args, learn, out):
     from contextlib import nullcontext
     from fastai.callback.progress import CSVLogger
     import fastai.callback.schedule
+    from skin_lesions.distributed import n_ranks, on_rank0
     from skin_lesions.resume import ResumeCallback
     learn.path,state = out,out/STATE_FOLDER
+    on_rank0(_note_arguments, args, state)
+    with (learn.no_bar() if args.quiet else nullcontext()):
+        try: learn.fit_one_cycle(args.epochs, args.lr, cbs=[CSVLogger(fname='history.csv'), ResumeCallback(state, minutes=10 if n_ranks()==1 else None)])
+        except KeyboardInterrupt:
+            if n_ranks()>1: raise # the launcher stops all; the state of the last whole epoch is there
+            return False
+    on_rank0(shutil.rmtree, state)
+    return True
+
+def _note_arguments(args, state):
     state.mkdir(exist_ok=True)
     write_json(_asked(args), state/'arguments.json')
-    with (learn.no_bar() if args.quiet else nullcontext()):
-        try: learn.fit_one_cycle(args.epochs, args.lr, cbs=[CSVLogger(fname='history.csv'), ResumeCallback(state, minutes=10)])
-        except KeyboardInterrupt: return False
-    shutil.rmtree(state)
-    return True
 
 STATE_FOLDER = 'state' # of a training that is not finished, in its run folder
 
@@ -92,7 +117,7 @@ def folder_to_train_in(args)->Path:
     out = Path(args.out)
     state,asked = out/STATE_FOLDER,_asked(args)
     if args.resume and (state/'arguments.json').is_file():
-        before = json.loads((state/'arguments.json').read_text(encoding='utf-8'))
+        before = _read_json(state/'arguments.json')
         differ = [f"--{k.replace('_', '-')} was {before.get(k)} and is {v}" for k,v in asked.items() if before.get(k)!=v]
         if differ: raise ValueError(f"--resume goes on with the same arguments, but {'; '.join(differ)}")
         return out
@@ -121,27 +146,33 @@ def record_for_report(record, data=None):
 # %% ../nbs/80_cli.ipynb #9d69c35c
 def ood_of(
     learn, # trained
-    features, # of the validation images, in batches
+    features, # of the validation images, in batches; empty where they are not at hand
 ): # an `OODScore`, or None where there are too few images to fit one
     "The score of pictures that do not look like dermatoscopic images, for the bundle"
     import torch
     from skin_lesions.ood import fit_ood
-    try: return fit_ood(learn, valid=torch.cat(features))
+    try: return fit_ood(learn, valid=torch.cat(features) if features else None)
     except ValueError as e: print(f'no score of unusual pictures: {e}')
 
 def finish_run(args, learn, meta, record, out):
     "Predict the validation images; write predictions, report and record"
-    from skin_lesions.evaluate import html_report
+    from skin_lesions.distributed import n_ranks, on_rank0, over_ranks
     from skin_lesions.ood import keep_features
+    from skin_lesions.predictions import get_predictions
+    valid = learn.dls.valid_ds.items.reset_index(drop=True)
+    with keep_features(learn.model) as features: table = over_ranks(lambda part: get_predictions(learn, part, show=not args.quiet), valid)
+    record['scores'] = on_rank0(all_scores, table)
+    on_rank0(_write_results, args, learn, features if n_ranks()==1 else [], table, meta, record, out)
+    return table
+
+def _write_results(args, learn, features, table, meta, record, out):
+    from skin_lesions.evaluate import html_report
     from skin_lesions.predict import update_bundle
-    from skin_lesions.predictions import get_predictions, save_predictions
-    with keep_features(learn.model) as features: table = get_predictions(learn, show=not args.quiet)
+    from skin_lesions.predictions import save_predictions
     save_predictions(table, out/'predictions.csv')
-    record['scores'] = all_scores(table)
     write_json(record, out/'run.json')
     update_bundle(out, scores=record['scores'], ood=ood_of(learn, features))
     html_report(table, out/'report.html', history=out/'history.csv', run=record_for_report(record), meta=meta, title=f"{args.model} {args.arch}, {record['split']['rule']}")
-    return table
 
 # %% ../nbs/80_cli.ipynb #140f2cbd
 def describe_split(args, meta):
@@ -153,30 +184,56 @@ def describe_split(args, meta):
     return dict(rule=rule, seed=args.seed, train_images=int((~meta.is_valid).sum()), valid_images=len(valid), valid_lesions=int(valid.group.nunique()),
                 valid_share_with_lesion_in_training=float(valid.group.isin(meta.group[~meta.is_valid]).mean()), valid_counts=valid.dx.value_counts().to_dict())
 
+# %% ../nbs/80_cli.ipynb #8124d40d
+def picture_cache(
+    args, # the arguments of `train`
+    meta, # the images
+): # `ImageCache`, or None
+    "The cache of decoded pictures that `--cache` asks for; 'auto' goes without one where it does not pay, or cannot be written"
+    from skin_lesions.cache import resize_cache
+    auto = args.cache=='auto'
+    if args.cache=='none' or auto and (args.epochs==1 or args.crop=='window'): return None
+    try: return resize_cache(meta, args.size, args.crop, folder=None if auto else args.cache, show=not args.quiet)
+    except OSError as e:
+        if not auto: raise
+        print(f'training without a cache: {e}', file=sys.stderr)
+
 # %% ../nbs/80_cli.ipynb #788f0bc2
 def train(
     args, # the arguments of `skin_lesions train`
 )->int: # exit status: 0, or 130 after Ctrl-C
-    "Train a classifier and write its run folder"
+    "Train a classifier and write its run folder, alone or with the other processes that a launcher started"
+    from skin_lesions.distributed import ranks
+    if args.epochs<1: raise ValueError(f"--epochs must be 1 or more, got {args.epochs}")
+    with ranks(): return _train(args)
+
+def _train(args):
     from fastai.torch_core import set_seed
     from skin_lesions.data import class_weights, ham10000_dataloaders
-    from skin_lesions.predict import save_bundle
-    if args.epochs<1: raise ValueError(f"--epochs must be 1 or more, got {args.epochs}")
-    out,start = folder_to_train_in(args),time.time()
-    meta,folder = read_data(args)
+    from skin_lesions.distributed import distributed, n_ranks, on_rank0
+    from skin_lesions.predictions import write_csv
+    out,start = on_rank0(folder_to_train_in, args),time.time()
+    meta,folder = on_rank0(read_data, args)
     if args.nv is not None and args.alpha=='none': raise ValueError('--nv is a factor on class weights; it needs another --alpha than none')
     alpha = (None if args.alpha=='none' else args.alpha) if args.nv is None else class_weights(meta, 'inverse' if args.alpha=='auto' else args.alpha, nv=args.nv)
     set_seed(args.seed, reproducible=True)
-    dls = ham10000_dataloaders(meta, args.size, args.crop, args.bs, arch=args.arch, sampling=None if args.sampling=='none' else args.sampling, num_workers=args.workers)
+    cache = picture_cache(args, meta)
+    workers = {'num_workers': 2 if args.workers is None else args.workers} if cache is None or args.workers is not None else {}
+    dls = ham10000_dataloaders(meta, args.size, args.crop, args.bs, arch=args.arch, sampling=None if args.sampling=='none' else args.sampling, cache=cache, **workers)
     learn = build_learner(args, dls, alpha)
-    record = dict(arguments=vars_of(args), data=str(folder), weights=learn.model.body.weights_from, split=describe_split(args, meta), versions=versions(), classes=list(dls.vocab))
-    meta[['image_id', 'dx', 'group', 'is_valid']].to_csv(out/'split.csv', index=False)
+    record = dict(arguments=vars_of(args), data=str(folder), weights=learn.model.body.weights_from, split=describe_split(args, meta), versions=versions(), classes=list(dls.vocab), processes=n_ranks())
+    on_rank0(lambda: write_csv(meta[['image_id', 'dx', 'group', 'is_valid']], out/'split.csv') and None)
     print(f"{args.model} {args.arch} ({record['weights']} weights), {record['split']['train_images']} images for training, {record['split']['valid_images']} of "
           f"{record['split']['valid_lesions']} lesions for validation, split {record['split']['rule']}")
+    with distributed(learn): return _fit_and_finish(args, learn, meta, record, out, start)
+
+def _fit_and_finish(args, learn, meta, record, out, start):
+    from skin_lesions.distributed import on_rank0
+    from skin_lesions.predict import save_bundle
     complete = fit(args, learn, out)
-    save_bundle(learn, out, split=record['split'] | dict(data=record['data']), overwrite=True)
+    on_rank0(lambda: save_bundle(learn, out, split=record['split'] | dict(data=record['data']), overwrite=True) and None)
     record |= dict(complete=complete, epochs_done=len(learn.recorder.values), minutes=round((time.time()-start)/60, 2))
-    write_json(record, out/'run.json')
+    on_rank0(write_json, record, out/'run.json')
     if not complete:
         print(f"\nstopped by Ctrl-C after {record['epochs_done']} whole epochs; what was learnt so far is in {out/'model.safetensors'}; skin_lesions evaluate {out} scores it, the same command with --resume goes on")
         return 130
@@ -199,10 +256,11 @@ def print_scores(table, s):
 
 # %% ../nbs/80_cli.ipynb #296b662c
 def open_run(
-    run, # a run folder or a bundle
+    run, # a run folder or a bundle, or the name of the one that comes with the package
 ): # a `Predictor`
     "The trained network of a run, ready to predict"
-    from skin_lesions.predict import load_predictor
+    from skin_lesions.predict import BUNDLE_NAMES, load_predictor
+    if str(run) in BUNDLE_NAMES and not Path(run).exists(): return load_predictor(str(run))
     run = Path(run)
     if run.is_dir() and not (run/'bundle.json').is_file():
         if (run/'run.json').is_file() and (run/'model.safetensors').is_file(): return _open_old_run(run)
@@ -213,16 +271,18 @@ def _open_old_run(run):
     "The predictor of a run without a bundle"
     import pandas as pd
     from PIL import Image
-    from safetensors.torch import load_file
     from skin_lesions.data import ham10000_dataloaders
+    from skin_lesions.learner import read_weights
     from skin_lesions.predict import Predictor, bundle_record
-    try: args = argparse.Namespace(**json.loads((run/'run.json').read_text(encoding='utf-8'))['arguments'])
-    except (json.JSONDecodeError, KeyError, TypeError) as e: raise ValueError(f"{run/'run.json'} is damaged or no record of a run ({type(e).__name__}: {e})") from e
+    try:
+        args = argparse.Namespace(**_read_json(run/'run.json')['arguments'])
+        args.size,args.crop,args.arch,args.model,args.gamma,args.mixup,args.lr
+    except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"{run/'run.json'} is damaged or no record of a run ({type(e).__name__}: {e})") from e
     frame = pd.DataFrame({'path': [Image.new('RGB', (64, 64))]*2, 'dx': ['nv', 'nv'], 'is_valid': [False, True]}) # a DataBlock wants items; these are never used
     dls = ham10000_dataloaders(frame, args.size, args.crop, 1, arch=args.arch, augment=False, num_workers=0)
     args.no_pretrained,args.weights = True,None
     learn = build_learner(args, dls, alpha=None)
-    state,own = load_file(run/'model.safetensors'),learn.model.state_dict()
+    state,own = read_weights(run/'model.safetensors'),learn.model.state_dict()
     wrong = [k for k in own if k not in state or state[k].shape!=own[k].shape] + [k for k in state if k not in own]
     if wrong: raise ValueError(f"{run/'model.safetensors'} does not fit the network in run.json; first: {', '.join(wrong[:3])}")
     learn.model.load_state_dict(state)
@@ -251,7 +311,7 @@ def evaluate(
     is_table = source.is_file() and source.suffix!='.zip'
     if is_table and (args.tta or args.data): raise ValueError(f"{source} is a table; --data and --tta predict with a network, so they need a run folder")
     folder,record = (source.parent if source.is_file() else source),None
-    if (folder/'run.json').is_file(): record = json.loads((folder/'run.json').read_text(encoding='utf-8'))
+    if (folder/'run.json').is_file(): record = _read_json(folder/'run.json')
     known = is_table or args.data is None and args.tta is None and (source/'predictions.csv').is_file()
     table = _predictions_of(source) if known else predict_unseen(args, source, record)
     print_scores(table, all_scores(table))
@@ -279,14 +339,13 @@ def _readable(table, what='left out'):
 
 def predict_unseen(args, run, record):
     "Predictions on the labelled images that the run was not trained on"
-    import pandas as pd
     from skin_lesions.dataset import find_ham10000, read_metadata
     from skin_lesions.predictions import save_predictions
     predictor,split = open_run(run),run/'split.csv'
     if not split.is_file() and args.data is None: raise FileNotFoundError(f"{run} has no split.csv that says which images are new to it; give --data with images that are")
     meta = read_metadata(find_ham10000(args.data or (record or {}).get('data')))
     if split.is_file():
-        split = pd.read_csv(split)
+        split = _read_split(run)
         trained = split[~split.is_valid]
         seen = meta.image_id.isin(trained.image_id) | meta.group.isin(trained.group)
         if seen.all(): raise ValueError(f"all {len(meta)} images there were used to train {run} or show the same lesions; give --data with others")
@@ -305,7 +364,8 @@ def _patient_table(path):
     import pandas as pd
     from skin_lesions.core import check_columns, table_text
     text,sep = table_text(path)
-    table = pd.read_csv(io.StringIO(text), sep=sep, dtype={'image_id': str}, index_col=False, skipinitialspace=True)
+    try: table = pd.read_csv(io.StringIO(text), sep=sep, dtype={'image_id': str}, index_col=False, skipinitialspace=True)
+    except ValueError as e: raise ValueError(f"{path} cannot be read as a table: {e}; --patients takes a plain CSV") from e
     check_columns(table, ['image_id'], name=str(path), why='--patients finds the row of each picture by it')
     twice = table.image_id[table.image_id.duplicated()]
     if len(twice): raise ValueError(f"{path}: image_id {twice.iloc[0]!r} stands there twice; expected a row a picture")
@@ -324,7 +384,8 @@ def predict(
     "Print or write the predictions table of an image or a folder"
     from skin_lesions.core import CODES, NOTICE, full_name
     from skin_lesions.predictions import save_predictions
-    table = _readable(open_run(args.run).predict(args.images, _patient_table(args.patients), tta=args.tta, progress=not args.quiet))
+    run,images = (args.run, args.images) if args.images is not None else ('ham10000', args.run)
+    table = _readable(open_run(run).predict(images, _patient_table(args.patients), tta=args.tta, progress=not args.quiet))
     _print_unusual(table)
     if args.out:
         save_predictions(table, args.out)
@@ -459,6 +520,93 @@ def gradcam(
     print(NOTICE, file=sys.stderr)
     return 0
 
+# %% ../nbs/80_cli.ipynb #2d04e29c
+def _paper_table(args):
+    "Print the tables of finished runs"
+    from skin_lesions.experiments import ROWS, ablation, current_runs, row_names, show_table, table
+    names,done = row_names(args.rows),{l['row'] for l in current_runs(args.out, args.rows, args.scale)}
+    print(show_table(table(args.out, names, args.scale)).to_string())
+    better = [n for n in names if ROWS[n].base]
+    if done & set(better): print('\ndifferences of average recall to the base, by lesion:\n' + ablation(args.out, better, args.scale).drop(columns='about').round(4).to_string(na_rep=''))
+    print(f'\nscale {args.scale}: {len(done)} of {len(names)} rows have a finished run')
+
+def paper(
+    args, # the arguments of `skin_lesions paper`
+)->int: # exit status
+    "Run rows of the paper, or print their table"
+    from skin_lesions.experiments import ROWS, SCALES, row_names, run_row
+    names = row_names(args.rows)
+    if args.list:
+        for n in names: print(f'{n:30s} {ROWS[n].about}')
+        return 0
+    if args.table: return _paper_table(args) or 0
+    todo = [(n, split, fold, seed) for seed in args.seeds for split in args.splits for fold in (args.folds if split=='lesion' else [0]) for n in names]
+    print(f"{len(todo)} runs at scale {args.scale}: {SCALES[args.scale].about}")
+    loaders = dict(num_workers=args.workers) | ({} if args.device is None else dict(device=args.device))
+    busy = 0
+    for i,(n,split,fold,seed) in enumerate(todo):
+        said = f"[{i+1}/{len(todo)}] {n}, by {split}" + (f", fold {fold}" if split=='lesion' else '') + f", seed {seed}"
+        try: line = run_row(n, args.data, split, seed, args.scale, fold=fold, out=args.out, weights=args.weights, cache=args.cache, keep_model=not args.no_models, show=args.verbose, **loaders)
+        except BlockingIOError: busy += 1; print(f'{said}: another process is at it', flush=True); continue
+        how = f"as {line['trained_as']}" if 'trained_as' in line else 'trained' if line['new'] else 'done before'
+        print(f"{said}: accuracy {line['accuracy']:.3f}, average recall {line['average_recall']:.3f} ({how}{', '+line['arch'] if line['instead_of'] else ''})", flush=True)
+    if busy: print(f'{busy} runs are with other processes; the same command finishes what they leave')
+    return 0
+
+def _add_paper_command(commands, style):
+    p = commands.add_parser('paper', help="run the rows of the paper's tables, or print them", **style)
+    add = p.add_argument
+    add('--rows', nargs='+', default=['paper'], help='names of rows, or paper, better, all; --list shows them')
+    add('--seeds', type=int, nargs='+', default=[42], help='of weights, order and augmentation')
+    add('--splits', nargs='+', choices=('image', 'lesion'), default=['image', 'lesion'], help="the paper's split by image, and that by lesion")
+    add('--folds', type=int, nargs='+', default=[0], choices=range(5), help='which of the five folds by lesion validate')
+    add('--scale', choices=('full', 'reduced', 'tiny'), default='full', help='the row as it stands; sized for a CPU; in seconds on a drawn sample')
+    add('--data', help='folder of HAM10000; without it, the usual places and HAM10000_DIR are searched, and tiny draws its own')
+    add('--out', default='experiments', help='folder of the results file and the runs')
+    add('--cache', help='folder for decoded pictures; without it, every epoch decodes them anew')
+    add('--weights', choices=('auto', 'hub', 'lite'), default='auto', help="where an architecture's ImageNet weights cannot be had (auto), or always (lite), EfficientNet-Lite0 runs and the name says so; hub: never")
+    add('--workers', type=int, default=2, help='processes that read images')
+    add('--device', help="cpu, cuda, ...; without it, fastai's default")
+    add('--no-models', action='store_true', help='do not keep the networks; other readings then need a new training')
+    add('--list', action='store_true', help='print the rows and stop')
+    add('--table', action='store_true', help='print the tables of finished runs and stop')
+    add('--verbose', action='store_true', help="show each training's progress")
+    p.set_defaults(run_command=paper)
+
+# %% ../nbs/80_cli.ipynb #7b1d40c9
+_ROW_FLAGS = dict(epochs=int, size=int, arch=str, stages=int, loss=str, gamma=float, alpha=str, tau=float, mixup=float, sampling=str, crop=str, schedule=str, lr=float, bs=int)
+
+def reproduce_bundle(
+    args, # the arguments of `skin_lesions reproduce-bundle`
+)->int: # exit status
+    "Train the network of the package's bundle and what it is calibrated with, or go on"
+    from skin_lesions.reproduce import reproduce_bundle
+    none = lambda v: None if v=='none' else v
+    changes = {k: none(getattr(args, k)) for k in _ROW_FLAGS if getattr(args, k) is not None}
+    loaders = dict(num_workers=args.workers) | ({} if args.device is None else dict(device=args.device))
+    found = reproduce_bundle(args.data, args.out, args.row, folds=tuple(args.folds), cache=args.cache, seed=args.seed, scale=args.scale, minutes=args.minutes, show=not args.quiet, changes=changes, **loaders)
+    for name in ('argmax', 'decided'):
+        if found[name]: print(f"{name}: accuracy {found[name]['accuracy']:.3f}, average recall {found[name]['average_recall']:.3f} ({found[name]['low']:.3f} to {found[name]['high']:.3f})")
+    print(f"{args.out}: {found['megabytes']} MB, {'16' if found['half']['used'] else '32'}-bit weights, {found['measured_on']}")
+    return 0
+
+def _add_reproduce_command(commands, style):
+    p = commands.add_parser('reproduce-bundle', help='train the network that comes with the package, calibrate it, write bundle and model card; the same command goes on after a stop', **style)
+    add = p.add_argument
+    add('--data', help='folder of HAM10000; without it, the usual places and HAM10000_DIR are searched, and scale tiny draws its own')
+    add('--out', default='ham10000_bundle', help='folder of the bundle and, in work, of the trainings')
+    add('--row', help='row to start from; without it, two-stage EfficientNet-Lite0, 128 pixels, 20 epochs of one cycle, cross-entropy')
+    add('--folds', type=int, nargs='+', default=[0], choices=range(5), help='which of five folds by lesion are held out, each with a network of its own')
+    for k,kind in _ROW_FLAGS.items(): add(f'--{k}', type=kind, help=f"the row's {k}, instead")
+    add('--seed', type=int, default=42, help='of weights, order and augmentation')
+    add('--scale', choices=('full', 'reduced', 'tiny'), default='full', help='see skin_lesions paper')
+    add('--cache', help='folder for decoded pictures; without it, every epoch decodes them anew')
+    add('--minutes', type=float, default=5., help='between two states within an epoch')
+    add('--workers', type=int, default=2, help='processes that read images')
+    add('--device', help="cpu, cuda, ...; without it, fastai's default")
+    add('--quiet', action='store_true', help='no line an epoch')
+    p.set_defaults(run_command=reproduce_bundle)
+
 # %% ../nbs/80_cli.ipynb #3b2265a1
 def demo(
     args, # the arguments of `skin_lesions demo`
@@ -476,8 +624,7 @@ def demo(
     flags = ['train', '--data', str(sample), '--out', str(run), '--overwrite', '--epochs', str(args.epochs), '--size', str(args.size), '--bs', '16', '--seed', str(args.seed), '--workers', '0', '--no-check']
     status = main(flags + ([] if pretrained else ['--no-pretrained']) + (['--quiet'] if args.quiet else []))
     if status: return status
-    import pandas as pd
-    split = pd.read_csv(run/'split.csv')
+    split = _read_split(run)
     image_id = split.image_id[split.is_valid].iloc[0]
     image = next(sample.rglob(f'{image_id}.jpg'))
     print(f"\na validation image, {image.name} ({split.set_index('image_id').dx[image_id]}: drawn, so the answer is known)")
@@ -499,7 +646,7 @@ def _add_train_arguments(p):
     add('--size', type=int, default=128, help='side of the image that the network sees, pixels')
     add('--crop', choices=('random', 'resize', 'window'), default='random', help='how the picture becomes a square')
     add('--epochs', type=int, default=10, help='times through the training images')
-    add('--bs', type=int, default=64, help='images in a batch')
+    add('--bs', type=int, default=64, help='images in a batch, of each process')
     add('--lr', type=float, default=1e-3, help='highest learning rate of the one-cycle schedule')
     add('--gamma', type=float, default=1., help='focusing strength of the focal loss')
     add('--alpha', choices=('auto', 'none', 'inverse', 'sqrt', 'effective'), default='auto', help='class weights of the loss; auto: inverse, unless --sampling weighs already')
@@ -510,7 +657,8 @@ def _add_train_arguments(p):
     add('--fold', type=int, default=0, help='which fold of the lesion split is for validation')
     add('--folds', type=int, default=5, help='folds of the lesion split')
     add('--seed', type=int, default=42, help='of the split, the weights and the order of the images')
-    add('--workers', type=int, default=2, help='processes that read images')
+    add('--workers', type=int, help='processes that read images, for each one that trains; without it 2, and with a cache none on a processor')
+    add('--cache', default='auto', help="folder for decoded pictures; 'auto' keeps them where caches are kept (SKIN_LESIONS_CACHE says elsewhere), if there is more than one epoch to use them; 'none' decodes in every epoch")
     add('--no-check', action='store_true', help='do not decode every image once before training')
     add('--drop-bad', action='store_true', help='leave out missing and unreadable images instead of stopping')
     add('--quiet', action='store_true', help='no progress bars')
@@ -578,13 +726,15 @@ def argument_parser()->argparse.ArgumentParser: # of the command `skin_lesions`
     p.set_defaults(run_command=evaluate)
     _add_decide_commands(commands, style)
     p = commands.add_parser('predict', help='predict an image or a folder of images', **style)
-    p.add_argument('run', help='run folder or bundle')
-    p.add_argument('images', help='an image, or a folder searched with its subfolders')
+    p.add_argument('run', help='run folder or bundle; may be left out where the trained network ham10000 comes with the package')
+    p.add_argument('images', nargs='?', help='an image, or a folder searched with its subfolders')
     p.add_argument('--out', help='CSV to write; without it, the table is printed')
     _add_tta(p)
     p.add_argument('--patients', help='CSV with image_id, age, sex, localization; for networks that were trained with patient data')
     p.add_argument('--quiet', action='store_true', help='no progress bars')
     p.set_defaults(run_command=predict)
+    _add_paper_command(commands, style)
+    _add_reproduce_command(commands, style)
     p = commands.add_parser('gradcam', help='show where the network looked', **style)
     p.add_argument('run', help='run folder or bundle')
     p.add_argument('images', help='an image, or a folder searched with its subfolders')
@@ -602,12 +752,16 @@ def main(
     argv=None, # arguments; None takes those of the process
 )->int: # exit status: 0, 2 for a wrong argument or bad input, 130 after Ctrl-C
     "The command `skin_lesions`"
-    args = argument_parser().parse_args(argv)
+    parser = argument_parser()
+    args,more = parser.parse_known_args(argv)
+    if args.command=='predict' and args.images is None and len(more)==1 and not more[0].startswith('-'): args.images,more = more[0],[] # after an option
+    if more: parser.error(f"unrecognized arguments: {' '.join(more)}")
     debug = vars(args).pop('debug')
     try: return args.run_command(args)
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as e:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError) as e:
         if debug: raise
-        print(f'skin_lesions {args.command}: {e}', file=sys.stderr)
+        said_by = getattr(e, 'said_by', None) # of an error that all processes of a training share, the one that says it
+        if said_by is None or said_by==int(os.environ.get('RANK', 0)): print(f'skin_lesions {args.command}: {e}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f'\nskin_lesions {args.command}: stopped by Ctrl-C', file=sys.stderr)

@@ -83,7 +83,8 @@ def _decoded(data, path):
     utf16 = data[:2] in (b'\xff\xfe', b'\xfe\xff')
     try: text = data.decode('utf-16' if utf16 else 'utf-8-sig')
     except UnicodeDecodeError as e: raise ValueError(f"{path}, line {data[:e.start].count(10)+1}: not in UTF-8 ({e.reason}, {data[e.start:e.end]!r}); save the table as UTF-8") from e
-    text = text.replace('\r\n', '\n').replace('\r', '\n')
+    parts = text.split('"') # a field in quotes, every second part, keeps its line ends
+    text = '"'.join(p if i%2 else p.replace('\r\n', '\n').replace('\r', '\n') for i,p in enumerate(parts))
     if '\0' in text: raise ValueError(f"{path}, line {text[:text.index(chr(0))].count(chr(10))+1}: a NUL character; this is no table of text")
     return text
 
@@ -104,7 +105,7 @@ def table_text(
     head = text.split('\n', 1)[0]
     if not head.strip(): raise ValueError(f"{path}, line 1: blank, expected the names of the columns")
     separator = max('\t;,', key=head.count)
-    rows,n,last = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True, strict=True),None,0
+    rows,n,last = csv.reader(io.StringIO(text, newline=''), delimiter=separator, skipinitialspace=True, strict=True),None,0
     try:
         for row in rows:
             first,last = last+1,rows.line_num
@@ -174,9 +175,10 @@ def _upright(image):
     try: return image if image.getexif().get(0x0112, 1)==1 else ImageOps.exif_transpose(image)
     except Exception: return image
 
-def _rgb(image):
+def _rgb(image, side=None):
     "A picture with three times eight bits, upright"
     _check_open(image)
+    if side is not None and image.format in ('JPEG', 'MPO'): image.draft(None, (side, side))
     image.load()
     if image.mode in ('LA', 'La', 'PA', 'RGBA', 'RGBa') or 'transparency' in image.info:
         rgba = image.convert('RGBA')
@@ -197,18 +199,19 @@ def _not_an_image(source):
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, 'rb') as f: head,size = f.read(12),f.seek(0, 2)
     return f"not an image of a kind that is read here ({', '.join(IMAGE_FORMATS)}); its {size} bytes begin with {head!r}"
 
-def _open(source):
+def _open(source, side=None):
     "RGB from a path, bytes or a picture; raises errors of many kinds"
     if isinstance(source, Image.Image): return _rgb(source)
     if isinstance(source, bytes) and not source: raise ValueError('empty file (0 bytes)')
     if not isinstance(source, bytes): _check_file(source)
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS) as image: return _rgb(image)
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS) as image: return _rgb(image, side)
 
 def read_image(
     source, # path, bytes of a file, or PIL image
+    side:int=None, # a JPEG may come in a half, a quarter or an eighth of its size if its shorter side keeps this many pixels; None reads every pixel
 )->Image.Image: # RGB, upright, decoded to the end
     "Open a picture, or raise an `ImageError` that names it and says why it cannot be used"
-    try: return _open(source)
+    try: return _open(source, side)
     except FileNotFoundError: raise
     except UnidentifiedImageError: why = _not_an_image(source)
     except Image.DecompressionBombError: why = f"more pixels than the limit of {MAX_PIXELS:,}; make it smaller"

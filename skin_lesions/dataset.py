@@ -365,9 +365,16 @@ def _needs(package, purpose):
     try: return importlib.import_module(package)
     except ImportError as e: raise ImportError(f"{purpose} needs {package}: pip install {package}") from e
 
+_MOST_FILES,_MOST_UNPACKED,_MOST_RATIO = 100_000,16*2**30,20 # HAM10000's archives have 5,000 files, 1.4 GB, and shrink by a few per cent
+
 def _check_archive(archive, file):
-    "Refuse an archive with a name that leaves the folder, or with a link"
-    for i in archive.infolist():
+    "Refuse an archive with a name that leaves the folder, with a link, or that would fill the disk"
+    entries = archive.infolist()
+    size,packed = sum(i.file_size for i in entries),Path(file).stat().st_size
+    if len(entries)>_MOST_FILES: raise ValueError(f"{file} holds {len(entries):,} files, more than {_MOST_FILES:,}; nothing was unpacked")
+    if size>_MOST_UNPACKED: raise ValueError(f"{file} would unpack to {size:,} bytes, more than {_MOST_UNPACKED:,}; nothing was unpacked")
+    if size>_MOST_RATIO*packed+2**20: raise ValueError(f"{file} has {packed:,} bytes and would unpack to {size:,}, more than {_MOST_RATIO}-fold: no pictures shrink so; nothing was unpacked")
+    for i in entries:
         name = PurePosixPath(i.filename.replace('\\', '/'))
         if name.is_absolute() or '..' in name.parts or ':' in i.filename or stat.S_ISLNK(i.external_attr>>16):
             raise ValueError(f"{file} holds an unsafe entry, {i.filename!r}; nothing was unpacked")
@@ -379,7 +386,7 @@ def _unzip(file, dest, show=True):
     try:
         with zipfile.ZipFile(file) as archive:
             _check_archive(archive, file)
-            for i in progress(archive.infolist(), f'unpacking {file.name}', show=show): archive.extract(i, tmp)
+            for i in progress(archive.infolist(), f'unpacking {file.name}', show=show): archive.extract(i, tmp) # to at most the size that was checked
         tmp.chmod(0o755)
         if dest.exists(): shutil.rmtree(dest)
         os.replace(tmp, dest)

@@ -345,7 +345,7 @@ def _sources(meta)->pd.Series:
     folders = list(Path(meta.path.iloc[0]).absolute().parents)[:3] if 'path' in meta and len(meta) else []
     for file in (f/'HAM10000_sources.csv' for f in folders):
         if not file.is_file(): continue
-        known = pd.read_csv(file, dtype=str)
+        known = pd.read_csv(file, dtype=str, compression=None)
         check_columns(known, ['image_id', 'dataset'], name=str(file), why="'dataset' is the source of each image")
         return meta.image_id.map(dict(zip(known.image_id, known.dataset)))
     raise ValueError("meta has no column 'source', and no HAM10000_sources.csv lies above its images; give meta a column 'source'")
@@ -586,7 +586,7 @@ def _read_history(history)->pd.DataFrame:
     if isinstance(history, (str, Path)):
         path = Path(history)
         if not path.is_file(): raise FileNotFoundError(f"no history at {path}")
-        try: history = pd.read_csv(path)
+        try: history = pd.read_csv(path, compression=None)
         except pd.errors.EmptyDataError: raise ValueError(f"{path} is empty; a history has a header and a row an epoch") from None
     check_columns(history, ['epoch', 'train_loss', 'valid_loss'], name='history', why="expected what fastai's CSVLogger writes")
     history = history[[c for c in ('epoch', 'train_loss', 'valid_loss', *_RECALLS) if c in history]].apply(pd.to_numeric, errors='coerce')
@@ -625,6 +625,8 @@ def plot_history(
     return fig
 
 # %% ../nbs/61_evaluate.ipynb #9643591e
+_NO_SCRIPTS = '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">' # a second lock, should a text ever come through unescaped
+
 def _esc(x)->str:
     "Text for HTML"
     if isinstance(x, float): x = f'{x:.6g}'
@@ -780,7 +782,7 @@ def html_report(
     if history is not None: history = _read_history(history)
     every = _score_intervals(table, 1000, 42, .95)
     with matplotlib.style.context('default'): points, figures = _html_points(table), _html_figures(table, history)
-    page = [f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    page = [f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{_NO_SCRIPTS}'
             f'<title>{_esc(title)}</title><style>{_STYLE}</style></head><body><main><h1>{_esc(title)}</h1><p class="notice">{_esc(NOTICE)}</p>',
             _html_scores(table, every), '<h2>What was evaluated</h2>', _html_evaluated(table, run), _html_classes(table, every),
             points, '' if meta is None else _html_subgroups(table, meta), figures, '<h2>What the scores mean</h2><dl>' + ''.join(f'<dt>{a}</dt><dd>{b}</dd>' for a,b in _DEFINITIONS) + '</dl>',

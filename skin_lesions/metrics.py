@@ -63,6 +63,7 @@ def recall_per_class(
 class AverageRecall(Metric):
     "Mean recall over the classes that the set holds (normalised multi-class accuracy); `absent` names the others, and so does a warning"
     _name = 'average_recall'
+    rank_state = ('counts', '_names') # what `skin_lesions.distributed` puts together over processes
     def __init__(self,
         vocab=None, # class names in the order of the predictions; None takes the learner's `dls.vocab`
     ):
@@ -150,6 +151,7 @@ def rank_auc(
 # %% ../nbs/22_metrics.ipynb #76bd5a51
 class StageOneAUC(Metric):
     "AUC of P(nv): nevus against the rest"
+    rank_state = ('scores', 'positive')
     def __init__(self,
         vocab=None, # class names in the order of the predictions; None takes the learner's `dls.vocab`
         nevus:str=NEVUS, # the class that stage one tells from the rest

@@ -37,9 +37,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .core import ImageError, check_columns, image_files
-from .data import check_arch, crop_transform, get_image, normalization
+from .data import LesionDL, check_arch, crop_transform, get_image, normalization
 from .dataset import check_images
 from .learner import LesionNet, TwoStageNet, check_normalization, create_body, lesion_learner, lesion_splitter, two_stage_learner
+from .speed import ReuseMemory, mixed_precision
 from .split import split_by_lesion
 
 # %% ../nbs/40_pretext.ipynb #fabf821a
@@ -101,6 +102,7 @@ def pretext_dataloaders(
     seed:int=42, # of that share
     unreadable:str='raise', # 'skip' decodes every file once and leaves out those that fail, with a count
     lighting:float=.1, # largest change of brightness and contrast in training, 0 to 1
+    cache=None, # decoded pictures, as from `skin_lesions.cache.resize_cache`; None reads the files in every epoch
     **kwargs, # for fastai's `DataBlock.dataloaders`: num_workers, device, val_bs, ...
 )->DataLoaders: # batches of one element, [bs, 3, size, size]
     "fastai's `DataLoaders` of pictures without labels"
@@ -110,11 +112,13 @@ def pretext_dataloaders(
     if unreadable=='skip': meta = _leave_out_unreadable(meta)
     n = int((~meta.is_valid.astype(bool)).sum())
     if n==0 or n==len(meta): raise ValueError(f"{n} of {len(meta)} images are for training; there must be some on both sides")
+    if cache is not None: cache.check(size, crop); kwargs = {'num_workers': cache.default_workers(kwargs.get('device')), **kwargs}
     mean,std = normalization(arch)
     light = setup_aug_tfms([Brightness(max_lighting=lighting), Contrast(max_lighting=lighting)]) if lighting else []
-    block = DataBlock(blocks=(ImageBlock,), get_x=open_image, splitter=ColSplitter('is_valid'), item_tfms=[AtLeast(size), crop_transform(size, crop)],
+    block = DataBlock(blocks=(ImageBlock,), get_x=open_image, splitter=ColSplitter('is_valid'), dl_type=LesionDL, item_tfms=[*([] if cache else [AtLeast(size)]), crop_transform(size, crop)],
                       batch_tfms=[*light, Normalize.from_stats(mean, std)])
-    return block.dataloaders(meta, bs=min(bs, n), **kwargs)
+    dls = block.dataloaders(meta, bs=min(bs, n), **kwargs)
+    return dls if cache is None else cache.attach(dls, smallest=size)
 
 # %% ../nbs/40_pretext.ipynb #2d58882f
 BLUR = 1.25 # standard deviation of the smoothing before turning, pixels
@@ -209,6 +213,7 @@ def rotation_learner(
     lr:float=1e-3, # default learning rate
     opt_func=Adam, # optimiser
     channels_last:bool=True, # memory order of the weights
+    precision:str='auto', # half precision on a GPU; 'float32' for full, see `mixed_precision`
     body_kwargs:dict=None, # for `timm.create_model`
     cbs=None, # further callbacks
     **kwargs
@@ -220,7 +225,7 @@ def rotation_learner(
     net = LesionNet(create_body(arch, pretrained=pretrained, weights=weights, **(body_kwargs or {})), angles, hidden=(), ps=0.)
     if channels_last: net = net.to(memory_format=torch.channels_last)
     kwargs.setdefault('metrics', accuracy)
-    return Learner(dls, net, loss_func=CrossEntropyLossFlat(), lr=lr, opt_func=opt_func, splitter=lesion_splitter, cbs=[PredictRotation(angles, blur), *L(cbs)], **kwargs)
+    return mixed_precision(Learner(dls, net, loss_func=CrossEntropyLossFlat(), lr=lr, opt_func=opt_func, splitter=lesion_splitter, cbs=[PredictRotation(angles, blur), *L(cbs), ReuseMemory()], **kwargs), precision)
 
 # %% ../nbs/40_pretext.ipynb #f096f0aa
 class _JointNet(nn.Module):
@@ -344,6 +349,7 @@ class JointRotation(JointPretext):
 # %% ../nbs/40_pretext.ipynb #e863d738
 class CallbackValue(Metric):
     "The mean over the images of a value that a callback notes for each batch"
+    rank_state = ('total', 'n') # see `skin_lesions.distributed`
     def __init__(self,
         cb, # the callback
         attr:str, # of the callback: a number for a batch
@@ -591,6 +597,7 @@ def restoration_learner(
     lr:float=1e-3, # default learning rate
     opt_func=Adam, # optimiser
     channels_last:bool=True, # memory order of the weights
+    precision:str='auto', # half precision on a GPU; 'float32' for full, see `mixed_precision`
     body_kwargs:dict=None, # for `timm.create_model`
     cbs=None, # further callbacks
     **kwargs
@@ -601,7 +608,7 @@ def restoration_learner(
     _check_disorder(*shape, patch, swaps)
     net = RestorationNet(create_body(arch, pretrained=pretrained, weights=weights, **(body_kwargs or {})), shape)
     if channels_last: net = net.to(memory_format=torch.channels_last)
-    return Learner(dls, net, loss_func=nn.MSELoss(), lr=lr, opt_func=opt_func, splitter=unet_splitter, cbs=[RestoreContext(patch, swaps, grid), *L(cbs)], **kwargs)
+    return mixed_precision(Learner(dls, net, loss_func=nn.MSELoss(), lr=lr, opt_func=opt_func, splitter=unet_splitter, cbs=[RestoreContext(patch, swaps, grid), *L(cbs), ReuseMemory()], **kwargs), precision)
 
 # %% ../nbs/40_pretext.ipynb #1aa199ba
 def plot_restored(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException
 from fastai.callback.tracker import TrackerCallback
-from fastcore.basics import noop, patch
+from fastcore.basics import GetAttr, noop, patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -49,6 +49,12 @@ def _checksum(plain:str, tensors)->str:
     for k in sorted(tensors): h.update(k.encode()); h.update(tensors[k].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensors[k].numel() else b'')
     return h.hexdigest()
 
+def _second_name(file, other):
+    "Give a file another name, without its room on the disk where the file system can"
+    other.unlink()
+    try: os.link(file, other)
+    except OSError: shutil.copyfile(file, other)
+
 def write_state(
     folder, # made if it is not there
     plain:dict, # what JSON can hold
@@ -56,15 +62,15 @@ def write_state(
 )->Path: # the file
     "Write a state atomically and keep the one before"
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous().clone() for k,v in tensors.items()} # safetensors wants no shared memory
     text = json.dumps(dict(format=FORMAT, **plain))
     state = folder/STATE
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(state) as tmp:
             tmp.write_bytes(save(tensors, metadata=dict(state=text, sha256=_checksum(text, tensors)))) # `save_file` would leave files of its own behind when killed
             if state.is_file():
-                with atomic_path(folder/PREVIOUS) as old: shutil.copyfile(state, old)
+                with atomic_path(folder/PREVIOUS) as old: _second_name(state, old)
     except (OSError, SafetensorError) as e:
         raise OSError(f"the training's state cannot be written to {folder} ({e}); the state before it is intact. Free some space, or give ResumeCallback a folder that can be written") from e
     return state
@@ -75,7 +81,9 @@ def _read(file)->tuple:
             meta,tensors = f.metadata() or {},{k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError) as e: raise ValueError(f"{file} is no complete state of a training ({e})") from e
     if 'state' not in meta or _checksum(meta['state'], tensors)!=meta.get('sha256'): raise ValueError(f"{file} is damaged: its checksum does not fit")
-    plain = json.loads(meta['state'])
+    try: plain = json.loads(meta['state'])
+    except (ValueError, RecursionError) as e: raise ValueError(f"{file} is no complete state of a training: its header is no JSON ({e})") from e
+    if not isinstance(plain, dict) or type(plain.get('format')) is not int: raise ValueError(f"{file} is no complete state of a training: its header has no number of a format")
     if plain['format']>FORMAT: raise ValueError(f"{file} has format {plain['format']}, this version of skin_lesions reads up to {FORMAT}; update it")
     return plain,tensors
 
@@ -87,7 +95,7 @@ def read_state(
     if not files: return None
     try: return _read(files[0])
     except ValueError as e:
-        if len(files)==1 or 'format' in str(e): raise
+        if len(files)==1 or 'has format' in str(e): raise
         warnings.warn(f"{e}; going on from the state before it", stacklevel=2)
         return _read(files[1])
 
@@ -116,6 +124,19 @@ def _load_recorder(r, s):
     r.losses,r.values = [torch.tensor(v) for v in s['losses']],[type(r.log)(v) for v in s['values']]
     r.smooth_loss.count,r.smooth_loss.val = s['smooth'][0],torch.tensor(s['smooth'][1], device=getattr(r.smooth_loss.val, 'device', None))
 
+def _own_states(cbs)->tuple:
+    "Of the callbacks that keep something of their own: what JSON can hold and tensors, by the callback's name"
+    found = {type(c).__name__: c.training_state() for c in cbs if hasattr(type(c), 'training_state')}
+    return {k: plain for k,(plain,_) in found.items()},{f'callback.{k}.{name}': t for k,(_,tensors) in found.items() for name,t in tensors.items()}
+
+def _load_own_states(cbs, plain, tensors, folder):
+    cbs = {type(c).__name__: c for c in cbs if hasattr(type(c), 'load_training_state')}
+    if set(cbs)!=set(plain): raise ValueError(f"{folder} has the state of a training with the callbacks {', '.join(plain) or 'none'} that keep a state, and here are {', '.join(cbs) or 'none'}; call fit with the same callbacks")
+    for k,c in cbs.items(): c.load_training_state(plain[k], {name.removeprefix(f'callback.{k}.'): t for name,t in tensors.items() if name.startswith(f'callback.{k}.')})
+
+def _trained_weights(learn): return next((c.trained_weights() for c in learn.cbs if hasattr(type(c), 'trained_weights')), learn.model.state_dict())
+
+
 # %% ../nbs/23_resume.ipynb #dc4788f2
 class ResumeCallback(Callback):
     "Write the training's state after every epoch, and go on from it when `fit` is called again with the same arguments"
@@ -137,10 +158,11 @@ class ResumeCallback(Callback):
         "Write the state now"
         rng,tensors = _rng_state(self.dls)
         opt,more = _opt_state(self.learn.opt)
-        tensors = {f'model.{k}': v for k,v in self.learn.model.state_dict().items()} | tensors | more
+        own,others = _own_states(self.learn.cbs)
+        tensors = {f'model.{k}': v for k,v in _trained_weights(self.learn).items()} | tensors | more | others
         first = {f'first.{k}': v for k,v in self.first[1].items()} if batches else {}
         scaler = getattr(self.learn, 'scaler', None)
-        plain = dict(what=self._what(), epoch=self.epoch if epoch is None else epoch, batches=batches, rng=rng, first=self.first[0] if batches else None, opt=opt, recorder=_recorder_state(self.recorder),
+        plain = dict(what=self._what(), epoch=self.epoch if epoch is None else epoch, batches=batches, callbacks=own, rng=rng, first=self.first[0] if batches else None, opt=opt, recorder=_recorder_state(self.recorder),
                      best={type(c).__name__: float(c.best) for c in self.learn.cbs if isinstance(c, TrackerCallback) and hasattr(c, 'best')}, scaler=None if scaler is None else scaler.state_dict())
         write_state(self.folder, plain, tensors | first)
         self.saved = time.monotonic()
@@ -167,6 +189,7 @@ def before_fit(self:ResumeCallback):
     own = net.state_dict()
     wrong = [k for k in {**own, **state} if k not in own or k not in state or own[k].shape!=state[k].shape]
     if wrong: raise ValueError(f"{self.folder} has the state of another network: {len(wrong)} tensors do not fit, the first is {sorted(wrong)[0]}")
+    _load_own_states(self.learn.cbs, plain.get('callbacks', {}), tensors, self.folder)
     net.load_state_dict(state)
     _load_opt(self.learn.opt, plain['opt'], tensors, next(net.parameters()).device)
     if plain['scaler'] is not None and getattr(self.learn, 'scaler', None) is not None: self.learn.scaler.load_state_dict(plain['scaler'])
@@ -196,6 +219,17 @@ def _begin(self:ResumeCallback, plain, tensors):
     if not self.skip: self.todo = None
 
 # %% ../nbs/23_resume.ipynb #b2ad9df9
+class _Reading(GetAttr):
+    "A loader; when it cannot read a file, the error says where the training's state is"
+    _default = 'dl'
+    def __init__(self, dl, resume): self.dl,self.resume = dl,resume
+    def __len__(self): return len(self.dl)
+    def __iter__(self):
+        try: yield from self.dl
+        except (OSError, ValueError) as e: # of a worker, it comes with the worker's traceback
+            why = str(e).strip().splitlines()[-1:] or [type(e).__name__]
+            raise (OSError if isinstance(e, OSError) else ValueError)(f"{why[0]}; a file of epoch {self.resume.epoch} could not be read. {self.resume._where()}; put the data back and call fit again with the same arguments (in the shell: the same command and --resume)") from e
+
 class _SkipBatches(Callback):
     "Cancel the batches that a resumed epoch has done; first of all callbacks"
     order,run_valid = -100,False
@@ -204,7 +238,13 @@ class _SkipBatches(Callback):
         if self.iter<self.resume.skip: raise CancelBatchException()
 
 @patch
-def before_train(self:ResumeCallback): self.trained = self.active # `validate` has epochs too, without training
+def before_train(self:ResumeCallback):
+    self.trained = self.active # `validate` has epochs too, without training
+    if self.active: self.learn.dl = _Reading(self.dl, self)
+
+@patch
+def before_validate(self:ResumeCallback):
+    if self.active: self.learn.dl = _Reading(self.dl, self)
 
 @patch
 def after_batch(self:ResumeCallback):
@@ -228,6 +268,12 @@ def after_epoch(self:ResumeCallback):
     self.trained = False
 
 @patch
+def _where(self:ResumeCallback)->str:
+    "Where the training can go on from, as a sentence"
+    if not (self.folder/STATE).is_file(): return f"No state has been written to {self.folder} yet"
+    return f"The last good state is in {self.folder}"
+
+@patch
 def after_fit(self:ResumeCallback):
     self.learn.remove_cbs([c for c in self.learn.cbs if isinstance(c, _SkipBatches)])
     self.active = False
@@ -237,15 +283,15 @@ def after_fit(self:ResumeCallback):
 def after_loss(self:ResumeCallback):
     "Stop before a step with a loss that is no number"
     if not self.active or not self.training or bool(torch.isfinite(self.learn.loss_grad).all()): return
-    raise FloatingPointError(f"the loss is {self.learn.loss_grad.detach().float().mean().item()} in epoch {self.epoch}, batch {self.iter}, images {', '.join(_batch_items(self.learn))}; the weights have not been touched by it. "
-                             f"The last good state is in {self.folder}; train on with a lower learning rate, or look at these images")
+    raise FloatingPointError(f"the loss is {self.learn.loss_grad.detach().float().mean().item()} in epoch {self.epoch}, batch {self.iter}; the weights have not been touched by it. {self._where()}; "
+                             f"train again with a lower learning rate, or look at the images of the batch: {', '.join(_batch_items(self.learn))}")
 
-def _batch_items(learn, most=8)->list:
+def _batch_items(learn)->list:
     "Names of the images of the current batch"
     dl = learn.dls.train
     places = getattr(dl, '_DataLoader__idxs', [])[learn.iter*dl.bs:(learn.iter+1)*dl.bs]
     items = getattr(dl.dataset, 'items', None)
-    if items is None: return [f'number {p}' for p in places[:most]]
+    if items is None: return [f'number {p}' for p in places]
     rows = [items.iloc[p] if hasattr(items, 'iloc') else items[p] for p in places]
-    names = [str(getattr(r, 'image_id', getattr(r, 'path', r))) for r in rows]
-    return names[:most] + ([f'... ({len(names)})'] if len(names)>most else [])
+    return [str(getattr(r, 'image_id', getattr(r, 'path', r))) for r in rows]
+

@@ -1,10 +1,11 @@
 "Fixtures: the repository, a drawn sample, the real data if there is any, and the command line as a process of its own."
-import os, subprocess, sys
+import os, subprocess, sys, tempfile
 from pathlib import Path
 
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
+os.environ['SKIN_LESIONS_CACHE'] = tempfile.mkdtemp(prefix='skin-lesions-cache-') # not the user's
 
 
 @pytest.fixture(scope='session')

@@ -269,7 +269,7 @@ def test_predict_names_unreadable_files_and_goes_on(sample, call, finished_run, 
     (tmp_path/'in').mkdir()
     shutil.copy(next(sample.rglob('*.jpg')), tmp_path/'in'); (tmp_path/'in'/'bad.jpg').write_text('no picture')
     status, complained = call('predict', finished_run, tmp_path/'in', '--out', tmp_path/'o.csv', '--quiet')
-    assert status == 0 and '1 of 2 pictures left out: bad.jpg: no image' in complained
+    assert status == 0 and '1 of 2 pictures left out: bad.jpg: not an image' in complained
     assert len(pd.read_csv(tmp_path/'o.csv')) == 1
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-MODULES = ['core', 'synthetic', 'dataset', 'split', 'data', 'preprocess', 'losses', 'mixup', 'metrics', 'resume', 'learner', 'pretext', 'gradcam', 'ood', 'predictions', 'evaluate', 'decide', 'predict', 'experiments', 'cli']
+MODULES = ['core', 'synthetic', 'dataset', 'split', 'data', 'preprocess', 'cache', 'losses', 'mixup', 'metrics', 'resume', 'ema', 'distill', 'speed', 'learner', 'distributed', 'pretext', 'stream', 'gradcam', 'ood', 'predictions', 'evaluate', 'decide', 'predict', 'experiments', 'readings', 'reproduce', 'cli']
 
 
 @pytest.mark.parametrize('module', MODULES)

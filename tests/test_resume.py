@@ -7,7 +7,7 @@ import torch
 KILLS = int(os.environ.get('RESUME_KILLS', 4)) # 20 take a minute
 
 
-def train(sample, folder, minutes):
+def train(sample, folder, minutes, workers=0):
     "In a process of its own: the real pipeline in small, its weights and history at the end"
     torch.set_num_threads(1)
     from fastai.torch_core import set_seed
@@ -16,7 +16,7 @@ def train(sample, folder, minutes):
     from skin_lesions.learner import two_stage_learner
     from skin_lesions.resume import ResumeCallback
     set_seed(3, reproducible=True)
-    dls = ham10000_dataloaders(sample, 32, bs=16, arch='test_efficientnet', num_workers=0, device='cpu')
+    dls = ham10000_dataloaders(sample, 32, bs=16, arch='test_efficientnet', num_workers=workers, device='cpu')
     learn = two_stage_learner(dls, 'test_efficientnet', pretrained=False)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(4, cbs=ResumeCallback(folder/'state', minutes=minutes))
     save_file({k: v.clone(memory_format=torch.contiguous_format) for k, v in learn.model.state_dict().items()}, folder/'end.safetensors')
@@ -46,19 +46,31 @@ def whole(tmp_path_factory):
     return sample, folder, time.monotonic()-began
 
 
-@pytest.mark.parametrize('minutes', [None, 0])
-def test_killed_and_resumed(whole, tmp_path, minutes):
-    sample, folder, seconds = whole
+@pytest.fixture(scope='module')
+def whole_with_workers(whole, tmp_path_factory):
+    "The same with two processes that read and augment the images, each with random states of its own"
+    sample, folder = whole[0], tmp_path_factory.mktemp('workers')
+    began = time.monotonic()
+    child = start(sample, folder, None, 2)
+    child.join(300)
+    assert child.exitcode == 0
+    return sample, folder, time.monotonic()-began
+
+
+@pytest.mark.parametrize('minutes,workers', [(None, 0), (0, 0), (None, 2), (0, 2)])
+def test_killed_and_resumed(whole, whole_with_workers, tmp_path, minutes, workers):
+    "Weights and history are those of the training in one go, to the bit, killed between epochs or within one"
+    sample, folder, seconds = whole_with_workers if workers else whole
     rng, killed = random.Random(7), 0
-    for _ in range(KILLS):
-        child = start(sample, tmp_path, minutes)
+    for _ in range(KILLS if not workers or 'RESUME_KILLS' in os.environ else 2):
+        child = start(sample, tmp_path, minutes, workers)
         time.sleep(rng.uniform(.1, .6)*seconds)
         if child.is_alive(): os.kill(child.pid, signal.SIGKILL)
         child.join(60)
         assert child.exitcode in (0, -signal.SIGKILL)
         killed += child.exitcode != 0
     assert killed
-    child = start(sample, tmp_path, minutes)
+    child = start(sample, tmp_path, minutes, workers)
     child.join(300)
     assert child.exitcode == 0
     for name in ('end.safetensors', 'history.json'): assert (tmp_path/name).read_bytes() == (folder/name).read_bytes(), name
