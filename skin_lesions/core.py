@@ -8,7 +8,7 @@ __all__ = ['LESION_CLASSES', 'CODES', 'NEVUS', 'MALIGNANT', 'ISIC_COLUMNS', 'IMA
            'image_files', 'ImageError', 'read_image', 'why_unreadable', 'progress']
 
 # %% ../nbs/00_core.ipynb #b4449989
-import contextlib, csv, difflib, html, io, os, stat, tempfile
+import contextlib, csv, difflib, io, os, stat, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -29,7 +29,7 @@ from fastcore.basics import noop
 from fastcore.foundation import L
 from PIL import Image
 
-from .core import CODES, LESION_CLASSES, NEVUS, check_columns, full_name, read_image, unknown_name
+from .core import CODES, NEVUS, check_columns, full_name, read_image, unknown_name
 from .dataset import read_metadata
 from .split import split_by_lesion
 

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import pandas as pd
 from PIL import ImageFile
 
-from .core import CODES, LESION_CLASSES, atomic_path, check_columns, image_files, progress, table_text, unknown_name, why_unreadable
+from .core import CODES, LESION_CLASSES, check_columns, image_files, progress, table_text, unknown_name, why_unreadable
 
 # %% ../nbs/10_dataset.ipynb #12792224
 META_COLUMNS = ('image_id', 'path', 'dx', 'lesion_id', 'age', 'sex', 'localization', 'group')

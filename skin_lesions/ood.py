@@ -19,7 +19,7 @@ import torch
 from fastai.learner import Learner
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save as save_tensors
-from torch import Tensor, nn
+from torch import nn
 
 from .core import unknown_name
 from .synthetic import _DARK, _FAIR, _camera, _hairs, _noise, _skin

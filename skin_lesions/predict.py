@@ -10,7 +10,7 @@ __all__ = ['FORMAT', 'FORMAT_VERSION', 'BUNDLE_FILES', 'NETWORKS', 'MOST_BYTES',
            'export_onnx']
 
 # %% ../nbs/63_predict.ipynb #5ed75e29
-import copy, hashlib, importlib, io, json, math, os, platform, re, shutil, tempfile, threading, time, warnings, zipfile, zlib
+import copy, hashlib, importlib, json, math, os, platform, re, shutil, tempfile, threading, time, warnings, zipfile, zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone

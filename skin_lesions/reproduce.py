@@ -16,11 +16,10 @@ import pandas as pd
 from fastai.torch_core import set_seed
 
 from .core import CODES, NOTICE, atomic_path, full_name
-from .data import ham10000_dataloaders
 from .decide import crossfit, decision_rule, expected_calibration_error, fit_calibration, fit_referral
 from .evaluate import scores, scores_by
 from .experiments import FOLDS, ROWS, SPLIT_SEED, Row, _cache, _data_of, _divide, _fingerprint, _interval, _lock, _recalls, _share_right, _unit_counts, _unit_draws, find_row, row_learner, scaled_row, training_config
-from .predict import half_difference, load_predictor, save_bundle, versions
+from .predict import half_difference, load_predictor, save_bundle
 from .predictions import get_predictions, read_predictions, save_predictions
 from .resume import ResumeCallback
 from .split import split_by_lesion

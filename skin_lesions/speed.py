@@ -6,7 +6,7 @@
 __all__ = ['PRECISIONS', 'reuse_memory', 'ReuseMemory', 'best_precision', 'mixed_precision']
 
 # %% ../nbs/26_speed.ipynb #f91b5d94
-import ctypes, resource
+import ctypes
 
 import torch
 from fastai.callback.core import Callback
