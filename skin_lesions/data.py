@@ -75,7 +75,7 @@ def open_picture(
     source, # path or picture
 )->PILImage: # RGB
     "A picture with every pixel, of which fastai knows how to make a tensor"
-    return source if isinstance(source, PILImage) else PILImage(read_image(source)) if isinstance(source, (str, Path)) else PILImage.create(source)
+    return PILImage(read_image(source)) if isinstance(source, (str, Path)) else PILImage.create(source)
 
 # %% ../nbs/12_data.ipynb #46c02a34
 def lesion_augmentation(

@@ -19,7 +19,7 @@ from fastai.vision.augment import Brightness, Contrast, setup_aug_tfms
 from fastai.vision.core import PILImage
 from fastcore.basics import patch
 
-from .core import IMAGE_SUFFIXES, atomic_path, unknown_name
+from .core import IMAGE_SUFFIXES, ImageError, atomic_path, read_image, unknown_name
 from .data import crop_transform, normalization
 from .distributed import copy_loader, share
 from .pretext import UNREADABLE, AtLeast
@@ -149,7 +149,7 @@ def write_shards(
 def _encoded(path, short, quality):
     "An image file's bytes and suffix"
     if short is None: return Path(path).read_bytes(),Path(path).suffix
-    image = PILImage.create(path)
+    image = read_image(path)
     scale = short/min(image.size)
     if scale>=1: return Path(path).read_bytes(),Path(path).suffix
     out = io.BytesIO()
@@ -266,10 +266,10 @@ def open_picture(
     item, # a path, or a name and an encoded image
 )->PILImage: # RGB
     "Decode a picture; the error for an unreadable one names it"
-    name,data = (item, item) if isinstance(item, str) else (item[0], io.BytesIO(item[1]))
-    try: return PILImage.create(data)
-    except Exception as e:
-        raise OSError(f"cannot read the image {name} ({type(e).__name__}: {e}); remove it, or stream with unreadable='skip'") from e
+    name,source = (item, item) if isinstance(item, str) else item
+    try: return PILImage(read_image(source))
+    except (ImageError, FileNotFoundError) as e:
+        raise OSError(f"cannot read the image {name} ({getattr(e, 'why', 'no such file')}); remove it, or stream with unreadable='skip'") from e
 
 @patch
 def _pictures(self:StreamDL):
