@@ -24,7 +24,7 @@ from filelock import FileLock
 from PIL import Image
 
 from .core import ImageError, check_columns, progress, read_image
-from .data import crop_box, crop_side, crop_transform, scaled_part
+from .data import PictureBatches, crop_side, crop_transform
 
 # %% ../nbs/14_cache.ipynb #b5e65a69
 def _digest(data): return hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -269,7 +269,7 @@ def resize_cache(
     return cache
 
 # %% ../nbs/14_cache.ipynb #394f0cb8
-class CachedBatches:
+class CachedBatches(PictureBatches):
     "Makes the batches of a `LesionDL` from a `PixelStore`"
     def __init__(self,
         store:PixelStore, # holds the pictures of the loader's items
@@ -291,22 +291,14 @@ class CachedBatches:
         return all_.as_subclass(kind) if issubclass(kind, torch.Tensor) else all_
 
     def picture(self, i)->np.ndarray: # uint8 [height, width, 3]
+        "The picture of an item"
         n = self.at[i]
         return np.asarray(self.store.pixels()[n:n+self.h[i]*self.w[i]*3]).reshape(self.h[i], self.w[i], 3)
 
     def images(self, idxs)->TensorImage: # uint8 [n, 3, height, width]
         "The pictures of some items, cropped"
-        if self.squares: return TensorImage(torch.from_numpy(np.stack([self.picture(i) for i in idxs])).permute(0, 3, 1, 2).contiguous())
-        return TensorImage(torch.stack([self._cropped(self.picture(i)) for i in idxs]).contiguous())
-
-    def _cropped(self, picture):
-        box = crop_box(self.crop, picture.shape[1::-1])
-        if box is not None: return scaled_part(picture, box, self.crop.size[::-1])
-        return torch.from_numpy(np.array(self.crop(PILImage.create(picture), split_idx=0))).permute(2, 0, 1)
-
-    def batches(self, dl, samps):
-        "The loader's batches, a tuple each"
-        for idxs in dl.chunkify(samps): yield (self.images(idxs), *(o[torch.as_tensor(idxs)] for o in self.others))
+        if not self.squares: return super().images(idxs)
+        return TensorImage(torch.from_numpy(np.stack([self.picture(i) for i in idxs])).permute(0, 3, 1, 2).contiguous())
 
 # %% ../nbs/14_cache.ipynb #d946902b
 @patch

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CROPS', 'PATIENT_COLUMNS', 'WEIGHT_KINDS', 'crop_transform', 'crop_side', 'OpenReduced', 'open_picture',
            'lesion_augmentation', 'check_arch', 'normalization', 'check_patient_columns', 'PatientEncoder',
-           'TensorPatient', 'EncodePatient', 'get_source', 'get_image', 'get_dx', 'crop_box', 'scaled_part', 'LesionDL',
-           'WeightedLesionDL', 'ham10000_datablock', 'class_weights', 'ham10000_dataloaders', 'warn_if_weighted_twice',
-           'plot_examples', 'plot_class_frequencies']
+           'TensorPatient', 'EncodePatient', 'get_source', 'get_image', 'get_dx', 'crop_box', 'scaled_part',
+           'PictureBatches', 'LesionDL', 'WeightedLesionDL', 'ham10000_datablock', 'class_weights',
+           'ham10000_dataloaders', 'warn_if_weighted_twice', 'plot_examples', 'plot_class_frequencies']
 
 # %% ../nbs/12_data.ipynb #ad9ffd79
 import math, numbers, os, re, warnings
@@ -21,8 +21,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from fastai.callback.data import WeightedDL
-from fastai.data.all import CategoryBlock, ColSplitter, DataBlock, DataLoaders, IntToFloatTensor, Normalize, TfmdDL, ToTensor, Transform, TransformBlock
-from fastai.torch_core import TensorBase, TitledStr
+from fastai.data.all import Categorize, CategoryBlock, ColSplitter, DataBlock, DataLoaders, IntToFloatTensor, Normalize, TfmdDL, ToTensor, Transform, TransformBlock
+from fastai.torch_core import TensorBase, TensorCategory, TitledStr
 from fastai.vision.augment import Brightness, Contrast, Dihedral, RandomCrop, RandomResizedCrop, Resize, ResizeMethod, Rotate, setup_aug_tfms
 from fastai.vision.core import PILImage, TensorImage
 from fastcore.basics import noop
@@ -285,28 +285,64 @@ def scaled_part(
     part = torch.from_numpy(np.ascontiguousarray(picture[y:y+h, x:x+w])).permute(2, 0, 1)[None]
     return F.interpolate(part, tuple(size), mode='bilinear', antialias=True, align_corners=False)[0]
 
+class PictureBatches:
+    "Makes the training batches of a `LesionDL` from its files, without fastai's pipelines around each picture"
+    def __init__(self,
+        dl, # `LesionDL`
+    ):
+        items,targets = dl.dataset.items,dl.dataset.tls[1]
+        self.crop,self.side = dl.after_item.fs[0],next(f.side for f in dl.dataset.tls[0].tfms.fs if isinstance(f, OpenReduced))
+        self.paths = items.path.to_numpy(object)
+        self.others = [TensorCategory(torch.tensor([targets.vocab.o2i[d] for d in items.dx]))]
+
+    @staticmethod
+    def suit(
+        dl, # `LesionDL`
+    )->bool:
+        "Whether an item is no more than a picture that is read and cropped at random, and its diagnosis"
+        crops,tls = dl.after_item.fs,getattr(dl.dataset, 'tls', ())
+        if getattr(dl.dataset, 'split_idx', None)!=0 or [type(f) for f in crops]!=[RandomResizedCrop, ToTensor] or len(tls)!=2: return False
+        kinds = [[type(f) if type(f) is not Transform else f.name for f in tl.tfms.fs] for tl in tls]
+        return isinstance(dl.dataset.items, pd.DataFrame) and kinds==[['get_source', OpenReduced, 'open_picture'], ['get_dx', Categorize]]
+
+    def picture(self, i)->np.ndarray: # uint8 [height, width, 3]
+        "The picture of an item"
+        return np.asarray(read_image(self.paths[i], self.side))
+
+    def images(self, idxs)->TensorImage: # uint8 [n, 3, height, width]
+        "The pictures of some items, cropped"
+        return TensorImage(torch.stack([self.cropped(self.picture(i)) for i in idxs]).contiguous())
+
+    def cropped(self, picture)->torch.Tensor: # uint8 [3, height, width]
+        "Part of a picture, by the loader's crop"
+        box = crop_box(self.crop, picture.shape[1::-1])
+        if box is not None: return scaled_part(picture, box, self.crop.size[::-1])
+        return torch.from_numpy(np.array(self.crop(PILImage.create(picture), split_idx=0))).permute(2, 0, 1)
+
+    def batches(self, dl, samps):
+        "The loader's batches, a tuple each"
+        for idxs in dl.chunkify(samps): yield (self.images(map(dl.note, idxs)), *(o[torch.as_tensor(idxs)] for o in self.others))
+
 class LesionDL(TfmdDL):
-    "fastai's `TfmdDL` that can take its batches from a cache, and names the file a worker read when it died"
-    cached,reading = None,None # `reading`: of each worker, the number of its process and the place of its item, in shared memory
+    "fastai's `TfmdDL` that makes its batches in a shorter way where it can, takes them from a cache where it has one, and names the file a worker read when it died"
+    cached,direct,reading = None,None,None # `reading`: of each worker, the number of its process and the place of its item, in shared memory
 
-    def create_item(self, s):
+    def note(self, s):
+        "Write down what this worker reads next"
         worker = torch.utils.data.get_worker_info()
-        if worker is not None and self.reading is not None: self.reading[worker.id] = torch.tensor([os.getpid(), -1 if s is None else s])
-        return super().create_item(s)
+        if worker is not None and self.reading is not None: self.reading.numpy()[worker.id] = os.getpid(),-1 if s is None else s
+        return s
 
-    def do_item(self, s):
-        fs = self.after_item.fs
-        if not (len(fs)==2 and type(fs[0]) is RandomResizedCrop and type(fs[1]) is ToTensor and self.after_item.split_idx==0): return super().do_item(s)
-        image,*others = self.create_item(s)
-        if not isinstance(image, Image.Image): return self.after_item((image, *others))
-        return TensorImage(scaled_part(np.array(image), crop_box(fs[0], image.size), fs[0].size[::-1])),*others
+    def create_item(self, s): return super().create_item(self.note(s))
 
     def create_batches(self, samps):
-        return super().create_batches(samps) if self.cached is None else self.cached.batches(self, samps)
+        source = self.cached or self.direct
+        return super().create_batches(samps) if source is None else source.batches(self, samps)
 
     def __iter__(self):
         n = self.fake_l.num_workers
         self.reading = torch.full((n, 2), -1).share_memory_() if n else None
+        self.direct = PictureBatches(self) if self.cached is None and PictureBatches.suit(self) else None
         try: yield from super().__iter__()
         except RuntimeError as e:
             if n==0 or not re.search('DataLoader worker.*(killed|exited)', str(e)): raise
