@@ -275,7 +275,7 @@ def _open_old_run(run):
     from skin_lesions.learner import read_weights
     from skin_lesions.predict import Predictor, bundle_record
     try:
-        args = argparse.Namespace(**_read_json(run/'run.json')['arguments'])
+        args = argparse.Namespace(**(dict(two_bodies=False, combine='product') | _read_json(run/'run.json')['arguments'])) # the first runs did not say these two
         args.size,args.crop,args.arch,args.model,args.gamma,args.mixup,args.lr
     except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"{run/'run.json'} is damaged or no record of a run ({type(e).__name__}: {e})") from e
     frame = pd.DataFrame({'path': [Image.new('RGB', (64, 64))]*2, 'dx': ['nv', 'nv'], 'is_valid': [False, True]}) # a DataBlock wants items; these are never used

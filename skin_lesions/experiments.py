@@ -33,7 +33,7 @@ from .data import PATIENT_COLUMNS, class_weights, ham10000_dataloaders
 from .dataset import read_metadata
 from .distill import Distill
 from .evaluate import _divide, _labelled, _lesions, _two_sided, _unit_draws, _unit_sums, average_recall_interval, class_scores, scores
-from .learner import create_body, lesion_learner, two_stage_learner
+from .learner import create_body, lesion_learner, read_weights, two_stage_learner
 from .losses import LogitAdjustedLossFlat
 from .predict import load_predictor, save_bundle, split_summary, versions
 from .predictions import ensemble, get_predictions, read_predictions, save_predictions
@@ -612,7 +612,7 @@ def _pretext_state(start, meta, out, arch, size, bs, epochs, lr, seed, dls_kwarg
     dls = pretext_dataloaders(meta, size, bs=bs, arch=arch, **dls_kwargs)
     learn = {'rotation': rotation_learner, 'restoration': restoration_learner}[start](dls, arch)
     file = None if out is None else Path(out)/f'{start}.pth'
-    if file is not None and file.is_file(): learn.model.load_state_dict(torch.load(file, map_location='cpu', weights_only=True)); return learn
+    if file is not None and file.is_file(): learn.model.load_state_dict(read_weights(file)); return learn
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)
     if file is not None:
         names,last = learn.recorder.metric_names[1:-1],list(learn.recorder.values[-1])

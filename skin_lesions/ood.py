@@ -10,6 +10,7 @@ __all__ = ['VERSION', 'NON_LESIONS', 'body_of', 'keep_features', 'get_features',
 # %% ../nbs/55_ood.ipynb #15c45f3c
 import base64, math, threading, weakref
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import cv2
 import matplotlib.pyplot as plt
@@ -154,11 +155,12 @@ def fit_ood(
     rate:float=.01, # share of lesions to flag by mistake, in (0,1)
     n:int=2000, # training images to fit on, at most
     n_axes:int=32, # leading axes of the covariance, at most a quarter of the images
+    train=None, # training images, what `learn.dls.test_dl` takes; None takes the learner's own
     valid=None, # features [n, n_features] of the validation images where they are known; None makes them
     seed:int=42, # which training images
 )->OODScore:
     "Fit the distance to a learner's training images and its limit to the validation images"
-    train = get_features(learn, _items(learn.dls.train_ds, n, seed))
+    train = get_features(learn, _items(learn.dls.train_ds if train is None else SimpleNamespace(items=train), n, seed))
     if len(train)<8: raise ValueError(f"{len(train)} training images are too few to fit on, expected 8 or more")
     valid = get_features(learn, _items(learn.dls.valid_ds)) if valid is None else valid
     score = OODScore(*_axes(train, n_axes))

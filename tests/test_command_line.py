@@ -51,6 +51,26 @@ def test_predict_gives_the_run_s_own_probabilities(sample, finished_run, cli, tm
     assert one.stdout.count('%') == 7 and 'melanoma' in one.stdout
 
 
+def test_a_picture_that_is_no_lesion_is_named(sample, finished_run, call, tmp_path):
+    from PIL import Image
+    from skin_lesions.ood import draw_non_lesion
+    (tmp_path/'new').mkdir()
+    for kind in ('noise', 'text'): Image.fromarray(draw_non_lesion(kind, 0, size=(300, 225))).save(tmp_path/'new'/f'{kind}.png')
+    lesion = pd.read_csv(finished_run/'predictions.csv').image_id[0]
+    shutil.copy(next(sample.rglob(f'{lesion}.jpg')), tmp_path/'new')
+    status, said = call('predict', finished_run, tmp_path/'new', '--out', tmp_path/'out.csv', '--quiet')
+    assert status == 0 and '2 of 3 pictures do not look like dermatoscopic images, their probabilities mean nothing: noise, text' in said
+    table = pd.read_csv(tmp_path/'out.csv').set_index('image_id')
+    assert table.unusual.to_dict() == {'noise': True, 'text': True, lesion: False}
+
+
+def test_calibrate_leaves_the_score_of_unusual_pictures(finished_run, call, tmp_path):
+    run = Path(shutil.copytree(finished_run, tmp_path/'run'))
+    assert call('calibrate', run)[0] == 0
+    before, after = (json.loads((f/'bundle.json').read_text()) for f in (finished_run, run))
+    assert after['ood'] == before['ood'] is not None and after['calibration'] != before['calibration']
+
+
 def test_evaluate_says_what_train_said(finished_run, cli, tmp_path):
     record = json.loads((finished_run/'run.json').read_text())
     done = cli('evaluate', finished_run, '--out', tmp_path/'r.html', cwd=tmp_path)
