@@ -378,14 +378,27 @@ def _print_unusual(table):
     which = ', '.join(names[:5]) + (', ...' if len(names)>5 else '')
     print(f"{len(names)} of {len(table)} pictures {'does' if len(names)==1 else 'do'} not look like dermatoscopic images, their probabilities mean nothing: {which}", file=sys.stderr)
 
+def _run_and_images(args):
+    "What `args` names; a single word is images for the network that comes with the package"
+    return (args.run, args.images) if args.images is not None else ('ham10000', args.run)
+
+def _write_gradcam(learn, images, out, **kwargs):
+    "Pictures and a gallery; say so"
+    from skin_lesions.core import image_files
+    from skin_lesions.gradcam import gradcam_folder
+    n,unreadable = gradcam_folder(learn, image_files(images), out, **kwargs)
+    print(f"{n} Grad-CAM picture{'s'*(n!=1)} and a gallery: {out/'gallery.html'}")
+    if len(unreadable): print(f"{len(unreadable)} unreadable files left out, first: {', '.join(map(str, list(unreadable)[:3]))}", file=sys.stderr)
+
 def predict(
     args, # the arguments of `skin_lesions predict`
 )->int: # exit status
     "Print or write the predictions table of an image or a folder"
     from skin_lesions.core import CODES, NOTICE, full_name
     from skin_lesions.predictions import save_predictions
-    run,images = (args.run, args.images) if args.images is not None else ('ham10000', args.run)
-    table = _readable(open_run(run).predict(images, _patient_table(args.patients), tta=args.tta, progress=not args.quiet))
+    run,images = _run_and_images(args)
+    predictor,folder = open_run(run),None if args.gradcam is None else new_run_folder(args.gradcam, files=('gallery.html',))
+    table = _readable(predictor.predict(images, _patient_table(args.patients), tta=args.tta, progress=not args.quiet))
     _print_unusual(table)
     if args.out:
         save_predictions(table, args.out)
@@ -395,6 +408,7 @@ def predict(
         if 'decision' in table: print(f'decision: {table.decision[0]}')
         if 'refer' in table: print('refer to a dermatologist' if table.refer[0] else 'below the threshold of referral; no all-clear')
     else: print(table.to_string(index=False, float_format='{:.3f}'.format))
+    if folder is not None: _write_gradcam(predictor.learner, images, folder, show=not args.quiet)
     print(NOTICE, file=sys.stderr)
     return 0
 
@@ -511,12 +525,10 @@ def gradcam(
 )->int: # exit status
     "Write Grad-CAM pictures of an image or a folder, and a gallery of them"
     from skin_lesions.core import NOTICE, image_files
-    from skin_lesions.gradcam import gradcam_folder
-    files = image_files(args.images)
-    learn,out = load_run(args.run),new_run_folder(args.out, args.overwrite, files=('gallery.html',))
-    n,unreadable = gradcam_folder(learn, files, out, target=args.target, method=args.method, layer=args.layer, show=not args.quiet)
-    print(f"{n} pictures and a gallery: {out/'gallery.html'}")
-    if len(unreadable): print(f"{len(unreadable)} unreadable files left out, first: {', '.join(map(str, list(unreadable)[:3]))}", file=sys.stderr)
+    run,images = _run_and_images(args)
+    image_files(images) # its errors, before the network is loaded
+    learn,out = load_run(run),new_run_folder(args.out, args.overwrite, files=('gallery.html',))
+    _write_gradcam(learn, images, out, target=args.target, method=args.method, layer=args.layer, show=not args.quiet)
     print(NOTICE, file=sys.stderr)
     return 0
 
@@ -729,6 +741,7 @@ def argument_parser()->argparse.ArgumentParser: # of the command `skin_lesions`
     p.add_argument('run', help='run folder or bundle; may be left out where the trained network ham10000 comes with the package')
     p.add_argument('images', nargs='?', help='an image, or a folder searched with its subfolders')
     p.add_argument('--out', help='CSV to write; without it, the table is printed')
+    p.add_argument('--gradcam', metavar='FOLDER', help='folder for Grad-CAM pictures and gallery.html; without it, none')
     _add_tta(p)
     p.add_argument('--patients', help='CSV with image_id, age, sex, localization; for networks that were trained with patient data')
     p.add_argument('--quiet', action='store_true', help='no progress bars')
@@ -736,8 +749,8 @@ def argument_parser()->argparse.ArgumentParser: # of the command `skin_lesions`
     _add_paper_command(commands, style)
     _add_reproduce_command(commands, style)
     p = commands.add_parser('gradcam', help='show where the network looked', **style)
-    p.add_argument('run', help='run folder or bundle')
-    p.add_argument('images', help='an image, or a folder searched with its subfolders')
+    p.add_argument('run', help='run folder or bundle; may be left out where the trained network ham10000 comes with the package')
+    p.add_argument('images', nargs='?', help='an image, or a folder searched with its subfolders')
     p.add_argument('--out', required=True, help='folder for the pictures and gallery.html')
     p.add_argument('--target', help='class code to explain; without it, the predicted class of each image')
     p.add_argument('--method', choices=('gradcam', 'gradcam++', 'hirescam'), default='gradcam', help='how gradients weigh the feature maps')

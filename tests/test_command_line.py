@@ -58,7 +58,8 @@ def test_a_picture_that_is_no_lesion_is_named(sample, finished_run, call, tmp_pa
     for kind in ('noise', 'text'): Image.fromarray(draw_non_lesion(kind, 0, size=(300, 225))).save(tmp_path/'new'/f'{kind}.png')
     lesion = pd.read_csv(finished_run/'predictions.csv').image_id[0]
     shutil.copy(next(sample.rglob(f'{lesion}.jpg')), tmp_path/'new')
-    status, said = call('predict', finished_run, tmp_path/'new', '--out', tmp_path/'out.csv', '--quiet')
+    status, said = call('predict', finished_run, tmp_path/'new', '--out', tmp_path/'out.csv', '--gradcam', tmp_path/'maps', '--quiet')
+    assert {p.name for p in (tmp_path/'maps').iterdir()} == {'gallery.html', 'noise_gradcam.png', 'text_gradcam.png', f'{lesion}_gradcam.png'}
     assert status == 0 and '2 of 3 pictures do not look like dermatoscopic images, their probabilities mean nothing: noise, text' in said
     table = pd.read_csv(tmp_path/'out.csv').set_index('image_id')
     assert table.unusual.to_dict() == {'noise': True, 'text': True, lesion: False}
