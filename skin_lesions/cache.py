@@ -24,7 +24,7 @@ from filelock import FileLock
 from PIL import Image
 
 from .core import ImageError, check_columns, progress, read_image
-from .data import PictureBatches, crop_side, crop_transform
+from .data import PictureBatches, crop_side, crop_transform, stacked_targets
 
 # %% ../nbs/14_cache.ipynb #b5e65a69
 def _digest(data): return hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -280,15 +280,8 @@ class CachedBatches(PictureBatches):
         items = dl.dataset.items
         rows = [store.rows[str(p)] for p in items.path]
         self.at,self.h,self.w = (np.array([r[k] for r in rows], dtype=np.int64) for k in ('at', 'h', 'w'))
-        self.others = [self._stacked(tl) for tl in dl.dataset.tls[1:]]
+        self.others = [stacked_targets(tl) for tl in dl.dataset.tls[1:]]
         self.crop = next(t for t in dl.after_item.fs if isinstance(t, (RandomResizedCrop, Resize, RandomCrop)))
-
-    def _stacked(self, tl):
-        "All targets, or all second inputs, of a loader in one tensor"
-        values = [tl[i] for i in range(len(tl))]
-        kind = type(values[0])
-        all_ = torch.stack([torch.as_tensor(v) for v in values])
-        return all_.as_subclass(kind) if issubclass(kind, torch.Tensor) else all_
 
     def picture(self, i)->np.ndarray: # uint8 [height, width, 3]
         "The picture of an item"

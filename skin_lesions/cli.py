@@ -88,7 +88,7 @@ def build_learner(args, dls, alpha):
 
 # %% ../nbs/80_cli.ipynb #44b42d94
 def fit(args, learn, out):
-    "Train with one cycle; returns whether it ran to its end. Ctrl-C ends it early with what was learnt so far. The state for --resume is written as it goes and removed at the end"
+    "Train with one cycle; returns whether it ran to its end. Ctrl-C ends it early with what was learnt so far. The state for --resume is written as it goes; it stays until the run folder is complete"
     from contextlib import nullcontext
     from fastai.callback.progress import CSVLogger
     import fastai.callback.schedule
@@ -101,7 +101,6 @@ def fit(args, learn, out):
         except KeyboardInterrupt:
             if n_ranks()>1: raise # the launcher stops all; the state of the last whole epoch is there
             return False
-    on_rank0(shutil.rmtree, state)
     return True
 
 def _note_arguments(args, state):
@@ -237,7 +236,9 @@ def _fit_and_finish(args, learn, meta, record, out, start):
     if not complete:
         print(f"\nstopped by Ctrl-C after {record['epochs_done']} whole epochs; what was learnt so far is in {out/'model.safetensors'}; skin_lesions evaluate {out} scores it, the same command with --resume goes on")
         return 130
-    table = finish_run(args, learn, meta, record, out)
+    try: table = finish_run(args, learn, meta, record, out)
+    except (OSError, ValueError) as e: raise type(e)(f"{e}. The training is complete, its state is in {out/STATE_FOLDER}; the same command with --resume makes what is missing of the run folder") from e
+    on_rank0(shutil.rmtree, out/STATE_FOLDER)
     print_scores(table, record['scores'])
     print(f"report: {out/'report.html'}")
     return 0

@@ -6,7 +6,7 @@
 __all__ = ['CROPS', 'PATIENT_COLUMNS', 'WEIGHT_KINDS', 'crop_transform', 'crop_side', 'OpenReduced', 'open_picture',
            'lesion_augmentation', 'check_arch', 'normalization', 'check_patient_columns', 'PatientEncoder',
            'TensorPatient', 'EncodePatient', 'get_source', 'get_image', 'get_dx', 'crop_box', 'scaled_part',
-           'PictureBatches', 'LesionDL', 'WeightedLesionDL', 'ham10000_datablock', 'class_weights',
+           'stacked_targets', 'PictureBatches', 'LesionDL', 'WeightedLesionDL', 'ham10000_datablock', 'class_weights',
            'ham10000_dataloaders', 'warn_if_weighted_twice', 'plot_examples', 'plot_class_frequencies']
 
 # %% ../nbs/12_data.ipynb #ad9ffd79
@@ -285,15 +285,25 @@ def scaled_part(
     part = torch.from_numpy(np.ascontiguousarray(picture[y:y+h, x:x+w])).permute(2, 0, 1)[None]
     return F.interpolate(part, tuple(size), mode='bilinear', antialias=True, align_corners=False)[0]
 
+def stacked_targets(
+    tl, # fastai's `TfmdLists` of targets, or of second inputs
+)->torch.Tensor: # [n, ...], of the type of one
+    "All targets of a loader in one tensor"
+    if [getattr(f, 'name', '') for f in tl.tfms.fs[:1]]==['get_dx'] and [type(f) for f in tl.tfms.fs[1:]]==[Categorize] and isinstance(tl.items, pd.DataFrame):
+        return TensorCategory(torch.tensor([tl.vocab.o2i[d] for d in tl.items.dx])) # without a tensor for each
+    values = [tl[i] for i in range(len(tl))]
+    kind,all_ = type(values[0]),torch.stack([torch.as_tensor(v) for v in values])
+    return all_.as_subclass(kind) if issubclass(kind, torch.Tensor) else all_
+
 class PictureBatches:
     "Makes the training batches of a `LesionDL` from its files, without fastai's pipelines around each picture"
     def __init__(self,
         dl, # `LesionDL`
     ):
-        items,targets = dl.dataset.items,dl.dataset.tls[1]
+        items = dl.dataset.items
         self.crop,self.side = dl.after_item.fs[0],next(f.side for f in dl.dataset.tls[0].tfms.fs if isinstance(f, OpenReduced))
         self.paths = items.path.to_numpy(object)
-        self.others = [TensorCategory(torch.tensor([targets.vocab.o2i[d] for d in items.dx]))]
+        self.others = [stacked_targets(dl.dataset.tls[1])]
 
     @staticmethod
     def suit(

@@ -191,10 +191,24 @@ def command_line(args, errors):
     os._exit(status)
 
 
+def test_a_disk_that_is_full_after_the_last_epoch(tmp_path, sample, small, capsys, monkeypatch):
+    "The training is not lost: --resume makes the rest of the run folder, with the same weights"
+    from skin_lesions import cli
+    args = ['train', '--data', str(sample), '--out', str(tmp_path/'run'), '--epochs', '1', '--no-check', *small]
+    def full(*args, **kw): raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as m:
+        m.setattr(cli, 'finish_run', full)
+        assert main(args) == 2
+    said, weights = capsys.readouterr().err, (tmp_path/'run'/'model.safetensors').read_bytes()
+    assert 'No space left on device' in said and f"The training is complete, its state is in {tmp_path/'run'/'state'}" in said and '--resume' in said
+    assert main([*args, '--resume']) == 0
+    assert (tmp_path/'run'/'model.safetensors').read_bytes() == weights and (tmp_path/'run'/'report.html').is_file() and not (tmp_path/'run'/'state').exists()
+
+
 def test_the_data_folder_vanishes_in_mid_epoch(tmp_path, sample, small, capsys):
     "The error names a file and the folder of the state; with the data back, --resume ends as if nothing had happened"
     data = shutil.copytree(sample, tmp_path/'data')
-    args = ['train', '--data', str(data), '--out', str(tmp_path/'run'), '--epochs', '6', '--no-check', *small[:-3], '--workers', '2', '--quiet'] # two processes read the images
+    args = ['train', '--data', str(data), '--out', str(tmp_path/'run'), '--epochs', '6', '--cache', 'none', '--no-check', *small[:-3], '--workers', '2', '--quiet'] # two processes read the images
     child = multiprocessing.get_context('fork').Process(target=command_line, args=(args, tmp_path/'errors.txt'))
     child.start()
     state = tmp_path/'run'/'state'/'state.safetensors'
