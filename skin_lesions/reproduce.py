@@ -133,7 +133,7 @@ def fit_ood_of_all(
     some = lambda rows: rows.sample(min(n, len(rows)), random_state=seed).reset_index(drop=True)
     ratios = [_distance(b, some(frame[~frame.is_valid]), rate, device, frame[frame.is_valid].reset_index(drop=True)) for b,frame in held_out.items()]
     score = _distance(trained, some(meta), rate, device)
-    score.fitted |= dict(limit='of training images times a ratio of networks with held-out lesions', limit_of_training=score.threshold, ratios=[round(r, 4) for r in ratios])
+    score.fitted = dict(rate=rate, train_images=score.fitted['train_images'], limit='of training images times a ratio of networks with held-out lesions', limit_of_training=score.threshold, ratios=[round(r, 4) for r in ratios], seed=seed)
     score.threshold *= float(np.mean(ratios))
     return score
 
@@ -182,7 +182,7 @@ def _finish(row, meta, about, table, trained, out, folds, seed, scale, rule, sen
     some = meta.sample(min(200, len(meta)), random_state=seed)
     moved = half_difference(predictor, some.reset_index(drop=True))
     by = [b for b in ('age_band', 'sex', 'localization') if (b if b!='age_band' else 'age') in meta]
-    groups = {b: json.loads(scores_by(table, meta, b).reset_index().to_json(orient='records')) for b in by}
+    groups = {b: json.loads(scores_by(table, meta, b).drop(index='all').reset_index().to_json(orient='records')) for b in by}
     found |= dict(measured_on=f"held-out lesions of fold{'s' if len(folds)>1 else ''} {', '.join(map(str, folds))} of {FOLDS}, by networks that were not trained on them", subgroups=groups,
                   referral=dict(asked=referral.sensitivity, reached=referral.reached), half=dict(largest_difference=moved, images=len(some), used=moved<=tolerance), date=date.today().isoformat(),
                   ood=ood.fitted | dict(threshold=ood.threshold), config=training_config(row), data=about, seed=seed, scale=scale, split_seed=SPLIT_SEED)
