@@ -6,8 +6,8 @@
 __all__ = ['RUN_FILES', 'STATE_FOLDER', 'new_run_folder', 'versions', 'write_json', 'read_data', 'build_learner', 'fit',
            'folder_to_train_in', 'all_scores', 'record_for_report', 'ood_of', 'finish_run', 'describe_split',
            'picture_cache', 'train', 'vars_of', 'print_scores', 'open_run', 'load_run', 'evaluate', 'predict_unseen',
-           'predict', 'calibrate', 'ensemble', 'submit', 'export_onnx', 'gradcam', 'paper', 'reproduce_bundle', 'demo',
-           'argument_parser', 'main']
+           'predict', 'calibrate', 'ensemble', 'submit', 'export_onnx', 'gradcam', 'app', 'paper', 'reproduce_bundle',
+           'demo', 'argument_parser', 'main']
 
 # %% ../nbs/80_cli.ipynb #733f8970
 import argparse, json, os, shutil, sys, time
@@ -533,6 +533,15 @@ def gradcam(
     print(NOTICE, file=sys.stderr)
     return 0
 
+# %% ../nbs/80_cli.ipynb #195d4543
+def app(
+    args, # the arguments of `skin_lesions app`
+)->int: # exit status
+    "Serve the app in the browser until Ctrl-C"
+    from skin_lesions.app import launch_app
+    launch_app(args.model, host=args.host, port=args.port, max_mb=args.max_mb, max_images=args.max_images, per_minute=args.per_minute, device=args.device)
+    return 0
+
 # %% ../nbs/80_cli.ipynb #2d04e29c
 def _paper_table(args):
     "Print the tables of finished runs"
@@ -749,6 +758,15 @@ def argument_parser()->argparse.ArgumentParser: # of the command `skin_lesions`
     p.set_defaults(run_command=predict)
     _add_paper_command(commands, style)
     _add_reproduce_command(commands, style)
+    p = commands.add_parser('app', help="a page in the browser: drop photographs, read the answer; needs Gradio (pip install 'skin-lesions[app]')", **style)
+    p.add_argument('--model', default='ham10000', help='name of a bundle that comes with the package, a bundle or a run folder')
+    p.add_argument('--host', default='127.0.0.1', help='address to listen at; 0.0.0.0 lets other machines in')
+    p.add_argument('--port', type=int, default=7860, help='0 takes a free one')
+    p.add_argument('--max-mb', type=float, default=10., help='largest file')
+    p.add_argument('--max-images', type=int, default=50, help='pictures at once')
+    p.add_argument('--per-minute', type=int, default=60, help='pictures of a client in a minute')
+    p.add_argument('--device', help="cpu, cuda, ...; without it, fastai's default")
+    p.set_defaults(run_command=app)
     p = commands.add_parser('gradcam', help='show where the network looked', **style)
     p.add_argument('run', help='run folder or bundle; may be left out where the trained network ham10000 comes with the package')
     p.add_argument('images', nargs='?', help='an image, or a folder searched with its subfolders')

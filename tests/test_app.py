@@ -1,0 +1,178 @@
+"The app in a real browser: what a person sees and does, and what is left behind."
+import io, os, shutil, subprocess, sys, time, urllib.request
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip('gradio', reason="the app is an extra: pip install 'skin-lesions[app]'")
+from skin_lesions.app import launch_app
+from skin_lesions.core import CODES, NOTICE, full_name
+from skin_lesions.data import ham10000_dataloaders
+from skin_lesions.dataset import read_metadata
+from skin_lesions.decide import Referral, fit_calibration, fit_referral
+from skin_lesions.learner import two_stage_learner
+from skin_lesions.ood import draw_non_lesion, fit_ood
+from skin_lesions.predict import load_predictor, save_bundle
+from skin_lesions.predictions import get_predictions
+from skin_lesions.split import split_by_lesion
+
+BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable'))), None)
+SHOTS = os.environ.get('APP_SCREENSHOTS') # a folder to look at them
+
+
+@pytest.fixture(scope='module')
+def bundle(sample, tmp_path_factory):
+    "A small network with calibration, referral and a score of unusual pictures"
+    meta = split_by_lesion(read_metadata(sample))
+    torch.manual_seed(0)
+    learn = two_stage_learner(ham10000_dataloaders(meta, 64, bs=16, arch='test_efficientnet', num_workers=0, device='cpu'), 'test_efficientnet', pretrained=False)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 3e-3)
+    table = get_predictions(learn)
+    calibration = fit_calibration(table, 'temperature')
+    folder = tmp_path_factory.mktemp('app')/'bundle'
+    return save_bundle(learn, folder, calibration=calibration, referral=fit_referral(calibration.calibrate(table, overlap='ignore')), ood=fit_ood(learn, n=100))
+
+
+@pytest.fixture(scope='module')
+def app(bundle):
+    app = launch_app(load_predictor(bundle, 'cpu'), port=0, max_mb=.5, max_images=4, per_minute=40, block=False)
+    yield app
+    app.close()
+    app.folder.cleanup()
+
+
+@pytest.fixture(scope='module')
+def chromium():
+    if BROWSER is None: pytest.skip('no Chromium on this machine (Debian: apt-get install chromium)')
+    api = pytest.importorskip('playwright.sync_api')
+    with api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=BROWSER, args=['--no-sandbox'])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[(1280, 900), (390, 844)], ids=['desktop', 'phone'])
+def page(request, chromium, app):
+    "A visit; in the end, nothing was asked of another machine and nothing lies about"
+    context = chromium.new_context(viewport=dict(zip(('width', 'height'), request.param)), accept_downloads=True)
+    page, asked = context.new_page(), []
+    page.on('request', lambda r: asked.append(r.url))
+    page.goto(app.local_url)
+    page.locator('#files input[type=file]').wait_for(state='attached', timeout=60_000)
+    page.width, page.name = request.param[0], request.node.callspec.id
+    yield page
+    assert asked and not [u for u in asked if not u.startswith((app.local_url, 'data:', 'blob:'))], 'only this machine is asked'
+    context.close()
+    for _ in range(50): # the queue hands the answer over before the worker has ended
+        left = [p for p in Path(app.folder.name).rglob('*') if p.is_file() and p.stat().st_size] # Gradio leaves empty ones, swept up later
+        if not left: break
+        time.sleep(.1)
+    assert not left
+
+
+def ask(page, *files):
+    "Drop files and wait for the answer"
+    page.locator('#files input[type=file]').set_input_files([str(f) for f in files])
+    page.locator('#result .skin-answer').wait_for(timeout=60_000)
+    assert page.evaluate('document.documentElement.scrollWidth') <= page.width, 'nothing hangs over the edge'
+    return page.locator('#result').inner_text()
+
+
+def shot(page, name):
+    if SHOTS: page.screenshot(path=f'{SHOTS}/{name}-{page.width}.png', full_page=True)
+
+
+def photograph(sample, path, i=0):
+    "A picture with what a phone writes beside it"
+    image = Image.open(sorted(sample.rglob('*.jpg'))[i])
+    exif = Image.Exif()
+    exif[0x010f], exif[0x8825] = 'SECRETPHONE', {1: 'N', 2: (48.0, 12.0, 30.0)}
+    image.save(path, exif=exif)
+    return path
+
+
+def test_a_photograph(page, sample, bundle, tmp_path):
+    file = photograph(sample, tmp_path/'mole <b>.jpg')
+    assert b'SECRETPHONE' in file.read_bytes()
+    assert NOTICE.split(':')[0] in page.locator('#notice').inner_text() and page.locator('#notice').is_visible()
+    said = ask(page, file)
+    shot(page, 'answer')
+    row = load_predictor(bundle, 'cpu').predict(file, progress=False).iloc[0]
+    for c in CODES: assert full_name(c) in said and f'{float(row[c]):.1%}' in said
+    assert ('Have this lesion seen by a dermatologist.' if row.refer else 'This is no all-clear.') in said and f"{load_predictor(bundle, 'cpu').referral.reached:.0%} of the malignant" in said and 'mole b.jpg' in said # Gradio takes <> out of names
+    pictures = page.locator('#result img')
+    assert pictures.count() == 2 and all(pictures.nth(i).evaluate('e => e.complete && e.naturalWidth > 0') for i in range(2))
+    content = page.content()
+    assert 'SECRETPHONE' not in content and 'SECRETPHONE' not in ''.join(filter(None, (pictures.nth(i).get_attribute('src') for i in range(2))))
+    assert page.locator('#notice').is_visible()
+
+
+def test_what_is_no_lesion(page, tmp_path):
+    Image.fromarray(draw_non_lesion('text', 0, size=(300, 225))).save(tmp_path/'page.png')
+    said = ask(page, tmp_path/'page.png')
+    shot(page, 'no-lesion')
+    assert 'does not look like a dermatoscopic image' in said and 'Named' not in said
+
+
+def test_a_file_that_is_no_picture(page, tmp_path):
+    (tmp_path/'bad.jpg').write_text('this is no picture')
+    said = ask(page, tmp_path/'bad.jpg')
+    shot(page, 'bad')
+    assert 'This file cannot be used.' in said and 'bad.jpg' in said and 'Traceback' not in page.content()
+
+
+def test_a_file_that_is_too_large(page, sample, tmp_path):
+    (tmp_path/'large.jpg').write_bytes(sorted(sample.rglob('*.jpg'))[0].read_bytes() + bytes(600_000))
+    page.locator('#files input[type=file]').set_input_files(str(tmp_path/'large.jpg'))
+    toast = page.get_by_text('exceed the maximum allowed size', exact=False).first
+    toast.wait_for(timeout=30_000)
+    shot(page, 'large')
+    assert not page.locator('#result .skin-answer').count()
+    page.reload()
+    page.locator('#files input[type=file]').wait_for(state='attached', timeout=60_000)
+    assert '%' in ask(page, photograph(sample, tmp_path/'small.jpg')), 'and the page goes on'
+
+
+def test_several_pictures_and_their_table(page, sample, bundle, tmp_path):
+    files = [photograph(sample, tmp_path/f'{name}.jpg', i) for i, name in enumerate(('one', '=two'))] + [tmp_path/'bad.jpg']
+    files[-1].write_text('no')
+    said = ask(page, *files)
+    shot(page, 'table')
+    assert 'one.jpg' in said and 'all seven probabilities of 3 pictures' in said
+    with page.expect_download() as download: page.locator('#result a[download]').click()
+    text = Path(download.value.path()).read_text()
+    table, right = pd.read_csv(io.StringIO(text)), load_predictor(bundle, 'cpu').predict(files[:2], progress=False)
+    assert list(table.image_id) == ['one.jpg', "'=two.jpg", 'bad.jpg'] and table.problem.notna().tolist() == [False, False, True]
+    pd.testing.assert_frame_equal(table.loc[:1, list(CODES)].astype(float), right[list(CODES)].astype(float), atol=1e-6)
+    said = ask(page, *[photograph(sample, tmp_path/f'{i}.jpg', i) for i in range(5)])
+    page.get_by_text('too many at once').wait_for(timeout=30_000)
+
+
+def test_other_doors_are_shut(app):
+    "No list of functions to call, no file of the machine, no listening on other addresses"
+    assert app.local_url.startswith('http://127.0.0.1:')
+    for path in ('gradio_api/file=/etc/passwd', 'gradio_api/file=../../etc/passwd'):
+        with pytest.raises(urllib.error.HTTPError) as e: urllib.request.urlopen(app.local_url + path)
+        assert e.value.code in (403, 404)
+    with urllib.request.urlopen(app.local_url + 'gradio_api/info') as r: assert r.read().decode().count('"/') <= 1 # no named endpoint
+    assert not app.share and app.max_file_size == int(.5*2**20)
+
+
+def test_the_command_and_the_space(bundle, repo, tmp_path):
+    "Both serve the page and end with Ctrl-C"
+    space = [sys.executable, '-W', 'ignore', str(repo/'spaces'/'app.py')]
+    command = [sys.executable, '-W', 'ignore', '-m', 'skin_lesions.cli', 'app', '--model', str(bundle), '--port', '0', '--device', 'cpu']
+    import socket
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    for args, env in ((command, {}), (space, dict(MODEL=str(bundle), GRADIO_SERVER_PORT=str(port)))):
+        process = subprocess.Popen(args, cwd=tmp_path, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: __import__('signal').signal(2, __import__('signal').default_int_handler))
+        try:
+            line = process.stdout.readline()
+            url = line.split(' ')[0].replace('0.0.0.0', '127.0.0.1')
+            assert url.startswith('http://'), line + process.stderr.read()
+            with urllib.request.urlopen(url) as r: assert r.status == 200 and 'skin_lesions' in r.read().decode()
+        finally: process.send_signal(2)
+        assert process.wait(60) in (0, 130)
