@@ -107,7 +107,8 @@ def answer_html(
     if answer.problem: return f'<div class="skin-answer"><h3>{name}</h3>{_box("This file cannot be used.", html.escape(answer.problem), warn=True)}</div>'
     said = full_name(answer.diagnosis)
     figures = ''.join(f'<figure>{_picture(p, alt)}<figcaption class="skin-small">{alt}</figcaption></figure>' for p,alt in ((answer.picture, 'what the network saw'), (answer.overlay, f'bright: what spoke for {said} (Grad-CAM)')))
-    said = '' if answer.unusual else f'<p>Named: <strong>{said}</strong></p>'
+    why = '' if answer.diagnosis==max(answer.probabilities, key=answer.probabilities.get) else ' <span class="skin-small">It is not the most probable one: the decision rule weighs rare diagnoses up, so that fewer of them are missed.</span>'
+    said = '' if answer.unusual else f'<p>Named: <strong>{said}</strong>.{why}</p>'
     return f'<div class="skin-answer"><h3>{name}</h3>{advice_html(answer, referral)}{said}{bars_html(answer.probabilities)}<div class="skin-pictures">{figures}</div></div>'
 
 # %% ../nbs/81_app.ipynb #4f50de6b
