@@ -17,14 +17,15 @@ def run(*args):
 
 with tempfile.TemporaryDirectory() as folder:
     from skin_lesions.core import CODES
+    from skin_lesions.dataset import read_metadata
     from skin_lesions.predict import load_predictor
     from skin_lesions.synthetic import synthetic_ham10000
     assert run('--version').split()[-1]==version('skin_lesions')
     sample = synthetic_ham10000(Path(folder)/'sample', n_images=120, seed=7)
     run('train', '--data', sample, '--out', 'run', '--epochs', 1, '--size', 64, '--bs', 16, '--workers', 2, '--quiet') # the default network with its installed weights
     run('predict', 'run', sample, '--out', 'table.csv', '--quiet')
-    table = load_predictor(Path(folder)/'run', device='cpu').predict(sample, progress=False)
-    assert len(table)==120 and table.problem.isna().all()
+    table = load_predictor(Path(folder)/'run', device='cpu').predict(read_metadata(sample), progress=False)
+    assert len(table)==120 and table.problem.isna().all(), table
     assert (table[list(CODES)].sum(1).astype(float)-1).abs().max()<1e-5
 
 print(f'Python {sys.version.split()[0]}: {len(modules)} modules imported, a network trained for an epoch, 120 pictures predicted')
