@@ -31,6 +31,7 @@ def page(notebook, dest):
     "A notebook as Markdown beside its pictures; returns its title"
     nb = nbformat.read(notebook, 4)
     nb.cells = [c for c in nb.cells if not (c.cell_type=='code' and re.search(r'^#\| *(hide|default_exp)\b', c.source, re.M))]
+    nb.metadata['language_info'] = {'name': 'python'} # for colours
     for c in nb.cells:
         c.source = with_links(with_math(c.source)) if c.cell_type=='markdown' else re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
     text,files = MarkdownExporter().from_notebook_node(nb, resources={'output_files_dir': f'{notebook.stem}_files', 'unique_key': notebook.stem})
