@@ -138,7 +138,7 @@ def test_a_stranger_is_refused_before_anything_is_fetched(hub, bundle, tmp_path)
 def test_from_the_command_line(hub, bundle, tmp_path, monkeypatch, capsys):
     from skin_lesions import cli
     from skin_lesions.hub import push_to_hub
-    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path/'cache'))
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path/'cache')) # not the user's
     where = push_to_hub(bundle, 'owner/lesions', dataset='HAM10000')
     image = next((bundle.parent/'sample').rglob('*.jpg'))
     assert cli.main(['predict', where, str(image), '--out', str(tmp_path/'table.csv'), '--quiet']) == 0
