@@ -257,11 +257,14 @@ def print_scores(table, s):
 
 # %% ../nbs/80_cli.ipynb #296b662c
 def open_run(
-    run, # a run folder or a bundle, or the name of the one that comes with the package
+    run, # a run folder or a bundle, hf://owner/name@revision, or the name of the one that comes with the package
 ): # a `Predictor`
     "The trained network of a run, ready to predict"
     from skin_lesions.predict import BUNDLE_NAMES, load_predictor
     if str(run) in BUNDLE_NAMES and not Path(run).exists(): return load_predictor(str(run))
+    if str(run).startswith('hf://'):
+        from skin_lesions.hub import from_hub
+        return from_hub(str(run))
     run = Path(run)
     if run.is_dir() and not (run/'bundle.json').is_file():
         if (run/'run.json').is_file() and (run/'model.safetensors').is_file(): return _open_old_run(run)

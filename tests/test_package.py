@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-MODULES = ['core', 'synthetic', 'dataset', 'split', 'data', 'preprocess', 'cache', 'losses', 'mixup', 'metrics', 'resume', 'ema', 'distill', 'speed', 'learner', 'distributed', 'pretext', 'stream', 'gradcam', 'ood', 'predictions', 'evaluate', 'decide', 'predict', 'experiments', 'readings', 'reproduce', 'cli']
+MODULES = ['core', 'synthetic', 'dataset', 'split', 'data', 'preprocess', 'cache', 'losses', 'mixup', 'metrics', 'resume', 'ema', 'distill', 'speed', 'learner', 'distributed', 'pretext', 'stream', 'gradcam', 'ood', 'predictions', 'evaluate', 'decide', 'predict', 'hub', 'experiments', 'readings', 'reproduce', 'cli']
 
 
 @pytest.mark.parametrize('module', MODULES)
@@ -72,6 +72,7 @@ def test_wheel_holds_the_modules_and_no_more(repo, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {f'skin_lesions/{m}.py' for m in MODULES} <= set(names)
     assert not [n for n in names if not n.startswith(('skin_lesions/', 'skin_lesions-'))]
+    assert 'skin_lesions/py.typed' in names and not [n for n in names if n.startswith('skin_lesions/') and not n.endswith('.py') and n != 'skin_lesions/py.typed' and '/bundles/' not in n]
     metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith('METADATA'))).decode()
     needs = [l for l in metadata.splitlines() if l.startswith('Requires-Dist') and 'extra' not in l]
     assert any('fastai' in n for n in needs) and not any('nbdev' in n or 'plum' in n or 'fastcore' in n for n in needs)

@@ -1,0 +1,103 @@
+"""The pages as a web site that needs no network: `pip install -e '.[docs]'`, then `python docs/build.py`, then `python -m http.server -d _docs`.
+nbconvert turns the notebooks with their stored outputs into Markdown, latex2mathml the formulas into MathML, MkDocs Material makes the site with its search,
+mkdocstrings the API pages. Nothing is executed. Dead links and anything that a page would load from elsewhere end the build with an error."""
+import json, os, re, shutil, subprocess, sys, tempfile
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+from latex2mathml.converter import convert
+from nbconvert import MarkdownExporter
+
+REPO = Path(__file__).resolve().parent.parent
+GIT = 'https://github.com/skin-lesions/skin_lesions/blob/main/'
+
+
+def with_math(text):
+    "Formulas as MathML, which browsers draw themselves; code stays"
+    parts = re.split(r'(```.*?```|`[^`\n]*`)', text, flags=re.S)
+    def one(m): return convert(m[1] or m[2], display='block' if m[1] else 'inline').replace('\n', ' ')
+    return ''.join(p if i%2 else re.sub(r'\$\$(.+?)\$\$|(?<![\w\\$])\$([^\s$](?:[^$\n]*[^\s$\\])?)\$(?![\w$])', one, p, flags=re.S) for i,p in enumerate(parts))
+
+
+def with_links(text):
+    "Links between notebooks become links between pages; those to other files of the repository lead to it"
+    text = re.sub(r'\]\((?:nbs/)?(\d\d_\w+)\.ipynb', r'](\1.md', text)
+    return re.sub(r'\]\(((?!https?:|#|mailto:|images/|\d\d_\w+\.md)[^)\s]+)\)', lambda m: f"]({GIT}{m[1].removeprefix('../')})", text)
+
+
+def page(notebook, dest):
+    "A notebook as Markdown beside its pictures; returns its title"
+    nb = nbformat.read(notebook, 4)
+    nb.cells = [c for c in nb.cells if not (c.cell_type=='code' and re.search(r'^#\| *(hide|default_exp)\b', c.source, re.M))]
+    nb.metadata['language_info'] = {'name': 'python'} # for colours
+    for c in nb.cells:
+        c.source = with_links(with_math(c.source)) if c.cell_type=='markdown' else re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
+    text,files = MarkdownExporter().from_notebook_node(nb, resources={'output_files_dir': f'{notebook.stem}_files', 'unique_key': notebook.stem})
+    for name,data in files['outputs'].items():
+        (dest/name).parent.mkdir(exist_ok=True)
+        (dest/name).write_bytes(data)
+    module = re.search(r'#\| default_exp (\w+)', notebook.read_text(encoding='utf-8'))
+    if module: text += f'\n\n---\n\nAll signatures: [`skin_lesions.{module[1]}`](api/{module[1]}.md). Source of this page: [{notebook.name}]({GIT}nbs/{notebook.name}).\n'
+    (dest/f'{notebook.stem}.md').write_text(text, encoding='utf-8')
+    return re.search(r'^# (.+)$', text, re.M)[1]
+
+
+def sources(dest):
+    "All pages; returns the navigation"
+    shutil.copytree(REPO/'nbs'/'images', dest/'images')
+    shutil.copy(REPO/'docs'/'extra.css', dest)
+    (dest/'api').mkdir()
+    page(REPO/'nbs'/'index.ipynb', dest)
+    pages = [{f"{n.stem[:2]} {page(n, dest)}": f'{n.stem}.md'} for n in sorted((REPO/'nbs').glob('[0-9]*.ipynb'))]
+    modules = sorted(p.stem for p in (REPO/'skin_lesions').glob('[a-z]*.py'))
+    for m in modules: (dest/'api'/f'{m}.md').write_text(f'# skin_lesions.{m}\n\n::: skin_lesions.{m}\n    options: {{show_root_heading: false, show_root_toc_entry: false}}\n')
+    for name in ('CHANGELOG', 'CONTRIBUTING', 'SECURITY'): (dest/f'{name.lower()}.md').write_text(with_links((REPO/f'{name}.md').read_text(encoding='utf-8')), encoding='utf-8')
+    return [{'Home': 'index.md'}, {'Pages': pages}, {'API': [{m: f'api/{m}.md'} for m in modules]}, {'Project': ['changelog.md', 'contributing.md', 'security.md']}]
+
+
+class Found(HTMLParser):
+    def __init__(self): super().__init__(); self.links,self.loads,self.ids = [],[],set()
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        self.ids |= {a[k] for k in ('id', 'name') if a.get(k)}
+        if tag=='a' and a.get('href'): self.links.append(a['href'])
+        if a.get('src'): self.loads.append(a['src'])
+        if tag=='link' and a.get('href') and a.get('rel') not in ('canonical', 'next', 'prev'): self.loads.append(a['href'])
+
+
+def problems(site):
+    "Links and files that are not there, and what would be loaded from another server"
+    found = {}
+    for p in site.rglob('*.html'):
+        found[p] = Found(); found[p].feed(p.read_text(encoding='utf-8'))
+    for p,f in found.items():
+        if p.name=='404.html': continue
+        for kind,urls in (('link', f.links), ('file', f.loads)):
+            for u in urls:
+                url = urlsplit(u)
+                if url.scheme or url.netloc:
+                    if kind=='file' and url.scheme!='data': yield f'{p.name} loads {u}'
+                    continue
+                to = (p.parent/unquote(url.path)).resolve() if url.path else p
+                if to.is_dir(): to = to/'index.html'
+                if not to.is_file(): yield f'{p.name}: {u} is not there'
+                elif kind=='link' and url.fragment and to in found and unquote(url.fragment) not in found[to].ids and not url.fragment.startswith('__'): yield f'{p.name}: {u} has no such place'
+
+
+def main():
+    site = Path(sys.argv[1] if len(sys.argv)>1 else REPO/'_docs').resolve()
+    with tempfile.TemporaryDirectory() as tmp:
+        source = Path(tmp)/'pages'; source.mkdir()
+        nav = sources(source)
+        config = Path(tmp)/'mkdocs.yml'
+        config.write_text((REPO/'docs'/'mkdocs.yml').read_text(encoding='utf-8') + 'nav: ' + json.dumps(nav) + '\n', encoding='utf-8')
+        env = os.environ | dict(DOCS_SOURCE=str(source), DOCS_SITE=str(site), DOCS_REPO=str(REPO), NO_MKDOCS_2_WARNING='1')
+        done = subprocess.run([sys.executable, '-m', 'mkdocs', 'build', '--clean', '--strict', '--quiet', '-f', str(config)], env=env)
+    bad = sorted(set(problems(site)))
+    print('\n'.join(bad) if bad else f'{len(list(site.rglob("*.html")))} pages in {site}, no dead link, nothing from elsewhere')
+    return done.returncode or bool(bad)
+
+
+if __name__=='__main__': sys.exit(main())
