@@ -137,7 +137,7 @@ def atomic_path(
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
 def image_files(
-    path, # an image, or a folder that is searched with all its subfolders
+    path, # an image, or a folder that is searched with all its subfolders; HAM10000's lesion masks (`*_segmentation.png`) are left out
 )->list: # `Path`s, sorted
     "The image files at a path"
     path = Path(path)
@@ -145,7 +145,7 @@ def image_files(
     if path.is_file():
         if path.suffix.lower() not in IMAGE_SUFFIXES: raise ValueError(f"{path} is no image by its name; expected one of {', '.join(IMAGE_SUFFIXES)}")
         return [path]
-    files = sorted(p for p in path.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and not p.name.startswith('.'))
+    files = sorted(p for p in path.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and not p.name.startswith('.') and not p.stem.endswith('_segmentation')) # lesion masks of HAM10000
     if not files: raise FileNotFoundError(f"no image in {path} or below it; looked for {', '.join(IMAGE_SUFFIXES)}")
     return files
 
