@@ -50,7 +50,7 @@ def test_tutorial_runs(path, kaggle, tmp_path, monkeypatch):
     for cell in nb.cells:
         if cell.cell_type == 'code' and cell.source.startswith('#| eval: false'): cell.source = '' # installs; the wheel is there
     nb.cells.append(nbformat.v4.new_code_cell('import skin_lesions; print(skin_lesions.__file__)'))
-    for name,value in dict(PYTHONPATH=str(kaggle/'site'), TUTORIAL_INPUT=str(kaggle/'input'), TMPDIR=str(tmp_path/'tmp'), SKIN_LESIONS_CACHE=str(tmp_path/'cache'), MPLBACKEND='module://matplotlib_inline.backend_inline').items():
+    for name,value in dict(PYTHONPATH=str(kaggle/'site'), TUTORIAL_INPUT=str(kaggle/'input'), TMPDIR=str(tmp_path/'tmp'), SKIN_LESIONS_CACHE=str(tmp_path/'cache'), MPLBACKEND='module://matplotlib_inline.backend_inline', OMP_NUM_THREADS='1').items(): # one thread: two that wait for each other on busy cores are ten times as slow
         monkeypatch.setenv(name, value)
     monkeypatch.delenv('HAM10000_DIR', raising=False)
     folder = tmp_path/'working'
