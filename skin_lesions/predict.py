@@ -377,7 +377,7 @@ def _read_weights(folder, data):
 def _read_files(path, weights=True):
     "The bytes of model.safetensors (None where they are not asked for) and bundle.json, and a name for the latter"
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"no bundle at {path}; save_bundle makes one")
+    if not path.exists(): raise FileNotFoundError(f"no bundle at {path}; " + ("skin_lesions.hub.from_hub opens what lies on the hub" if path.parts[:1]==('hf:',) else "save_bundle makes one"))
     if path.is_file() and path.suffix=='.zip': return *_read_zip(path),f'{path}: bundle.json'
     if path.is_file() and path.name not in BUNDLE_FILES: raise ValueError(f"{path} is no bundle: expected a folder with {' and '.join(BUNDLE_FILES)}, one of these two, or a .zip with both")
     folder = path.parent if path.is_file() else path
