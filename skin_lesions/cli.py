@@ -237,7 +237,7 @@ def _fit_and_finish(args, learn, meta, record, out, start):
         print(f"\nstopped by Ctrl-C after {record['epochs_done']} whole epochs; what was learnt so far is in {out/'model.safetensors'}; skin_lesions evaluate {out} scores it, the same command with --resume goes on")
         return 130
     try: table = finish_run(args, learn, meta, record, out)
-    except (OSError, ValueError) as e: raise type(e)(f"{e}. The training is complete, its state is in {out/STATE_FOLDER}; the same command with --resume makes what is missing of the run folder") from e
+    except (OSError, ValueError) as e: raise (OSError if isinstance(e, OSError) else ValueError)(f"{e}. The training is complete, its state is in {out/STATE_FOLDER}; the same command with --resume makes what is missing of the run folder") from e
     on_rank0(shutil.rmtree, out/STATE_FOLDER)
     print_scores(table, record['scores'])
     print(f"report: {out/'report.html'}")

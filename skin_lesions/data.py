@@ -345,6 +345,14 @@ class LesionDL(TfmdDL):
 
     def create_item(self, s): return super().create_item(self.note(s))
 
+    def do_item(self, s):
+        "With patient data, or without a diagnosis, the quick crop alone"
+        fs = self.after_item.fs
+        if not (len(fs)==2 and type(fs[0]) is RandomResizedCrop and type(fs[1]) is ToTensor and self.after_item.split_idx==0): return super().do_item(s)
+        image,*others = self.create_item(s)
+        if not isinstance(image, Image.Image): return self.after_item((image, *others))
+        return TensorImage(scaled_part(np.array(image), crop_box(fs[0], image.size), fs[0].size[::-1])),*others
+
     def create_batches(self, samps):
         source = self.cached or self.direct
         return super().create_batches(samps) if source is None else source.batches(self, samps)
