@@ -42,7 +42,7 @@ def prepare(folder, args):
     return meta
 
 
-def run(name, command, folder, env=None):
+def run(name, command, folder, env=None, logs=None):
     "Minutes and the table of a side, or why there is none"
     place = folder/name
     place.mkdir()
@@ -50,14 +50,10 @@ def run(name, command, folder, env=None):
     start = time.monotonic()
     done = subprocess.run(list(map(str, command)), cwd=place, env=os.environ | (env or {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=7200)
     minutes = (time.monotonic() - start)/60
+    if logs: (Path(logs)/f'{name}.log').write_text(done.stdout)
     if done.returncode: return dict(minutes=round(minutes, 2), failed=done.stdout[-1500:])
-    if (place/'predictions.json').is_file():
-        rows = json.loads((place/'predictions.json').read_text())
-        rows = rows if isinstance(rows, list) else rows['results']
-        table = pd.DataFrame([dict(image_id=Path(r['source']).stem, **{p['label']: p['probability'] for p in r['predictions']}) for r in rows])
-        table[list(CODES)] = table[list(CODES)].div(table[list(CODES)].sum(axis=1), axis=0) # it rounds to four digits
-    else: table = pd.read_csv(place/'predictions.csv')
-    return dict(minutes=round(minutes, 2), table=table)
+    table = pd.read_csv(place/'predictions.csv')
+    return dict(minutes=round(minutes, 2), table=table, notes=[l[6:] for l in done.stdout.splitlines() if l.startswith('note: ')])
 
 
 def main(args):
@@ -68,32 +64,37 @@ def main(args):
         folder = Path(tmp)
         meta = prepare(folder, args)
         valid = meta[meta.is_valid].set_index('image_id')
-        sides = dict(by_hand=('by_hand.py', [sys.executable, '-W', 'ignore', HERE/'by_hand.py', args.size, args.epochs, folder/'timm.pth'], {}),
-                     skin_lesions=('with_skin_lesions.py', [sys.executable, '-W', 'ignore', HERE/'with_skin_lesions.py', args.size, args.epochs], {}))
-        if env: sides['scdiag'] = ('with_scdiag.sh', ['bash', '-eu', HERE/'with_scdiag.sh', args.size, args.epochs, folder/'scdiag.pt'], dict(PATH=f"{env}:{os.environ['PATH']}", HF_HUB_OFFLINE='1', HF_HOME=str(folder/'hf')))
+        sides = dict(by_hand=(['by_hand.py'], [sys.executable, '-W', 'ignore', HERE/'by_hand.py', args.size, args.epochs, folder/'timm.pth'], {}),
+                     skin_lesions=(['with_skin_lesions.py'], [sys.executable, '-W', 'ignore', HERE/'with_skin_lesions.py', args.size, args.epochs], {}))
+        if env: sides['scdiag'] = (['with_scdiag.sh', 'with_scdiag.py'], ['bash', '-eu', HERE/'with_scdiag.sh', args.size, args.epochs, folder/'scdiag.pt', HERE], dict(PATH=f"{env}:{os.environ['PATH']}", HF_HUB_OFFLINE='1', HF_HOME=str(folder/'hf')))
         found = {}
         sides = {k: v for k, v in sides.items() if not args.only or k in args.only}
-        for name, (file, command, more) in sides.items():
-            got = run(name, command, folder, more)
-            row = dict(lines=lines_of(HERE/file), minutes=got['minutes'])
+        for name, (files, command, more) in sides.items():
+            got = run(name, command, folder, more, args.logs)
+            row = dict(lines=sum(lines_of(HERE/f) for f in files), minutes=got['minutes'])
             if 'failed' in got: row['failed'] = got['failed']
             else:
+                if got['notes']: row['notes'] = got['notes']
                 table = got['table'].set_index('image_id').reindex(valid.index)[list(CODES)].assign(dx=valid.dx, group=valid.group).reset_index()
                 interval = average_recall_interval(table)
                 row |= dict(accuracy=scores(table)['accuracy'], average_recall=interval.value if hasattr(interval, 'value') else scores(table)['average_recall'], low=interval.low, high=interval.high, calibration_error=expected_calibration_error(table))
             found[name] = row
-            print(name, {k: v if isinstance(v, str) else round(v, 3) for k, v in row.items()}, flush=True)
+            print(name, {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     versions = {p: importlib.metadata.version(p) for p in ('fastai', 'timm', 'torch')}
     if env: versions['scdiag'] = subprocess.run([str(env/'python'), '-c', 'import importlib.metadata as m; print(m.version("scdiag"), "with torch", m.version("torch"))'], capture_output=True, text=True).stdout.strip()
     out = dict(date=date.today().isoformat(), machine=f'{os.cpu_count()} cores, {platform.machine()}', size=args.size, epochs=args.epochs, train_images=int((~meta.is_valid).sum()), valid_images=int(meta.is_valid.sum()), valid_lesions=int(valid.group.nunique()),
-               whole=not args.images, nevi=float((valid.dx == 'nv').mean()), versions=versions, sides=found)
+               whole=not args.images, nevi=float((valid.dx == 'nv').mean()), versions=versions)
+    old = json.loads(Path(args.out).read_text()) if args.only and Path(args.out).is_file() else {}
+    kept = old['sides'] if old and all(old[k] == out[k] for k in ('machine', 'size', 'epochs', 'train_images', 'valid_images')) else {}
+    out |= dict(versions=old.get('versions', {}) | versions, sides=kept | found)
     Path(args.out).write_text(json.dumps(out, indent=1) + '\n')
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--scdiag', help='a virtual environment with scdiag[timm,uvito] and tensorboard, which it imports; without it, that side is left out')
-    parser.add_argument('--only', nargs='+', help='names of sides')
+    parser.add_argument('--only', nargs='+', help='names of sides; the others keep what stands in the file, if it is of the same settings')
+    parser.add_argument('--logs', help="folder for each side's output")
     parser.add_argument('--size', type=int, default=64)
     parser.add_argument('--epochs', type=int, default=3)
     parser.add_argument('--images', type=int, help='about so many, by lesion; without it, all')

@@ -1,10 +1,11 @@
-"""Pictures a second from a folder of JPEGs to a table of probabilities on the processor: `load_predictor(run).predict(folder)` against a loop over `load_learner(file).predict(picture)` of plain fastai.
+"""Pictures a second from a folder of JPEGs, as cameras make them and as the smaller working copies, to a table of probabilities on the processor: `load_predictor(run).predict(folder)` against a loop over `load_learner(file).predict(picture)` of plain fastai.
 
     HAM10000_DIR=... python benchmarks/speed_predict.py
 """
 import argparse, os, tempfile, time
 from pathlib import Path
 
+import torch
 from sides import Side, in_turn, report
 
 
@@ -14,6 +15,30 @@ def ours(folder, bundle):
     def run():
         start = time.perf_counter()
         n = len(predictor.predict(folder, progress=False))
+        return n/(time.perf_counter() - start)
+    return run
+
+
+def preparing(folder, bundle):
+    "The same pictures opened, cropped and put into batches, with no network behind it"
+    from skin_lesions.predict import load_predictor
+    predictor = load_predictor(bundle)
+    predictor._answers = lambda xb, patient, tta: (torch.full((len(xb), 7), 1/7).numpy(), float('nan'))
+    def run():
+        start = time.perf_counter()
+        n = len(predictor.predict(folder, progress=False))
+        return n/(time.perf_counter() - start)
+    return run
+
+
+def network(folder, bundle):
+    "The network alone on as many pictures, in batches of 64"
+    from skin_lesions.predict import load_predictor
+    predictor,n = load_predictor(bundle),len(list(Path(folder).rglob('*.jpg')))
+    x = torch.rand(64, 3, 128, 128)
+    def run():
+        start = time.perf_counter()
+        for i in range(0, n, 64): predictor.probabilities(x[:n-i])
         return n/(time.perf_counter() - start)
     return run
 
@@ -37,18 +62,26 @@ def main(args):
     from skin_lesions.learner import two_stage_learner
     from skin_lesions.predict import save_bundle
     from skin_lesions.synthetic import synthetic_ham10000
-    folder = str(Path(os.environ['HAM10000_DIR'])/'original_quality')
     with tempfile.TemporaryDirectory() as tmp:
         meta = read_metadata(synthetic_ham10000(Path(tmp)/'data', n_images=60, seed=0))
         save_bundle(two_stage_learner(ham10000_dataloaders(meta, 128, bs=8, num_workers=0), pretrained=False), Path(tmp)/'bundle')
         dls = DataBlock((ImageBlock, CategoryBlock), get_x=ColReader('path'), get_y=ColReader('dx'), item_tfms=Resize(128)).dataloaders(meta, bs=8, num_workers=0)
         vision_learner(dls, 'tf_efficientnet_lite0', pretrained=False).export(Path(tmp)/'plain.pkl')
-        sides = [Side('speed_predict', 'ours', folder=folder, bundle=str(Path(tmp)/'bundle')), Side('speed_predict', 'plain', folder=folder, exported=str(Path(tmp)/'plain.pkl'))]
-        report('prediction of a folder of 600x450 JPEGs, CPU, EfficientNet-Lite0, 128 px', 'a loop with load_learner().predict', '>= 10', 'images/s', in_turn(*sides, args.repeats))
-        for s in sides: s.close()
+        data,n = Path(os.environ['HAM10000_DIR']),args.pictures
+        for what,files in (('600x450 JPEGs', sorted((data/'original_quality').rglob('*.jpg'))), ('300x225 JPEGs', sorted(read_metadata(data).path)[:n])):
+            folder = Path(tmp)/what
+            folder.mkdir()
+            for i in range(n): (folder/f'{i:04}.jpg').symlink_to(files[i%len(files)])
+            plain = Side('speed_predict', 'plain', folder=str(folder), exported=str(Path(tmp)/'plain.pkl'))
+            for function, row, goal in (('ours', f'prediction of a folder of {n} {what}, CPU, EfficientNet-Lite0, 128 px', '>= 10'), ('preparing', f'of this, opening and preparing the {what}', ''), ('network', f'of this, the network ({what})', '')):
+                side = Side('speed_predict', function, folder=str(folder), bundle=str(Path(tmp)/'bundle'))
+                report(row, 'a loop with load_learner().predict', goal, 'images/s', in_turn(side, plain, args.repeats))
+                side.close()
+            plain.close()
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--repeats', type=int, default=3)
+    parser.add_argument('--pictures', type=int, default=256, help='in a folder; the 62 of original quality come again and again')
     main(parser.parse_args())

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CROPS', 'PATIENT_COLUMNS', 'WEIGHT_KINDS', 'crop_transform', 'crop_side', 'OpenReduced', 'open_picture',
-           'lesion_augmentation', 'check_arch', 'normalization', 'check_patient_columns', 'PatientEncoder',
-           'TensorPatient', 'EncodePatient', 'get_source', 'get_image', 'get_dx', 'crop_box', 'scaled_part',
-           'stacked_targets', 'PictureBatches', 'LesionDL', 'WeightedLesionDL', 'ham10000_datablock', 'class_weights',
-           'ham10000_dataloaders', 'warn_if_weighted_twice', 'plot_examples', 'plot_class_frequencies']
+           'QuickDihedral', 'lesion_augmentation', 'check_arch', 'normalization', 'check_patient_columns',
+           'PatientEncoder', 'TensorPatient', 'EncodePatient', 'get_source', 'get_image', 'get_dx', 'crop_box',
+           'scaled_part', 'stacked_targets', 'PictureBatches', 'LesionDL', 'WeightedLesionDL', 'ham10000_datablock',
+           'class_weights', 'ham10000_dataloaders', 'warn_if_weighted_twice', 'plot_examples', 'plot_class_frequencies']
 
 # %% ../nbs/12_data.ipynb #ad9ffd79
 import math, numbers, os, re, warnings
@@ -78,13 +78,24 @@ def open_picture(
     return PILImage(read_image(source)) if isinstance(source, (str, Path)) else PILImage.create(source)
 
 # %% ../nbs/12_data.ipynb #46c02a34
+class QuickDihedral(Dihedral):
+    "fastai's `Dihedral` with its grid of coordinates made by a sum of a row and a column instead of a matrix product for each pixel; leaves validation images as they are"
+    def _encode(self, x, mode, reverse=False):
+        if self.split_idx and self.size is None: return x
+        if len(self.coord_fs) or self.size is not None or not isinstance(x, TensorImage): return super()._encode(x, mode, reverse)
+        h,w = x.shape[-2:]
+        ends = lambda n: torch.linspace(-1, 1, n, device=x.device)*(1 if self.align_corners else 1 - 1/n)
+        m = self.mat.as_subclass(torch.Tensor)[...,None,None]
+        grid = m[:,:,0]*ends(w) + (m[:,:,1]*ends(h)[:,None] + m[:,:,2]) # [bs, 2, h, w]
+        return F.grid_sample(x, grid.permute(0, 2, 3, 1), mode=mode, padding_mode=self.pad_mode, align_corners=bool(self.align_corners))
+
 def lesion_augmentation(
     max_rotate:float=180., # largest rotation, degrees either way
     max_lighting:float=.1, # largest change of brightness and contrast, 0 to 1
     p:float=.75, # probability of the rotation and of the light, each
 )->list: # fastai batch transforms
     "Flips both ways, rotation by any angle, mild light: what leaves a diagnosis as it was"
-    tfms = [Dihedral(p=1.)]
+    tfms = [QuickDihedral(p=1.)]
     if max_rotate: tfms.append(Rotate(max_deg=max_rotate, p=p, pad_mode='reflection'))
     if max_lighting: tfms += [Brightness(max_lighting=max_lighting, p=p), Contrast(max_lighting=max_lighting, p=p)]
     return setup_aug_tfms(tfms)

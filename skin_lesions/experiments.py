@@ -423,6 +423,8 @@ def run_row(
     return line | dict(new=twin is None)
 
 # %% ../nbs/70_experiments.ipynb #022967fc
+def _finite(v): return None if v is None or not math.isfinite(v) else float(v)
+
 def _run(row, meta, line, out, data, instead_of, keep_model, minutes, show, dls_kwargs)->dict:
     "Train and predict, unless the predictions are there; what the line says beyond the names"
     folder = run_folder(out, line)
@@ -440,7 +442,8 @@ def _run(row, meta, line, out, data, instead_of, keep_model, minutes, show, dls_
             with atomic_path(folder/'split.csv') as tmp: meta[['image_id', 'path', 'dx', 'group', 'is_valid', *(PATIENT_COLUMNS if row.patient else [])]].to_csv(tmp, index=False)
             if keep_model: save_bundle(learn, folder, split=split_summary(learn.dls), overwrite=True)
             body = getattr(getattr(learn.model, 'classifier', learn.model), 'body')
-            found = dict(weights=body.weights_from, minutes=None if again else took, date=date.today().isoformat(), device=str(learn.dls.device), versions=versions())
+            history = [dict(zip(learn.recorder.metric_names[1:-1], map(_finite, values))) for values in learn.recorder.values]
+            found = dict(weights=body.weights_from, minutes=None if again else took, date=date.today().isoformat(), device=str(learn.dls.device), versions=versions(), history=history)
             with atomic_path(about) as tmp: tmp.write_text(json.dumps(found))
             save_predictions(table, file) # last: it seals the run
         found = json.loads(about.read_text())

@@ -42,6 +42,7 @@ from .data import CROPS, get_dx, get_image
 from .learner import join_stages
 from .ood import body_of, keep_features
 from .ood import from_dict as ood_from_dict
+from .speed import reuse_memory
 from .predictions import TTA, _AverageOverViews, _crop_boxes, _Views, check_predictions
 
 # %% ../nbs/63_predict.ipynb #c86d17f4
@@ -451,6 +452,7 @@ class Predictor:
         "Move the network"
         self.device = torch.device(device)
         self.model.to(self.device).eval()
+        if self.device.type=='cpu': reuse_memory()
         return self
 
     def __repr__(self):
@@ -589,21 +591,21 @@ def _try(prepare, source):
     try: return prepare(source)
     except Exception as e: return _reason(e, source)
 
-def _prepared(sources, prepare, bs, workers):
-    "Sources and their prepared pictures, `bs` at a time; threads are one batch ahead"
+def _prepared(sources, prepare, bs, workers, ahead=1):
+    "Sources and their prepared pictures, `bs` at a time; threads are `ahead` batches ahead"
     if not workers:
         for chunk in _chunks(sources, bs): yield chunk,[_try(prepare, s) for s in chunk]
         return
-    pool,ahead = ThreadPoolExecutor(workers),deque()
+    pool,begun = ThreadPoolExecutor(workers),deque()
     def collect():
-        chunk,futures = ahead.popleft()
+        chunk,futures = begun.popleft()
         return chunk,[f.result() for f in futures]
     try:
         for chunk in _chunks(sources, bs):
-            ahead.append((chunk, [pool.submit(_try, prepare, s) for s in chunk]))
+            begun.append((chunk, [pool.submit(_try, prepare, s) for s in chunk]))
             del chunk
-            if len(ahead)>1: yield collect()
-        while ahead: yield collect()
+            if len(begun)>ahead: yield collect()
+        while begun: yield collect()
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/63_predict.ipynb #b6adedbb
@@ -676,7 +678,8 @@ def predict(self:Predictor,
     if n==0: raise ValueError("no picture to predict: the list is empty")
     encode,bs = self._patient_of(images, meta, n),max(1, bs//_n_crops(tta))
     self.model.eval()
-    chunks = _prepared(sources, lambda s: self.prepare(s, tta, tta_part), bs, min(4, os.cpu_count() or 1) if workers is None else workers)
+    chunks = _prepared(sources, lambda s: self.prepare(s, tta, tta_part), bs, min(4, os.cpu_count() or 1) if workers is None else workers,
+                       ahead=int(self.device.type!='cpu')) # on a processor the threads would take the network's cores
     bar = progress_over(chunks, 'pictures', total='noinfer' if n is None else -(-n//bs), show=progress and n!=1)
     files,p,scores,problems = self._predict_all(bar, names, encode, tta)
     if not len(p): raise ValueError("no picture to predict: the list is empty")

@@ -1,0 +1,44 @@
+"""The network in the package on the 193 validation images of the ISIC 2018 challenge, which nothing was chosen on: to be run once for a network. Writes nbs/results/challenge.json.
+
+    HAM10000_DIR=... python benchmarks/challenge.py
+"""
+import argparse, json, os
+from datetime import date
+from pathlib import Path
+
+
+def main(args):
+    from skin_lesions.core import CODES, MALIGNANT
+    from skin_lesions.dataset import read_challenge, read_metadata
+    from skin_lesions.decide import expected_calibration_error
+    from skin_lesions.evaluate import scores
+    from skin_lesions.experiments import _interval, _recalls, _share_right
+    from skin_lesions.predict import load_predictor
+    from skin_lesions.split import challenge_validation
+    both = challenge_validation(read_metadata(os.environ['HAM10000_DIR']), read_challenge(args.challenge or os.environ['HAM10000_DIR'])) # raises where a lesion is on both sides
+    valid = both[both.is_valid].reset_index(drop=True)
+    found = {}
+    for reading in ('most probable class', 'calibrated, decided by the rule'):
+        predictor = load_predictor(args.bundle, 'cpu')
+        if reading == 'most probable class': predictor.calibration = predictor.rule = predictor.referral = None
+        table = predictor.predict(valid, progress=False)
+        assert table.problem.isna().all()
+        table = table.drop(columns='problem')
+        right = _share_right([table])
+        value, drawn = _recalls(right, 1000, 42)
+        low, high = _interval(drawn)
+        found[reading] = dict(accuracy=float(right.right.mean()), average_recall=value, low=low, high=high, macro_auc=float(scores(table)['macro_auc']), calibration_error=float(expected_calibration_error(table)),
+                              recall={c: float(right.right[right.dx == c].mean()) for c in CODES})
+        if 'refer' in table: found[reading] |= dict(referred=float(table.refer.astype(bool).mean()), malignant_referred=float(table.refer[table.dx.isin(MALIGNANT)].astype(bool).mean()))
+        if 'unusual' in table: found[reading]['unusual'] = float(table.unusual.astype(bool).mean())
+        print(reading, found[reading])
+    out = dict(date=date.today().isoformat(), bundle=args.bundle, images=len(valid), groups=int(valid.group.nunique()), counts={c: int((valid.dx == c).sum()) for c in CODES}, readings=found)
+    Path(args.out).write_text(json.dumps(out, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--bundle', default='ham10000')
+    parser.add_argument('--challenge', help='folder of the validation images; without it, HAM10000_DIR')
+    parser.add_argument('--out', default=str(Path(__file__).parent.parent/'nbs'/'results'/'challenge.json'))
+    main(parser.parse_args())
