@@ -425,6 +425,11 @@ def run_row(
 # %% ../nbs/70_experiments.ipynb #022967fc
 def _finite(v): return None if v is None or not math.isfinite(v) else float(v)
 
+def _history(recorder)->list:
+    "The losses and metrics of each epoch by name"
+    names = [n for n in recorder.metric_names if n not in ('epoch', 'time')]
+    return [dict(zip(names, map(_finite, values))) for values in recorder.values]
+
 def _run(row, meta, line, out, data, instead_of, keep_model, minutes, show, dls_kwargs)->dict:
     "Train and predict, unless the predictions are there; what the line says beyond the names"
     folder = run_folder(out, line)
@@ -437,12 +442,12 @@ def _run(row, meta, line, out, data, instead_of, keep_model, minutes, show, dls_
             again,start = any((folder/s).is_dir() for s in ('state', 'pretext_state')) or (folder/'pretext.safetensors').is_file(),time.monotonic()
             teacher = _teacher(row, out, line['split'], line['fold'], line['scale'], data['sha256'], dls_kwargs.get('device')) if row.teachers else None
             learn = _fit_row(row, meta, folder, line['seed'], teacher, minutes, show, dls_kwargs)
+            history = _history(learn.recorder) # before the predictions, which begin a new record
             table = get_predictions(learn)
             took = round((time.monotonic()-start)/60, 3)
             with atomic_path(folder/'split.csv') as tmp: meta[['image_id', 'path', 'dx', 'group', 'is_valid', *(PATIENT_COLUMNS if row.patient else [])]].to_csv(tmp, index=False)
             if keep_model: save_bundle(learn, folder, split=split_summary(learn.dls), overwrite=True)
             body = getattr(getattr(learn.model, 'classifier', learn.model), 'body')
-            history = [dict(zip(learn.recorder.metric_names[1:-1], map(_finite, values))) for values in learn.recorder.values]
             found = dict(weights=body.weights_from, minutes=None if again else took, date=date.today().isoformat(), device=str(learn.dls.device), versions=versions(), history=history)
             with atomic_path(about) as tmp: tmp.write_text(json.dumps(found))
             save_predictions(table, file) # last: it seals the run
