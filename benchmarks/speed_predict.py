@@ -9,21 +9,11 @@ import torch
 from sides import Side, in_turn, report
 
 
-def ours(folder, bundle):
+def ours(folder, bundle, network=True):
+    "The whole way; without the network, the same pictures are opened, cropped and put into batches"
     from skin_lesions.predict import load_predictor
     predictor = load_predictor(bundle)
-    def run():
-        start = time.perf_counter()
-        n = len(predictor.predict(folder, progress=False))
-        return n/(time.perf_counter() - start)
-    return run
-
-
-def preparing(folder, bundle):
-    "The same pictures opened, cropped and put into batches, with no network behind it"
-    from skin_lesions.predict import load_predictor
-    predictor = load_predictor(bundle)
-    predictor._answers = lambda xb, patient, tta: (torch.full((len(xb), 7), 1/7).numpy(), float('nan'))
+    if not network: predictor._answers = lambda xb, patient, tta: (torch.full((len(xb), 7), 1/7).numpy(), float('nan'))
     def run():
         start = time.perf_counter()
         n = len(predictor.predict(folder, progress=False))
@@ -73,8 +63,8 @@ def main(args):
             folder.mkdir()
             for i in range(n): (folder/f'{i:04}.jpg').symlink_to(files[i%len(files)])
             plain = Side('speed_predict', 'plain', folder=str(folder), exported=str(Path(tmp)/'plain.pkl'))
-            for function, row, goal in (('ours', f'prediction of a folder of {n} {what}, CPU, EfficientNet-Lite0, 128 px', '>= 10'), ('preparing', f'of this, opening and preparing the {what}', ''), ('network', f'of this, the network ({what})', '')):
-                side = Side('speed_predict', function, folder=str(folder), bundle=str(Path(tmp)/'bundle'))
+            for function, kwargs, row, goal in (('ours', {}, f'prediction of a folder of {n} {what}, CPU, EfficientNet-Lite0, 128 px', '>= 10'), ('ours', dict(network=False), f'of this, opening and preparing the {what}', ''), ('network', {}, f'of this, the network ({what})', '')):
+                side = Side('speed_predict', function, folder=str(folder), bundle=str(Path(tmp)/'bundle'), **kwargs)
                 report(row, 'a loop with load_learner().predict', goal, 'images/s', in_turn(side, plain, args.repeats))
                 side.close()
             plain.close()
