@@ -1,7 +1,7 @@
 """The pages as a web site that needs no network: `pip install -e '.[docs]'`, then `python docs/build.py`, then `python -m http.server -d _docs`.
 nbconvert turns the notebooks with their stored outputs into Markdown, latex2mathml the formulas into MathML, MkDocs Material makes the site with its search,
 mkdocstrings the API pages. Nothing is executed. Dead links and anything that a page would load from elsewhere end the build with an error."""
-import json, os, re, shutil, subprocess, sys, tempfile
+import argparse, json, os, re, shutil, subprocess, sys, tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -22,7 +22,8 @@ def with_math(text):
 
 
 def with_links(text):
-    "Links between notebooks become links between pages; those to other files of the repository lead to it"
+    "Links between notebooks become links between pages; those to other files of the repository lead to it; a badge becomes its text"
+    text = re.sub(r'\[!\[([^\]]*)\]\(https?:[^)]*\)\]', r'[\1]', text)
     text = re.sub(r'\]\((?:nbs/)?(\d\d_\w+)\.ipynb', r'](\1.md', text)
     return re.sub(r'\]\(((?!https?:|#|mailto:|images/|\d\d_\w+\.md)[^)\s]+)\)', lambda m: f"]({GIT}{m[1].removeprefix('../')})", text)
 
@@ -87,7 +88,9 @@ def problems(site):
 
 
 def main():
-    site = Path(sys.argv[1] if len(sys.argv)>1 else REPO/'_docs').resolve()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('site', nargs='?', default=REPO/'_docs', type=Path, help='folder that is made; what is in it is replaced')
+    site = parser.parse_args().site.resolve()
     with tempfile.TemporaryDirectory() as tmp:
         source = Path(tmp)/'pages'; source.mkdir()
         nav = sources(source)
