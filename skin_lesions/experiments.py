@@ -122,6 +122,8 @@ BETTER_ROWS = _named(
     _change('sampling', 'images drawn by the square root of the inverse frequency', sampling='sqrt'),
     _change('mixup', 'mixUp with 0.7 and 0.3', mixup=.7),
     _change('two_stage', 'two stages', stages=2),
+    _change('two_stage_weighted', 'two stages, class weights by inverse frequency', stages=2, alpha='inverse', base='better_two_stage'),
+    _change('two_stage_defaults', 'what `two_stage_learner` does by itself: class weights, focal loss, mixUp', stages=2, alpha='inverse', gamma=1., mixup=.7, base='better_two_stage_weighted'),
     _change('160px', '160 pixels', size=160), _LARGE,
     _change('patient', 'age, sex and site', patient=True),
     _change('rotation', 'pretraining on rotation from random weights, then the diagnosis', pretrained=False, pretext='rotation', pretext_epochs=100, base='better_scratch'),
