@@ -9,7 +9,7 @@ def readme_text(notebook):
     for cell in json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']:
         source = ''.join(cell['source']).strip()
         lines = [l for l in source.split('\n') if not l.startswith('#|')]
-        if cell['cell_type'] == 'markdown': parts.append(re.sub(r'\]\((?=images/|\d\d_)', '](nbs/', source))
+        if cell['cell_type'] == 'markdown': parts.append(re.sub(r'\]\((?=images/|\d\d_)', '](nbs/', source).replace('](../', ']('))
         elif lines and '#| hide' not in source: parts.append('```python\n' + '\n'.join(lines).strip() + '\n```')
     return '\n\n'.join(parts) + '\n'
 

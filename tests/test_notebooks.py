@@ -59,3 +59,21 @@ def test_readme_is_the_index_page(repo):
 
 def test_no_photograph_in_the_repository(repo):
     assert not [p for p in repo.rglob('ISIC_00*') if '.venv' not in str(p)]
+
+
+def dead_links(texts, folder):
+    "Targets of relative markdown links that are not there"
+    targets = {t for text in texts for t in re.findall(r'\]\((?!https?:|#|mailto:)([^)\s#]+)(?:#[^)\s]*)?\)', re.sub(r'```.*?```|`[^`]*`', '', text, flags=re.S))}
+    return sorted(t for t in targets if not (folder/t).exists())
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
+def test_no_dead_link_on_a_page(path):
+    texts = [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'markdown']
+    assert not dead_links(texts, path.parent)
+
+
+def test_no_dead_link_in_the_texts(repo):
+    files = [*repo.glob('*.md'), repo/'skin_lesions'/'bundles'/'ham10000'/'README.md']
+    assert not {f.name: dead for f in files if (dead := dead_links([f.read_text()], f.parent))}
+    assert dead_links(['[x](gone.md) and `[y](code.md)`'], repo) == ['gone.md']
