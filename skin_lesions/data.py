@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from fastai.callback.data import WeightedDL
 from fastai.data.all import Categorize, CategoryBlock, ColSplitter, DataBlock, DataLoaders, IntToFloatTensor, Normalize, TfmdDL, ToTensor, Transform, TransformBlock
 from fastai.torch_core import TensorBase, TensorCategory, TitledStr
-from fastai.vision.augment import Brightness, Contrast, Dihedral, RandomCrop, RandomResizedCrop, Resize, ResizeMethod, Rotate, setup_aug_tfms
+from fastai.vision.augment import Brightness, Contrast, Dihedral, RandomCrop, RandomErasing, RandomResizedCrop, Resize, ResizeMethod, Rotate, Saturation, setup_aug_tfms
 from fastai.vision.core import PILImage, TensorImage
 from fastcore.basics import noop
 from fastcore.foundation import L
@@ -92,12 +92,17 @@ class QuickDihedral(Dihedral):
 def lesion_augmentation(
     max_rotate:float=180., # largest rotation, degrees either way
     max_lighting:float=.1, # largest change of brightness and contrast, 0 to 1
-    p:float=.75, # probability of the rotation and of the light, each
+    p:float=.75, # probability of the rotation, of the light and of the saturation, each
+    *,
+    max_saturation:float=0., # largest change of saturation, 0 to 1
+    erase:float=0., # probability that a rectangle of at most a fifth of the picture becomes noise, the same in all of a batch
 )->list: # fastai batch transforms
-    "Flips both ways, rotation by any angle, mild light: what leaves a diagnosis as it was"
+    "Flips both ways, rotation by any angle, mild light: what leaves a diagnosis as it was; on request saturation and gaps as well"
     tfms = [QuickDihedral(p=1.)]
     if max_rotate: tfms.append(Rotate(max_deg=max_rotate, p=p, pad_mode='reflection'))
     if max_lighting: tfms += [Brightness(max_lighting=max_lighting, p=p), Contrast(max_lighting=max_lighting, p=p)]
+    if max_saturation: tfms.append(Saturation(max_lighting=max_saturation, p=p))
+    if erase: tfms.append(RandomErasing(p=erase, sh=.2))
     return setup_aug_tfms(tfms)
 
 # %% ../nbs/12_data.ipynb #0a6be02f
