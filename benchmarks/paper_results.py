@@ -1,24 +1,30 @@
-"""Copy finished runs of `skin_lesions paper` to where page 70 reads them: the results file, and each run's predictions with five digits; no networks.
+"""Copy finished runs of `skin_lesions paper` to where pages 70 and 71 read them: the results file, and each run's predictions with five digits; no networks.
 
-    python benchmarks/paper_results.py EXPERIMENTS
+    python benchmarks/paper_results.py EXPERIMENTS --tta dihedral --rows better_base better_weighted
 """
 import argparse
 from pathlib import Path
 
 from skin_lesions.core import CODES, atomic_path
-from skin_lesions.experiments import RESULTS, append_result, read_results, run_folder
-from skin_lesions.predictions import read_predictions
+from skin_lesions.experiments import append_result, read_results, row_names, run_folder
+from skin_lesions.predictions import TTA, read_predictions
+from skin_lesions.readings import read_run
+
+
+def copy(file, to, digits):
+    table = read_predictions(file)
+    short = table.round({c: digits for c in CODES})
+    assert (short[list(CODES)].to_numpy().argmax(1) == table[list(CODES)].to_numpy().argmax(1)).all(), f'{file}: {digits} digits are too few to tell the most probable class'
+    to.mkdir(parents=True, exist_ok=True)
+    with atomic_path(to/file.name) as tmp: short.to_csv(tmp, index=False)
 
 
 def main(args):
+    again = row_names(args.rows) if args.rows else []
     for line in read_results(args.experiments):
-        table = read_predictions(run_folder(args.experiments, line)/'predictions.csv')
-        to = run_folder(args.to, line)/'predictions.csv'
-        to.parent.mkdir(parents=True, exist_ok=True)
-        short = table.round({c: args.digits for c in CODES})
-        assert (short[list(CODES)].to_numpy().argmax(1) == table[list(CODES)].to_numpy().argmax(1)).all(), f"{line['run']}: {args.digits} digits are too few to tell the most probable class"
-        with atomic_path(to) as tmp: short.to_csv(tmp, index=False)
-        print(line['row'], line['split'], 'added' if append_result(args.to, line) else 'was there')
+        if line['split'] == 'lesion' and line['row'] in again: read_run(args.experiments, line, args.tta, 'cpu')
+        for file in sorted(run_folder(args.experiments, line).glob('predictions*.csv')): copy(file, run_folder(args.to, line), args.digits)
+        print(line['row'], line['split'], line['fold'], 'added' if append_result(args.to, line) else 'was there', flush=True)
 
 
 if __name__ == '__main__':
@@ -26,4 +32,6 @@ if __name__ == '__main__':
     parser.add_argument('experiments', help='the folder given to skin_lesions paper as --out')
     parser.add_argument('--to', default=str(Path(__file__).parent.parent/'nbs'/'results'/'paper'))
     parser.add_argument('--digits', type=int, default=5)
+    parser.add_argument('--tta', choices=TTA, default='dihedral', help='views of each picture, where the networks look again')
+    parser.add_argument('--rows', nargs='+', help='whose networks look again, on the split by lesion')
     main(parser.parse_args())

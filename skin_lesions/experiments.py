@@ -172,6 +172,7 @@ class Scale:
 SCALES = dict(
     full=Scale("the row as it stands"),
     reduced=Scale("sides halved, 5 epochs, 4 of a pretext, EfficientNet-Lite0 for B7", shrink=2, epochs=5, pretext_epochs=4, archs={_EFFNET: LITE}),
+    longer=Scale("sides halved, 10 epochs, 8 of a pretext, EfficientNet-Lite0 for B7", shrink=2, epochs=10, pretext_epochs=8, archs={_EFFNET: LITE}),
     tiny=Scale("a drawn sample, sides a quarter, 1 epoch, test networks with random weights", shrink=4, epochs=1, pretext_epochs=1, bs=16, random_weights=True,
                archs={'resnet50': 'test_resnet', **dict.fromkeys((_EFFNET, LITE, 'mobilenetv2_100'), 'test_efficientnet')}))
 WEIGHTS = ('auto', 'hub', 'lite')
