@@ -1,4 +1,4 @@
-"""Copy finished runs of `skin_lesions paper` to where pages 70 and 71 read them: the results file, and each run's predictions with five digits; no networks.
+"""Copy finished runs of `skin_lesions paper` to where pages 70 and 71 read them: the results file, and each run's predictions with five digits or as many as tell the most probable class; no networks.
 
     python benchmarks/paper_results.py EXPERIMENTS --tta dihedral --rows better_base better_weighted
 """
@@ -13,8 +13,8 @@ from skin_lesions.readings import read_run
 
 def copy(file, to, digits):
     table = read_predictions(file)
-    short = table.round({c: digits for c in CODES})
-    assert (short[list(CODES)].to_numpy().argmax(1) == table[list(CODES)].to_numpy().argmax(1)).all(), f'{file}: {digits} digits are too few to tell the most probable class'
+    said = lambda t: t[list(CODES)].to_numpy().argmax(1)
+    short = next(t for d in range(digits, 18) if (said(t := table.round({c: d for c in CODES})) == said(table)).all()) # more digits where two classes are all but equal
     to.mkdir(parents=True, exist_ok=True)
     with atomic_path(to/file.name) as tmp: short.to_csv(tmp, index=False)
 
@@ -31,7 +31,7 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('experiments', help='the folder given to skin_lesions paper as --out')
     parser.add_argument('--to', default=str(Path(__file__).parent.parent/'nbs'/'results'/'paper'))
-    parser.add_argument('--digits', type=int, default=5)
+    parser.add_argument('--digits', type=int, default=5, help='of the probabilities, at least')
     parser.add_argument('--tta', choices=TTA, default='dihedral', help='views of each picture, where the networks look again')
     parser.add_argument('--rows', nargs='+', help='whose networks look again, on the split by lesion')
     main(parser.parse_args())
