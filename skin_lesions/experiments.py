@@ -329,8 +329,9 @@ def row_learner(
     "The learner of a row, untrained"
     if row.schedule not in SCHEDULES: raise ValueError(unknown_name('schedule', row.schedule, SCHEDULES))
     if row.augment not in AUGMENTATIONS: raise ValueError(unknown_name('augmentation', row.augment, AUGMENTATIONS))
-    more = AUGMENTATIONS[row.augment]
-    augment = dict(augment=not more and not (row.joint and row.pretext=='rotation'), batch_tfms=lesion_augmentation(**more) if more else None)
+    more,turned = AUGMENTATIONS[row.augment],row.joint and row.pretext=='rotation'
+    if more and turned: raise ValueError(f"row {row.name} learns angles while it diagnoses, so its pictures cannot be augmented; leave augment at 'standard'")
+    augment = dict(augment=not (more or turned), batch_tfms=lesion_augmentation(**more) if more else None)
     dls = ham10000_dataloaders(meta, row.size, row.crop, row.bs, arch=row.arch, sampling=row.sampling, patient=row.patient, **augment, **kwargs)
     kw = dict(pretrained=row.pretrained, cbs=cbs, **_optimiser(row), **_loss(row, meta))
     if row.joint and row.pretext=='rotation': return joint_rotation_learner(dls, row.arch, two_stage=row.stages==2, **kw)
