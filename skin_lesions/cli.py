@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RUN_FILES', 'STATE_FOLDER', 'new_run_folder', 'versions', 'write_json', 'read_data', 'build_learner', 'fit',
            'folder_to_train_in', 'all_scores', 'record_for_report', 'ood_of', 'finish_run', 'describe_split',
-           'picture_cache', 'train', 'vars_of', 'print_scores', 'open_run', 'load_run', 'evaluate', 'predict_unseen',
-           'predict', 'calibrate', 'ensemble', 'submit', 'export_onnx', 'gradcam', 'app', 'paper', 'reproduce_bundle',
-           'demo', 'argument_parser', 'main']
+           'picture_cache', 'train', 'vars_of', 'print_scores', 'open_run', 'evaluate', 'predict_unseen', 'predict',
+           'calibrate', 'ensemble', 'submit', 'export_onnx', 'gradcam', 'app', 'paper', 'reproduce_bundle', 'demo',
+           'argument_parser', 'main']
 
 # %% ../nbs/80_cli.ipynb #733f8970
 import argparse, json, os, shutil, sys, time
@@ -292,12 +292,6 @@ def _open_old_run(run):
     learn.model.load_state_dict(state)
     return Predictor(learn.model, bundle_record(learn) | dict(sha256=None))
 
-def load_run(
-    run, # a run folder or a bundle
-): # a fastai `Learner`, ready for `get_predictions`
-    "The trained Learner of a run"
-    return open_run(run).learner
-
 # %% ../nbs/80_cli.ipynb #bf3fa7ce
 def _predictions_of(source):
     "The predictions table of a CSV, or of the run folder that holds one"
@@ -386,11 +380,18 @@ def _run_and_images(args):
     "What `args` names; a single word is images for the network that comes with the package"
     return (args.run, args.images) if args.images is not None else ('ham10000', args.run)
 
-def _write_gradcam(learn, images, out, **kwargs):
-    "Pictures and a gallery; say so"
+def _write_gradcam(predictor, images, out, patients=None, table=None, show=True, **kwargs):
+    "Pictures of where the network looked, with the probabilities that `predict` gives, and a gallery; say so"
+    import pandas as pd
     from skin_lesions.core import image_files
     from skin_lesions.gradcam import gradcam_folder
-    n,unreadable = gradcam_folder(learn, image_files(images), out, **kwargs)
+    files = image_files(images)
+    if table is None: table = predictor.predict(files, patients, progress=show)
+    frame = pd.DataFrame({'path': [str(f) for f in files], 'image_id': [f.stem for f in files]})
+    if predictor.patient is not None:
+        known = pd.DataFrame(index=frame.image_id) if patients is None else patients.set_index('image_id').reindex(frame.image_id)
+        for c in predictor.patient.columns: frame[c] = known[c].to_numpy() if c in known else None
+    n,unreadable = gradcam_folder(predictor.learner, frame, out, predictions=table, show=show, **kwargs)
     print(f"{n} Grad-CAM picture{'s'*(n!=1)} and a gallery: {out/'gallery.html'}")
     if len(unreadable): print(f"{len(unreadable)} unreadable files left out, first: {', '.join(map(str, list(unreadable)[:3]))}", file=sys.stderr)
 
@@ -402,7 +403,9 @@ def predict(
     from skin_lesions.predictions import save_predictions
     run,images = _run_and_images(args)
     predictor,folder = open_run(run),None if args.gradcam is None else new_run_folder(args.gradcam, files=('gallery.html',))
-    table = _readable(predictor.predict(images, _patient_table(args.patients), tta=args.tta, progress=not args.quiet))
+    patients = _patient_table(args.patients)
+    found = predictor.predict(images, patients, tta=args.tta, progress=not args.quiet)
+    table = _readable(found)
     _print_unusual(table)
     if args.out:
         save_predictions(table, args.out)
@@ -412,7 +415,7 @@ def predict(
         if 'decision' in table: print(f'decision: {table.decision[0]}')
         if 'refer' in table: print('refer to a dermatologist' if table.refer[0] else 'below the threshold of referral; no all-clear')
     else: print(table.to_string(index=False, float_format='{:.3f}'.format))
-    if folder is not None: _write_gradcam(predictor.learner, images, folder, show=not args.quiet)
+    if folder is not None: _write_gradcam(predictor, images, folder, patients, found, show=not args.quiet)
     print(NOTICE, file=sys.stderr)
     return 0
 
@@ -531,8 +534,9 @@ def gradcam(
     from skin_lesions.core import NOTICE, image_files
     run,images = _run_and_images(args)
     image_files(images) # its errors, before the network is loaded
-    learn,out = load_run(run),new_run_folder(args.out, args.overwrite, files=('gallery.html',))
-    _write_gradcam(learn, images, out, target=args.target, method=args.method, layer=args.layer, show=not args.quiet)
+    predictor,patients = open_run(run),_patient_table(args.patients)
+    out = new_run_folder(args.out, args.overwrite, files=('gallery.html',))
+    _write_gradcam(predictor, images, out, patients, target=args.target, method=args.method, layer=args.layer, show=not args.quiet)
     print(NOTICE, file=sys.stderr)
     return 0
 
@@ -779,6 +783,7 @@ def argument_parser()->argparse.ArgumentParser: # of the command `skin_lesions`
     p.add_argument('--layer', help='layer to look at, by name; without it, the last one with a spatial map')
     p.add_argument('--overwrite', action='store_true', help='write into a folder that has something in it')
     p.add_argument('--quiet', action='store_true', help='no progress bars')
+    p.add_argument('--patients', help='CSV with image_id, age, sex, localization; for networks that were trained with patient data')
     p.set_defaults(run_command=gradcam)
     return parser
 

@@ -355,6 +355,16 @@ def network_view(
     return x.clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 # %% ../nbs/50_gradcam.ipynb #079da6ae
+def _shown(predictions, n, vocab)->tuple:
+    "Probabilities [n, classes] and numbers of the decided, else most probable, classes [n] of a predictions table; NaN and 0 where it has a problem"
+    if predictions is None: return None,None
+    check_columns(predictions, vocab, name='predictions', why='their probabilities are shown')
+    if len(predictions)!=n: raise ValueError(f"{len(predictions)} predictions for {n} images; give a row for each image, in the same order")
+    p = predictions[vocab].to_numpy(float)
+    said = np.nan_to_num(p, nan=-1.).argmax(1)
+    if 'decision' in predictions: said = np.array([s if pd.isna(d) else _class_number(d, len(vocab), vocab) for d,s in zip(predictions.decision, said)])
+    return p,said
+
 def stream_cams(
     learn:Learner, # trained
     items, # meta frame (path, and where known image_id, dx, group), image file, folder or list of files
@@ -365,18 +375,23 @@ def stream_cams(
     layer=None, # layer by name; None takes the last spatial one
     bs:int=32, # images in memory at a time
     show:bool=False, # progress bar
-): # yields for each batch: frame, images [bs, h, w, 3], cams [bs, h, w], probabilities [bs, n], target [bs], unreadable (reason by path)
+    predictions:pd.DataFrame=None, # predictions table with a row for each image in the same order, e.g. calibrated; None takes the network's own probabilities
+): # yields for each batch: frame, images [bs, h, w, 3], cams [bs, h, w], probabilities [bs, n], said [bs] (number of the predicted class), target [bs], unreadable (reason by path)
     "Go through images batch by batch; memory stays flat, files that cannot be read are passed over and named"
     frame = _as_frame(items)
     if bs<1: raise ValueError(f"bs must be 1 or more, got {bs}")
+    shown,said = _shown(predictions, len(frame), list(learn.dls.vocab))
+    frame['_row'] = range(len(frame))
     if isinstance(target, str) and target=='true': check_columns(frame, ['dx'], name='items', why="target='true' explains that class")
     explain = GradCAM(learn, layer, method=method)
     for start in progress(range(0, len(frame), bs), 'Grad-CAM', show=show):
         rows,(xb,patient),bad = _readable_batch(learn, frame[start:start+bs].reset_index(drop=True))
-        if xb is None: yield SimpleNamespace(frame=rows, unreadable=bad); continue
-        cams = explain.cam(xb, target, stage=stage, yb=rows.dx if 'dx' in rows else None, patient=patient)
-        yield SimpleNamespace(frame=rows, images=network_view(learn, xb), cams=cams.cpu().numpy(), unreadable=bad,
-                              probabilities=explain.output.softmax(1).cpu().numpy(), target=explain.target.cpu().numpy())
+        if xb is None: yield SimpleNamespace(frame=rows.drop(columns='_row'), unreadable=bad); continue
+        of = None if said is None else said[rows._row]
+        cams = explain.cam(xb, of if target is None and stage is None else target, stage=stage, yb=rows.dx if 'dx' in rows else None, patient=patient)
+        p = explain.output.softmax(1).cpu().numpy() if shown is None else shown[rows._row]
+        yield SimpleNamespace(frame=rows.drop(columns='_row'), images=network_view(learn, xb), cams=cams.cpu().numpy(), unreadable=bad,
+                              probabilities=p, said=p.argmax(1) if of is None else of, target=explain.target.cpu().numpy())
 
 # %% ../nbs/50_gradcam.ipynb #389016a1
 def overlay_cam(
@@ -393,21 +408,20 @@ def overlay_cam(
     return image*(1-weight) + colormaps[cmap](cam)[...,:3]*weight
 
 # %% ../nbs/50_gradcam.ipynb #5e67be76
-def _draw_bars(ax, p, vocab, true):
+def _draw_bars(ax, p, said, vocab, true):
     "Probabilities as bars; the predicted class dark, the true one named"
-    top = int(p.argmax())
-    ax.barh(range(len(p)), p, color=['#0B3C5D' if i==top else '#9DB4C0' for i in range(len(p))])
+    ax.barh(range(len(p)), p, color=['#0B3C5D' if i==said else '#9DB4C0' for i in range(len(p))])
     ax.set_yticks(range(len(p)), [f'{c} (true)' if c==true else c for c in vocab], fontsize=7)
     for label,c in zip(ax.get_yticklabels(), vocab): label.set_fontweight('bold' if c==true else 'normal')
     ax.invert_yaxis(); ax.set_xlim(0, 1); ax.set_xlabel('probability', fontsize=7); ax.tick_params(labelsize=7, length=0)
     ax.spines[['top', 'right']].set_visible(False)
 
-def _caption(row, p, number, vocab, stage)->str:
+def _caption(row, p, said, number, vocab, stage)->str:
     "What is seen in a row of `plot_gradcam`"
-    true = row.get('dx')
-    known = f"true {true} ({p[vocab.index(true)]:.2f}), " if true in vocab else ''
+    true,say = row.get('dx'),lambda i: f'{vocab[int(i)]} ({p[int(i)]:.1%})'
+    known = f"true {say(vocab.index(true))}, " if true in vocab else ''
     side = {'one': 'stage one, ', 'two': 'stage two, '}.get(stage, '')
-    return f"{row.image_id}: {known}predicted {vocab[int(p.argmax())]} ({p.max():.2f}); map: {side}{'rest' if number<0 else vocab[int(number)]}"
+    return f"{row.image_id}: {known}predicted {say(said)}; map: {side}{'rest' if number<0 else vocab[int(number)]}"
 
 def plot_gradcam(
     learn:Learner, # trained
@@ -418,20 +432,21 @@ def plot_gradcam(
     method:str='gradcam', # one of `METHODS`
     layer=None, # layer by name; None takes the last spatial one
     width:float=6., # of the figure, inches
+    predictions:pd.DataFrame=None, # predictions table with a row for each image, whose probabilities are shown; None shows the network's own
 ):
     "Image as the network sees it, map over it and probabilities, a row an image; returns the figure"
     frame,vocab = _as_frame(items),list(learn.dls.vocab)
     if len(frame)>50: raise ValueError(f"{len(frame)} images are too many for one figure; give 50 or fewer, or use gradcam_folder")
     fig = plt.figure(figsize=(width, .29*width*len(frame)), layout='constrained')
     bands = iter(np.atleast_1d(fig.subfigures(len(frame), 1)))
-    for b in stream_cams(learn, frame, target=target, stage=stage, method=method, layer=layer):
+    for b in stream_cams(learn, frame, target=target, stage=stage, method=method, layer=layer, predictions=predictions):
         if b.unreadable: raise ValueError(f"{len(b.unreadable)} images cannot be read: " + '; '.join(f'{k} ({v})' for k,v in list(b.unreadable.items())[:3]))
         for i,row in b.frame.iterrows():
             band = next(bands)
             axes = band.subplots(1, 3)
             for ax,picture in zip(axes, (b.images[i], overlay_cam(b.images[i], b.cams[i]))): ax.imshow(picture); ax.axis('off')
-            _draw_bars(axes[2], b.probabilities[i], vocab, row.get('dx'))
-            band.suptitle(_caption(row, b.probabilities[i], b.target[i], vocab, stage), fontsize=7.5, x=.02, ha='left')
+            _draw_bars(axes[2], b.probabilities[i], b.said[i], vocab, row.get('dx'))
+            band.suptitle(_caption(row, b.probabilities[i], b.said[i], b.target[i], vocab, stage), fontsize=7.5, x=.02, ha='left')
     return fig
 
 # %% ../nbs/50_gradcam.ipynb #934d4782
@@ -528,16 +543,17 @@ def gradcam_folder(
     bs:int=32, # images in memory at a time
     limit:int=300, # images in the gallery; the PNG files are always all
     show:bool=True, # progress bar
+    predictions:pd.DataFrame=None, # predictions table with a row for each image, whose probabilities are shown; None shows the network's own
 )->tuple: # number of images written, and the reasons by path of those that could not be read
     "Write a PNG for each image, with the map beside it, and a gallery that needs no other file"
     frame,out,vocab = _as_frame(files),Path(out),list(learn.dls.vocab)
     frame['png'] = _png_names(frame.path)
     out.mkdir(parents=True, exist_ok=True)
     n,unreadable,figures = 0,{},[]
-    for b in stream_cams(learn, frame, target=target, stage=stage, method=method, layer=layer, bs=bs, show=show):
+    for b in stream_cams(learn, frame, target=target, stage=stage, method=method, layer=layer, bs=bs, show=show, predictions=predictions):
         unreadable |= b.unreadable
         for i,row in b.frame.iterrows():
-            picture,text = _side_by_side(b.images[i], b.cams[i]),_caption(row, b.probabilities[i], b.target[i], vocab, stage)
+            picture,text = _side_by_side(b.images[i], b.cams[i]),_caption(row, b.probabilities[i], b.said[i], b.target[i], vocab, stage)
             with atomic_path(out/row.png) as tmp: _with_caption(picture, text).save(tmp)
             if n<limit: figures.append(_figure(Path(row.path).name, _thumbnail(picture), text.split(': ', 1)[1]))
             n += 1

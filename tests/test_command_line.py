@@ -326,6 +326,25 @@ def test_demo_from_nothing(cli, tmp_path):
     assert again.returncode == 2 and '--overwrite' in again.stderr
 
 
+def test_the_map_s_caption_says_what_predict_prints(sample, finished_run, tmp_path, capsys):
+    "Calibrated probabilities, and a rule's decision that is not the most probable class"
+    from skin_lesions.cli import main
+    from skin_lesions.decide import Calibration, decision_rule
+    from skin_lesions.predict import load_predictor, update_bundle
+    run, image = Path(shutil.copytree(finished_run, tmp_path/'run')), sorted(sample.rglob('*.jpg'))[0]
+    own = load_predictor(run).predict(image, progress=False)[CODES].astype(float).to_numpy()[0]
+    update_bundle(run, calibration=Calibration('vector', (4.,), tuple(3.*(c == 'vasc') for c in CODES)), rule=decision_rule('prior', prior={c: .97 if c == 'vasc' else .005 for c in CODES}, t=1.))
+    table = load_predictor(run).predict(image, progress=False)
+    decision, p = table.decision[0], table[CODES].astype(float).iloc[0]
+    assert decision != p.idxmax() and abs(p.to_numpy() - own).max() > .1 # else the test would not show the difference
+    for command, more in (('predict', ('--gradcam', tmp_path/'maps')), ('gradcam', ('--out', tmp_path/'maps2'))):
+        assert main([str(a) for a in (command, run, image, *more, '--quiet')]) == 0
+        printed = capsys.readouterr().out
+        gallery = (more[1]/'gallery.html').read_text()
+        assert f'predicted {decision} ({p[decision]:.1%}); map: {decision}' in gallery
+        if command == 'predict': assert f'{p[decision]:7.1%}  {decision}' in printed and f'decision: {decision}' in printed
+
+
 def test_gradcam_writes_pictures_and_a_gallery(sample, finished_run, call, tmp_path):
     images = sorted(sample.rglob('*.jpg'))[:3]
     (tmp_path/'in').mkdir()

@@ -1,10 +1,13 @@
 "Patient data and preprocessing end to end: what a network gets, what it must never get, gaps, export, other processes."
-import json
+import json, re, warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+
+from skin_lesions.core import CODES
 
 
 @pytest.fixture(scope='module')
@@ -176,3 +179,28 @@ def test_joint_networks_take_the_patient_along(meta):
         x, patient, _ = (t.as_subclass(torch.Tensor) for t in dls.valid.one_batch())
         learn.model.eval()
         with torch.no_grad(): assert (learn.model(x, patient)-learn.model(x, 1-patient)).abs().max() > 1e-6
+
+
+def test_maps_of_the_command_line_take_the_patients_along(meta, tmp_path, capsys):
+    from skin_lesions.cli import main
+    from skin_lesions.gradcam import stream_cams
+    from skin_lesions.predict import save_bundle
+    learn = learner('one', loaders(meta))
+    with torch.no_grad(): learn.model.patient[0].weight.mul_(30) # so that patients count
+    bundle, rows = save_bundle(learn, tmp_path/'bundle'), meta.head(3)
+    rows.assign(age=90).to_csv(tmp_path/'patients.csv', index=False)
+    (tmp_path/'in').mkdir()
+    for p in rows.path: (tmp_path/'in'/f'{Path(p).stem}.jpg').write_bytes(Path(p).read_bytes())
+    said = {}
+    for name, more in (('with', ('--patients', tmp_path/'patients.csv')), ('without', ())):
+        for command in (('predict', '--gradcam'), ('gradcam', '--out')):
+            out = tmp_path/f'{name}-{command[0]}'
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore') # without patients they count as unknown, and predict says so
+                assert main([str(a) for a in (command[0], bundle, tmp_path/'in', command[1], out, *more, '--quiet')]) == 0, capsys.readouterr().err
+            said[name, command[0]] = re.findall(r'predicted .*?; map: \w+', (out/'gallery.html').read_text())
+            maps = [(out/f'{i}_gradcam.png').read_bytes() for i in sorted(rows.image_id)]
+            assert said.setdefault((name, 'maps'), maps) == maps
+    assert said['with', 'predict'] == said['with', 'gradcam'] != said['without', 'predict'] == said['without', 'gradcam']
+    batch, = stream_cams(learn, rows.assign(age=90).sort_values('image_id'))
+    assert said['with', 'predict'] == [f"predicted {CODES[i]} ({p[i]:.1%}); map: {CODES[i]}" for i, p in zip(batch.target, batch.probabilities)]
