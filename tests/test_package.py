@@ -1,5 +1,5 @@
 "What the package promises as a package: imports, contents, requirements."
-import ast, re, subprocess, sys, zipfile
+import ast, os, re, subprocess, sys, zipfile
 from pathlib import Path
 
 import pytest
@@ -7,27 +7,43 @@ import pytest
 MODULES = ['core', 'synthetic', 'dataset', 'split', 'data', 'preprocess', 'cache', 'losses', 'mixup', 'metrics', 'resume', 'ema', 'distill', 'speed', 'learner', 'distributed', 'pretext', 'stream', 'gradcam', 'ood', 'predictions', 'evaluate', 'decide', 'predict', 'hub', 'experiments', 'readings', 'reproduce', 'cli']
 
 
-@pytest.mark.parametrize('module', MODULES)
-def test_import_alone_has_no_side_effects(module, python, tmp_path):
-    "Each module imports in a fresh interpreter without nbdev, and changes no seed, filter, plot setting or folder"
-    code = f'''
-import importlib, random, sys
+ALONE = '''
+import importlib, os, random, sys, traceback
+import matplotlib.pyplot, pandas, sklearn.metrics, torch, torchvision # the slow part, shared by all; the package, fastai and timm are new to each
 import numpy as np
-np.random.seed(1)
-before = np.random.get_state()[1].tolist()
-import skin_lesions.{module} as m
-assert before == np.random.get_state()[1].tolist(), 'NumPy seed'
-own = [n for n in sys.modules if n.split('.')[0] in ('nbdev', 'execnb')]
-assert not own, own
-for name in m.__all__: assert hasattr(m, name), name
-random.seed(1)
-before = random.getstate() # a second time: what fastai imports draws a random number when it is first imported
-importlib.reload(m)
-assert before == random.getstate(), 'seed of random'
+
+def check(module):
+    np.random.seed(1)
+    before = np.random.get_state()[1].tolist()
+    m = importlib.import_module(f'skin_lesions.{module}')
+    assert before == np.random.get_state()[1].tolist(), 'NumPy seed'
+    own = [n for n in sys.modules if n.split('.')[0] in ('nbdev', 'execnb')]
+    assert not own, own
+    for name in m.__all__: assert hasattr(m, name), name
+    random.seed(1)
+    before = random.getstate() # a second time: what fastai imports draws a random number when it is first imported
+    importlib.reload(m)
+    assert before == random.getstate(), 'seed of random'
+    assert os.listdir() == [], os.listdir()
+
+for module in sys.argv[1:]:
+    assert not any(n.split('.')[0] in ('skin_lesions', 'fastai', 'timm') for n in sys.modules)
+    if pid := os.fork(): print(module, os.waitpid(pid, 0)[1], flush=True)
+    else:
+        status = 1
+        try: check(module); status = 0
+        except BaseException: print(f'{module}:', traceback.format_exc(), file=sys.stderr, flush=True)
+        finally: os._exit(status)
 '''
-    done = python(code, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='each module gets a forked interpreter')
+def test_a_module_alone_has_no_side_effects(python, tmp_path):
+    "Each module imports without the others and without nbdev, and changes no seed and no folder"
+    done = python(ALONE, *MODULES, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.split() == [w for m in MODULES for w in (m, '0')], done.stderr
+    (tmp_path/'new').write_text('')
+    assert 'AssertionError' in python(ALONE, 'core', cwd=tmp_path).stderr # it can fail
 
 
 def test_the_promised_import(python, tmp_path):
