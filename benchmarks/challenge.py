@@ -1,4 +1,4 @@
-"""The network in the package on the 193 validation images of the ISIC 2018 challenge, which nothing was chosen on: to be run once for a network. Writes nbs/results/challenge.json.
+"""The network in the package on the 193 validation images of the ISIC 2018 challenge, which nothing was chosen on: one look for a network, a second one is refused. Adds to nbs/results/challenge.json.
 
     HAM10000_DIR=... python benchmarks/challenge.py
 """
@@ -13,10 +13,14 @@ def main(args):
     from skin_lesions.decide import expected_calibration_error
     from skin_lesions.evaluate import scores
     from skin_lesions.experiments import _interval, _recalls, _share_right
-    from skin_lesions.predict import load_predictor
+    from skin_lesions.predict import BUNDLE_NAMES, load_predictor, named_bundle, read_bundle
     from skin_lesions.split import challenge_validation
     both = challenge_validation(read_metadata(os.environ['HAM10000_DIR']), read_challenge(args.challenge or os.environ['HAM10000_DIR'])) # raises where a lesion is on both sides
     valid = both[both.is_valid].reset_index(drop=True)
+    record, out = read_bundle(named_bundle(args.bundle) if args.bundle in BUNDLE_NAMES else args.bundle), Path(args.out)
+    looks = json.loads(out.read_text())['looks'] if out.is_file() else []
+    before = [look['date'] for look in looks if look['sha256'] == record['sha256']]
+    if before: raise SystemExit(f"this network was looked at on {before[0]}: {out}")
     found = {}
     for reading in ('most probable class', 'calibrated, decided by the rule'):
         predictor = load_predictor(args.bundle, 'cpu')
@@ -32,8 +36,9 @@ def main(args):
         if 'refer' in table: found[reading] |= dict(referred=float(table.refer.astype(bool).mean()), malignant_referred=float(table.refer[table.dx.isin(MALIGNANT)].astype(bool).mean()))
         if 'unusual' in table: found[reading]['unusual'] = float(table.unusual.astype(bool).mean())
         print(reading, found[reading])
-    out = dict(date=date.today().isoformat(), bundle=args.bundle, images=len(valid), groups=int(valid.group.nunique()), counts={c: int((valid.dx == c).sum()) for c in CODES}, readings=found)
-    Path(args.out).write_text(json.dumps(out, indent=1) + '\n')
+    c = (record.get('scores') or {}).get('config', {})
+    look = dict(date=date.today().isoformat(), bundle=args.bundle, sha256=record['sha256'], network=f"{c['arch']}, {c['stages']} stages, {c['size']} pixels, {c['epochs']} epochs" if c else args.bundle, images=len(valid), groups=int(valid.group.nunique()), counts={c: int((valid.dx == c).sum()) for c in CODES}, readings=found)
+    out.write_text(json.dumps(dict(looks=[*looks, look]), indent=1) + '\n')
 
 
 if __name__ == '__main__':
