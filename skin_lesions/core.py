@@ -140,6 +140,7 @@ def image_files(
     path, # an image, or a folder that is searched with all its subfolders; HAM10000's lesion masks (`*_segmentation.png`) are left out
 )->list: # `Path`s, sorted
     "The image files at a path"
+    if not str(path).strip(): raise ValueError("the name of the image or folder is empty; give '.' for the folder you are in")
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path} does not exist; give an image file or a folder of images")
     if path.is_file():

@@ -326,6 +326,14 @@ def test_demo_from_nothing(cli, tmp_path):
     assert again.returncode == 2 and '--overwrite' in again.stderr
 
 
+def test_an_empty_name_is_not_the_folder_one_is_in(finished_run, call, monkeypatch, sample):
+    monkeypatch.chdir(sample)
+    for args in (('predict', finished_run, ''), ('predict', ''), ('gradcam', finished_run, '', '--out', 'maps')):
+        status, complained = call(*args)
+        assert status == 2 and 'is empty' in complained, complained
+    assert not (sample/'maps').exists()
+
+
 def test_the_map_s_caption_says_what_predict_prints(sample, finished_run, tmp_path, capsys):
     "Calibrated probabilities, and a rule's decision that is not the most probable class"
     from skin_lesions.cli import main
