@@ -1,22 +1,41 @@
-"""How well the score of unusual pictures tells drawn non-lesions from held-out lesions of HAM10000, for a trained network, with the baselines beside it.
+"""How well the score of unusual pictures tells drawn non-lesions and photographs from held-out lesions of HAM10000, for a trained network, with the baselines beside it.
 
-    HAM10000_DIR=... python benchmarks/ood_ham10000.py BUNDLE --fold 0
+    HAM10000_DIR=... python benchmarks/ood_ham10000.py BUNDLE --fold 0 --photographs FOLDER
 
 The bundle's network must not have been trained on that fold. Fitted on 2,000 training images, limit set on half of the held-out lesions, measured on the other half.
+FOLDER holds the unpacked source packages that photographs.json names, with the photographs in them.
 """
-import argparse, json, os
+import argparse, io, json, os
 from datetime import date
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
 
 
+def jpeg(x, quality):
+    Image.fromarray(x).save(file := io.BytesIO(), 'JPEG', quality=quality)
+    return np.asarray(Image.open(file))
+
+
+def middle(x, zoom):
+    h, w = x.shape[0], x.shape[1]
+    top, left = (h-round(h/zoom))//2, (w-round(w/zoom))//2
+    return x[top:h-top, left:w-left]
+
+
+CHANGES = {'as they are': lambda x: x, 'JPEG of quality 20': lambda x: jpeg(x, 20), 'blurred, sigma 2 px of 450': lambda x: cv2.GaussianBlur(x, (0, 0), 2*x.shape[0]/450), '20 % brighter': lambda x: np.clip(1.2*x, 0, 255).astype(np.uint8),
+           '20 % darker': lambda x: (.8*x).astype(np.uint8), 'bluer, blue and red by 10 %': lambda x: np.clip(x*[.9, 1, 1.1], 0, 255).astype(np.uint8), 'grey': lambda x: np.repeat(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY)[..., None], 3, 2),
+           'middle, enlarged twice': lambda x: middle(x, 2), 'a quarter turn': lambda x: np.rot90(x).copy()}
+
+
 def main(args):
     from fastai.learner import Learner
     from fastai.losses import CrossEntropyLossFlat
+    from skin_lesions.core import read_image
     from skin_lesions.data import ham10000_dataloaders
     from skin_lesions.dataset import read_metadata
     from skin_lesions.ood import NON_LESIONS, detection, draw_non_lesion, energy_score, fit_ood, keep_features, neighbour_score, probability_score
@@ -34,17 +53,27 @@ def main(args):
     ood = fit_ood(learn, rate=args.rate)
 
     def answers(items):
+        if isinstance(items, list): items = pd.DataFrame({'path': [Image.fromarray(x) for x in items]})
         with torch.no_grad(), keep_features(learn.model) as found: logits = [learn.model.eval()(b[0]) for b in learn.dls.test_dl(items, bs=64)]
         return torch.cat(found).numpy(), torch.cat(logits).numpy()
 
-    inside = answers(second)
+    inside, n = answers(second), ood.n_last
     train = answers(kept[~kept.is_valid].sample(2000, random_state=args.seed))
-    outside = {k: answers(pd.DataFrame({'path': [Image.fromarray(draw_non_lesion(k, i, size=(300, 225))) for i in range(args.n)]})) for k in NON_LESIONS}
-    scores = dict(distance=lambda f, l: ood.score(f), neighbour=lambda f, l: neighbour_score(f, train[0]), energy=lambda f, l: energy_score(l), probability=lambda f, l: probability_score(l))
-    table = {name: dict(all=detection(s(*inside), np.concatenate([s(*o) for o in outside.values()]), second.group).round(4).to_dict(),
-                        **{k: round(float(detection(s(*inside), s(*o), second.group, n=200).auroc), 4) for k, o in outside.items()}) for name, s in scores.items()}
-    flagged = {'lesions': float(ood.unusual(ood.score(inside[0])).mean()), **{k: float(ood.unusual(ood.score(o[0])).mean()) for k, o in outside.items()}}
-    found = dict(date=date.today().isoformat(), network=args.network, fold=args.fold, rate=args.rate, lesions_for_limit=len(first), lesions_measured=len(second), drawn_of_each_kind=args.n, detection=table, flagged={k: round(v, 4) for k, v in flagged.items()})
+    outside = {k: answers([draw_non_lesion(k, i, size=(300, 225)) for i in range(args.n)]) for k in NON_LESIONS}
+    names = json.loads(Path(__file__).with_name('photographs.json').read_text())
+    photographs = [Path(args.photographs)/package/name for package, files in names.items() for name in files] if args.photographs else []
+    drawn = list(outside)
+    if photographs: outside['photographs'] = answers([np.asarray(read_image(f)) for f in photographs])
+    scores = {'distance': lambda f, l: ood.score(f), 'last features': lambda f, l: ood.parts(f)['last'], 'texture': lambda f, l: ood.parts(f)['texture'], 'neighbour': lambda f, l: neighbour_score(f[:, :n], train[0][:, :n]),
+              'energy': lambda f, l: energy_score(l), 'probability': lambda f, l: probability_score(l)}
+    table = {}
+    for name, s in scores.items():
+        found = {'drawn': np.concatenate([s(*outside[k]) for k in drawn]), **({'photographs': s(*outside['photographs'])} if photographs else {})}
+        table[name] = {k: detection(s(*inside), o, second.group).round(4).to_dict() for k, o in found.items()} | {'kinds': {k: round(float(detection(s(*inside), s(*o), second.group, n=200).auroc), 4) for k, o in outside.items()}}
+    share = lambda f: round(float(ood.unusual(ood.score(f)).mean()), 4)
+    some = [np.asarray(read_image(f)) for f in second.drop_duplicates('group').path[:args.changed]]
+    found = dict(date=date.today().isoformat(), network=args.network, fold=args.fold, rate=args.rate, lesions_for_limit=len(first), lesions_measured=len(second), drawn_of_each_kind=args.n, photographs={k: len(v) for k, v in names.items()} if photographs else {}, detection=table,
+                 flagged={'lesions': share(inside[0]), **{k: share(o[0]) for k, o in outside.items()}}, images_changed=len(some), flagged_changed={k: share(answers([c(x) for x in some])[0]) for k, c in CHANGES.items()})
     Path(args.out).write_text(json.dumps(found, indent=1) + '\n')
     print(json.dumps(found, indent=1))
 
@@ -55,7 +84,9 @@ if __name__ == '__main__':
     parser.add_argument('--fold', type=int, default=0)
     parser.add_argument('--rate', type=float, default=.01)
     parser.add_argument('--n', type=int, default=100, help='drawn pictures of each kind')
+    parser.add_argument('--photographs', help='folder with the unpacked packages of photographs.json; without it, none are measured')
+    parser.add_argument('--changed', type=int, default=500, help='lesions of which changed pictures are measured')
     parser.add_argument('--seed', type=int, default=42)
-    parser.add_argument('--network', default='two-stage EfficientNet-Lite0, 128 px, 10 epochs')
+    parser.add_argument('--network', default='two-stage EfficientNet-Lite0, 128 px, 20 epochs')
     parser.add_argument('--out', default=str(Path(__file__).parent.parent/'nbs'/'results'/'ood.json'))
     main(parser.parse_args())

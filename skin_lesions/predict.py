@@ -40,7 +40,7 @@ from .core import CODES, NEVUS, NOTICE, atomic_path, check_columns, full_name, i
 from .core import progress as progress_over
 from .data import CROPS, get_dx, get_image
 from .learner import join_stages
-from .ood import body_of, keep_features
+from .ood import body_of, keep_features, texture_layer
 from .ood import from_dict as ood_from_dict
 from .speed import reuse_memory
 from .predictions import TTA, _AverageOverViews, _crop_boxes, _Views, check_predictions
@@ -472,8 +472,9 @@ def _ood_score(record, model):
     if record.get('ood') is None: return None
     try: ood = ood_from_dict(record['ood'])
     except ValueError as e: raise ValueError(f"bundle.json: {e}") from e
-    n = body_of(model).n_features
-    if ood.n_features!=n: raise ValueError(f"bundle.json: the OODScore is for {ood.n_features} features, the network makes {n}")
+    body = body_of(model)
+    n,m = body.n_features,2*texture_layer(body)[1]
+    if ood.n_last!=n or ood.n_texture not in (0, m): raise ValueError(f"bundle.json: the OODScore is for {ood.n_last} features and a texture of {ood.n_texture} numbers, the network makes {n} and {m}")
     return ood
 
 def _patient_encoder(record):
@@ -639,7 +640,7 @@ def _called(source, i): return f'image_{i}' if _file(source) is None else _file(
 def _answers(self:Predictor, xb, patient, tta):
     "Probabilities [pictures, 7] and out-of-distribution scores [pictures], NaN without an `OODScore`; of several views, the mean score"
     if self.ood is None: return self.probabilities(xb, patient, tta).numpy(),np.nan
-    with keep_features(self.model) as found: p = self.probabilities(xb, patient, tta).numpy()
+    with keep_features(self.model, texture=self.ood.n_texture>0) as found: p = self.probabilities(xb, patient, tta).numpy()
     scores = np.stack([self.ood.score(f) for f in found])
     return p,(scores.mean(0) if scores.shape[1]==len(p) else scores.reshape(len(p), -1).mean(1))
 
