@@ -33,12 +33,9 @@ CHANGES = {'as they are': lambda x: x, 'JPEG of quality 20': lambda x: jpeg(x, 2
 
 
 def main(args):
-    from fastai.learner import Learner
-    from fastai.losses import CrossEntropyLossFlat
     from skin_lesions.core import read_image
-    from skin_lesions.data import ham10000_dataloaders
     from skin_lesions.dataset import read_metadata
-    from skin_lesions.ood import NON_LESIONS, detection, draw_non_lesion, energy_score, fit_ood, keep_features, neighbour_score, probability_score
+    from skin_lesions.ood import NON_LESIONS, detection, draw_non_lesion, energy_score, fit_ood, get_features, keep_features, neighbour_score, probability_score
     from skin_lesions.predict import load_predictor
     from skin_lesions.speed import reuse_memory
     from skin_lesions.split import split_by_lesion
@@ -47,10 +44,9 @@ def main(args):
     groups = sorted(meta.group[meta.is_valid].unique())
     limit_on = set(np.random.default_rng(args.seed).permutation(groups)[:len(groups)//2])
     valid = meta[meta.is_valid]
-    first, second = valid[valid.group.isin(limit_on)], valid[~valid.group.isin(limit_on)].reset_index(drop=True)
-    kept = pd.concat([meta[~meta.is_valid], first], ignore_index=True)
-    learn = Learner(ham10000_dataloaders(kept, 128, bs=64, num_workers=2), load_predictor(args.bundle, device='cpu').model, loss_func=CrossEntropyLossFlat())
-    ood = fit_ood(learn, rate=args.rate)
+    first, second, known = (rows.reset_index(drop=True) for rows in (valid[valid.group.isin(limit_on)], valid[~valid.group.isin(limit_on)], meta[~meta.is_valid]))
+    learn = load_predictor(args.bundle, device='cpu').learner
+    ood = fit_ood(learn, rate=args.rate, train=known, valid=get_features(learn, first, bs=64))
 
     def answers(items):
         if isinstance(items, list): items = pd.DataFrame({'path': [Image.fromarray(x) for x in items]})
@@ -58,7 +54,7 @@ def main(args):
         return torch.cat(found).numpy(), torch.cat(logits).numpy()
 
     inside, n = answers(second), ood.n_last
-    train = answers(kept[~kept.is_valid].sample(2000, random_state=args.seed))
+    train = answers(known.sample(2000, random_state=args.seed).reset_index(drop=True))
     outside = {k: answers([draw_non_lesion(k, i, size=(300, 225)) for i in range(args.n)]) for k in NON_LESIONS}
     names = json.loads(Path(__file__).with_name('photographs.json').read_text())
     photographs = [Path(args.photographs)/package/name for package, files in names.items() for name in files] if args.photographs else []
@@ -72,7 +68,7 @@ def main(args):
         table[name] = {k: detection(s(*inside), o, second.group).round(4).to_dict() for k, o in found.items()} | {'kinds': {k: round(float(detection(s(*inside), s(*o), second.group, n=200).auroc), 4) for k, o in outside.items()}}
     share = lambda f: round(float(ood.unusual(ood.score(f)).mean()), 4)
     some = [np.asarray(read_image(f)) for f in second.drop_duplicates('group').path[:args.changed]]
-    found = dict(date=date.today().isoformat(), network=args.network, fold=args.fold, rate=args.rate, lesions_for_limit=len(first), lesions_measured=len(second), drawn_of_each_kind=args.n, photographs={k: len(v) for k, v in names.items()} if photographs else {}, detection=table,
+    found = dict(date=date.today().isoformat(), network=args.network, fold=args.fold, seed=args.seed, rate=args.rate, images_for_limit=len(first), images_measured=len(second), lesions_measured=second.group.nunique(), drawn_of_each_kind=args.n, photographs={k: len(v) for k, v in names.items()} if photographs else {}, detection=table,
                  flagged={'lesions': share(inside[0]), **{k: share(o[0]) for k, o in outside.items()}}, images_changed=len(some), flagged_changed={k: share(answers([c(x) for x in some])[0]) for k, c in CHANGES.items()})
     Path(args.out).write_text(json.dumps(found, indent=1) + '\n')
     print(json.dumps(found, indent=1))
