@@ -10,7 +10,7 @@ __all__ = ['RUN_FILES', 'STATE_FOLDER', 'new_run_folder', 'versions', 'write_jso
            'argument_parser', 'main']
 
 # %% ../nbs/80_cli.ipynb #733f8970
-import argparse, json, os, shutil, sys, time
+import argparse, json, os, shutil, sys, time, warnings
 from pathlib import Path
 
 # %% ../nbs/80_cli.ipynb #9b2a4de0
@@ -374,7 +374,8 @@ def _print_unusual(table):
     if 'unusual' not in table or not table.unusual.any(): return
     names = table.image_id[table.unusual.astype(bool)]
     which = ', '.join(names[:5]) + (', ...' if len(names)>5 else '')
-    print(f"{len(names)} of {len(table)} pictures {'does' if len(names)==1 else 'do'} not look like dermatoscopic images, their probabilities mean nothing: {which}", file=sys.stderr)
+    said = 'does not look like a dermatoscopic image, its probabilities mean' if len(names)==1 else 'do not look like dermatoscopic images, their probabilities mean'
+    print(f"{len(names)} of {len(table)} pictures {said} nothing: {which}" if len(table)>1 else f"{which} {said} nothing", file=sys.stderr)
 
 def _run_and_images(args):
     "What `args` names; a single word is images for the network that comes with the package"
@@ -412,8 +413,9 @@ def predict(
         print(f'{len(table)} predictions: {args.out}')
     elif len(table)==1:
         for code,p in table.loc[0, list(CODES)].astype(float).sort_values(ascending=False).items(): print(f'{p:7.1%}  {code:5s} {full_name(code)}')
-        if 'decision' in table: print(f'decision: {table.decision[0]}')
-        if 'refer' in table: print('refer to a dermatologist' if table.refer[0] else 'below the threshold of referral; no all-clear')
+        lesion = 'unusual' not in table or not table.unusual[0] # about anything else there is nothing to decide
+        if lesion and 'decision' in table: print(f'decision: {table.decision[0]}')
+        if lesion and 'refer' in table: print('refer to a dermatologist' if table.refer[0] else 'below the threshold of referral; no all-clear')
     else: print(table.to_string(index=False, float_format='{:.3f}'.format))
     if folder is not None: _write_gradcam(predictor, images, folder, patients, found, show=not args.quiet)
     print(NOTICE, file=sys.stderr)
@@ -792,6 +794,7 @@ def main(
     argv=None, # arguments; None takes those of the process
 )->int: # exit status: 0, 2 for a wrong argument or bad input, 130 after Ctrl-C
     "The command `skin_lesions`"
+    warnings.filterwarnings('ignore', '.torch.jit.script. is deprecated', FutureWarning) # fastai's, at its import
     parser = argument_parser()
     args,more = parser.parse_known_args(argv)
     if args.command=='predict' and args.images is None and len(more)==1 and not more[0].startswith('-'): args.images,more = more[0],[] # after an option

@@ -48,7 +48,7 @@ def test_predict_gives_the_run_s_own_probabilities(sample, finished_run, cli, tm
     found = pd.read_csv(tmp_path/'out.csv').set_index('image_id')
     np.testing.assert_allclose(found.loc[ids, CODES], table.loc[ids, CODES], atol=1e-5)
     one = cli('predict', finished_run, tmp_path/'new'/f'{ids[0]}.jpg', cwd=tmp_path)
-    assert one.stdout.count('%') == 7 and 'melanoma' in one.stdout
+    assert one.stdout.count('%') == 7 and 'melanoma' in one.stdout and 'FutureWarning' not in one.stderr
 
 
 def test_a_picture_that_is_no_lesion_is_named(sample, finished_run, call, tmp_path):
@@ -63,6 +63,8 @@ def test_a_picture_that_is_no_lesion_is_named(sample, finished_run, call, tmp_pa
     assert status == 0 and '2 of 3 pictures do not look like dermatoscopic images, their probabilities mean nothing: noise, text' in said
     table = pd.read_csv(tmp_path/'out.csv').set_index('image_id')
     assert table.unusual.to_dict() == {'noise': True, 'text': True, lesion: False}
+    status, said = call('predict', tmp_path/'new'/'noise.png') # the network of the package, which decides and refers
+    assert status == 0 and 'noise does not look like a dermatoscopic image, its probabilities mean nothing' in said and 'decision' not in said and 'referral' not in said
 
 
 def test_calibrate_leaves_the_score_of_unusual_pictures(finished_run, call, tmp_path):
