@@ -1,4 +1,4 @@
-"""What decision rules, calibration, test-time augmentation and an ensemble of folds bring on HAM10000. The table of `nbs/62_decide.ipynb`.
+"""What decision rules, calibration, test-time augmentation and an ensemble of folds bring on HAM10000. The table of `nbs/63_decide.ipynb`.
 
     python benchmarks/decisions.py --data HAM10000 --out runs/decisions --size 128 --epochs 20
 

@@ -21,7 +21,7 @@ def main(args):
     from pytorch_grad_cam import GradCAM as Package
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     from skin_lesions.gradcam import GradCAM
-    from skin_lesions.learner import LesionNet, TwoStageNet, create_body
+    from skin_lesions.networks import LesionNet, TwoStageNet, create_body
     if args.threads: torch.set_num_threads(args.threads)
     torch.manual_seed(42)
     kind = TwoStageNet if args.model == 'two-stage' else LesionNet

@@ -29,7 +29,8 @@ def train_plain(data, out, epochs, seed):
     "What a fastai user writes: vision_learner, cross-entropy, Resize, aug_transforms; weights as in the other rows, nothing frozen"
     from fastai.vision.all import (CrossEntropyLossFlat, CSVLogger, ImageDataLoaders, Normalize, Resize, accuracy, aug_transforms, set_seed, vision_learner)
     from skin_lesions.dataset import read_metadata
-    from skin_lesions.learner import load_body_weights, package_weights, read_weights
+    from skin_lesions.networks import load_body_weights
+    from skin_lesions.architectures import package_weights, read_weights
     from skin_lesions.predictions import get_predictions, save_predictions
     from skin_lesions.split import split_by_lesion
     meta = split_by_lesion(read_metadata(data))

@@ -1,4 +1,4 @@
-"""Copy finished runs of `skin_lesions paper` to where pages 70 and 71 read them: the results file, and each run's predictions with five digits or as many as tell the most probable class; no networks.
+"""Copy finished runs of `skin_lesions paper` to where pages 71 and 72 read them: the results file, and each run's predictions with five digits or as many as tell the most probable class; no networks.
 
     python benchmarks/paper_results.py EXPERIMENTS --tta dihedral --rows better_base better_weighted
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 from skin_lesions.core import CODES, atomic_path
 from skin_lesions.experiments import append_result, read_results, row_names, run_folder
 from skin_lesions.predictions import TTA, read_predictions
-from skin_lesions.readings import read_run
+from skin_lesions.posthoc import read_run
 
 
 def copy(file, to, digits):

@@ -56,7 +56,7 @@ def disorder():
 
 
 def steps():
-    from skin_lesions.learner import LesionNet, create_body
+    from skin_lesions.networks import LesionNet, create_body
     from skin_lesions.pretext import PredictRotation, RestorationNet, RestoreContext
     x, k = torch.randn(64, 3, 128, 128), torch.randint(6, (64,))
     def step(net, loss, draw):

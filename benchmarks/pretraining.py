@@ -1,4 +1,4 @@
-"""Does self-supervised pretraining help? The table of `nbs/70_experiments.ipynb`, on fold 0 of 5 of HAM10000, split by lesion.
+"""Does self-supervised pretraining help? The table of `nbs/71_experiments.ipynb`, on fold 0 of 5 of HAM10000, split by lesion.
 
     python benchmarks/pretraining.py --data HAM10000 --out runs/pretraining --size 128 --epochs 20 --pretext-epochs 30
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .core import CODES, NOTICE, atomic_path, check_columns, full_name, image_files, progress, unknown_name, why_unreadable
-from .learner import LesionNet, TwoStageNet, join_stages, route_stages
+from .networks import LesionNet, TwoStageNet, join_stages, route_stages
 
 # %% ../nbs/50_gradcam.ipynb #08c3993c
 METHODS = ('gradcam', 'gradcam++', 'hirescam')

@@ -37,9 +37,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .core import ImageError, check_columns, image_files
-from .data import LesionDL, check_arch, crop_transform, get_image, normalization
+from .data import LesionDL, crop_transform, get_image
+from .architectures import check_arch, normalization
 from .dataset import check_images
-from .learner import LesionNet, TwoStageNet, check_normalization, create_body, lesion_learner, lesion_splitter, two_stage_learner
+from .networks import LesionNet, TwoStageNet, create_body
+from .learner import check_normalization, lesion_learner, lesion_splitter, two_stage_learner
 from .speed import ReuseMemory, mixed_precision
 from .split import split_by_lesion
 

@@ -20,7 +20,8 @@ from fastai.vision.core import PILImage
 from fastcore.basics import patch
 
 from .core import IMAGE_SUFFIXES, ImageError, atomic_path, read_image, unknown_name
-from .data import crop_transform, normalization
+from .data import crop_transform
+from .architectures import normalization
 from .distributed import copy_loader, share
 from .pretext import UNREADABLE, AtLeast
 

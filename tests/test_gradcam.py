@@ -11,7 +11,7 @@ ARCHS = ('test_resnet', 'test_efficientnet', 'test_convnext')
 
 
 def network(kind, arch, seed=0, **kw):
-    from skin_lesions.learner import LesionNet, TwoStageNet, create_body
+    from skin_lesions.networks import LesionNet, TwoStageNet, create_body
     torch.manual_seed(seed)
     body = create_body(arch, pretrained=False)
     net = LesionNet(body, hidden=(16,)) if kind == 'one' else TwoStageNet(body, hidden=(16,), **kw)

@@ -81,7 +81,7 @@ def test_nevi_leave_stage_two_alone(dls, shared, gamma):
 
 @pytest.mark.parametrize('seed', range(5))
 def test_default_loss_at_gamma_zero_is_cross_entropy_of_the_seven(seed):
-    from skin_lesions.learner import join_stages
+    from skin_lesions.networks import join_stages
     from skin_lesions.losses import TwoStageFocalLoss
     g = torch.Generator().manual_seed(seed)
     s, z = torch.randn(40, generator=g, dtype=torch.float64)*4, torch.randn(40, 6, generator=g, dtype=torch.float64)*4

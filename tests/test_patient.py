@@ -65,7 +65,7 @@ def test_gaps_train_predict_export_and_load_elsewhere(meta, kind, tmp_path, pyth
 
 
 def test_validation_rows_do_not_reach_the_encoder(meta):
-    from skin_lesions.data import PatientEncoder
+    from skin_lesions.patient import PatientEncoder
     changed = meta.assign(age=meta.age.where(~meta.is_valid, 99.), sex=meta.sex.where(~meta.is_valid, 'other'), localization=meta.localization.where(~meta.is_valid, 'moon'))
     assert PatientEncoder.fit(changed).as_dict() == PatientEncoder.fit(meta).as_dict() == loaders(meta).patient.as_dict()
     encoded = PatientEncoder.fit(meta).encode(changed[changed.is_valid])
@@ -79,7 +79,7 @@ def test_columns_that_give_the_label_away_are_refused(meta, column):
 
 
 def test_off_by_default(meta):
-    from skin_lesions.learner import n_patient
+    from skin_lesions.networks import n_patient
     dls = loaders(meta, patient=False)
     assert len(dls.one_batch()) == 2 and getattr(dls, 'patient', None) is None
     learn = learner('one', dls)
