@@ -28,24 +28,28 @@ class Diagnosis:
     column:str = '' # column in the challenge's CSV; '' is the code in capitals
     color:str = '' # for plots; '' takes one of `PALETTE`
 
-# %% ../nbs/01_classes.ipynb #5896d264
-# Okabe and Ito's colours first, then shades between them: neighbours differ in lightness, so they can be told apart without colour vision
-PALETTE = ('#E69F00', '#D55E00', '#F0E442', '#56B4E9', '#000000', '#009E73', '#CC79A7', '#0072B2', '#999999', '#8B4513', '#B2DF8A', '#6A3D9A')
+# %% ../nbs/01_classes.ipynb #ec3f2e5d
+# Okabe and Ito's colours first: neighbours differ in lightness, so they can be told apart without colour vision
+PALETTE = ('#E69F00', '#D55E00', '#F0E442', '#56B4E9', '#000000', '#009E73', '#CC79A7', '#0072B2',
+           '#999999', '#8B4513', '#B2DF8A', '#6A3D9A')
 
-# columns of tables that are no probabilities; a code of this name could not be told from them
-TABLE_COLUMNS = ('image_id', 'path', 'dx', 'group', 'lesion_id', 'is_valid', 'fold', 'age', 'sex', 'site', 'source', 'decision', 'refer', 'ood', 'ood_score', 'reason', 'problem')
+# columns of tables that hold something else than probabilities: no code may have such a name
+TABLE_COLUMNS = ('image_id', 'path', 'dx', 'group', 'lesion_id', 'is_valid', 'fold', 'age', 'sex', 'site', 'source',
+                 'decision', 'refer', 'ood', 'ood_score', 'reason', 'problem')
 
 def _spelling(label)->str:
     "A label as it is compared: without case, blanks, hyphens, underscores and slashes"
     return ''.join(c for c in str(label).lower() if c not in ' -_/')
 
-# %% ../nbs/01_classes.ipynb #b88326ec
+# %% ../nbs/01_classes.ipynb #0682a578
 def _check_codes(codes):
     "Raise where codes cannot name probability columns"
-    if len(codes)<2: raise ValueError(f"a class set needs two diagnoses or more, got {len(codes)}: {', '.join(map(str, codes)) or 'none'}")
+    if len(codes)<2: raise ValueError(f"a class set needs two diagnoses or more, got {codes}")
     for code in codes:
-        if not isinstance(code, str) or not code.strip(): raise ValueError(f"a diagnosis code must be a word, got {code!r}")
-        if code in TABLE_COLUMNS: raise ValueError(f"{code!r} cannot be a diagnosis code: predictions tables have a column of that name; choose another")
+        if not isinstance(code, str) or not code.strip():
+            raise ValueError(f"a diagnosis code must be a word, got {code!r}")
+        if code in TABLE_COLUMNS:
+            raise ValueError(f"{code!r} cannot be a diagnosis code: predictions tables have a column of that name")
         if codes.count(code)>1: raise ValueError(f"diagnosis code {code!r} is given twice")
 
 def _spellings(diagnoses)->dict:
@@ -57,31 +61,15 @@ def _spellings(diagnoses)->dict:
                 raise ValueError(f"{label!r} stands for both {known[_spelling(label)]!r} and {d.code!r}; each spelling needs one diagnosis")
     return known
 
-# %% ../nbs/01_classes.ipynb #819828d2
+# %% ../nbs/01_classes.ipynb #946688a9
 @dataclass(frozen=True)
-class ClassSet:
-    "An ordered set of diagnoses"
+class _Diagnoses:
+    "What the diagnoses of a set say, by code"
     name:str # for people and files
     diagnoses:tuple # of `Diagnosis`, in the order of the probability columns
-    first:str = None # code that stage one tells from the rest; None for the most frequent class of the training images
-    columns:tuple = () # codes in the order of the challenge's CSV; () for the order of the diagnoses
-
-    def __post_init__(self):
-        _check_codes(list(self.codes))
-        _spellings(self.diagnoses)
-        if self.first is not None and self.first not in self.codes: raise ValueError(unknown_name('first class', self.first, self.codes))
-        if self.columns and sorted(self.columns)!=sorted(self.codes): raise ValueError(f"columns must name each code once, got {', '.join(self.columns)}")
 
     @property
     def codes(self)->tuple: return tuple(d.code for d in self.diagnoses)
-
-    @property
-    def malignant(self)->tuple:
-        "Codes of malignant diagnoses and precursors; () where malignancy is unknown"
-        return tuple(d.code for d in self.diagnoses if d.malignant)
-
-    @property
-    def knows_malignancy(self)->bool: return all(d.malignant is not None for d in self.diagnoses) and bool(self.malignant)
 
     @property
     def names(self)->dict: return {d.code: d.name or d.code for d in self.diagnoses}
@@ -90,11 +78,15 @@ class ClassSet:
     def colors(self)->dict: return {d.code: d.color or PALETTE[i%len(PALETTE)] for i,d in enumerate(self.diagnoses)}
 
     @property
-    def challenge_columns(self)->dict:
-        "Column of the challenge's CSV by code, in the CSV's order"
-        columns = {d.code: d.column or d.code.upper() for d in self.diagnoses}
-        return {code: columns[code] for code in (self.columns or self.codes)}
+    def malignant(self)->tuple: return tuple(d.code for d in self.diagnoses if d.malignant)
 
+    @property
+    def knows_malignancy(self)->bool: return bool(self.malignant) and all(d.malignant is not None for d in self.diagnoses)
+
+# %% ../nbs/01_classes.ipynb #606989f8
+@dataclass(frozen=True)
+class _Lookups(_Diagnoses):
+    "Finding a diagnosis in a set"
     def __len__(self): return len(self.diagnoses)
     def __iter__(self): return iter(self.codes)
     def __contains__(self, code): return code in self.codes
@@ -109,45 +101,73 @@ class ClassSet:
         return self.names[self.codes[self.index(code)]]
 
     def code_of(self, label:str)->str:
-        "The code that a spelling stands for; a `ValueError` with the nearest ones where there is none"
+        "The code that a spelling stands for; a `ValueError` with the nearest ones where no diagnosis has it"
         code = _spellings(self.diagnoses).get(_spelling(label))
         if code is None: raise ValueError(unknown_name(f'diagnosis of {self.name}', label, self.codes))
         return code
+
+# %% ../nbs/01_classes.ipynb #9940f8b6
+@dataclass(frozen=True)
+class ClassSet(_Lookups):
+    "An ordered set of diagnoses"
+    first:str = None # code that stage one tells from the rest; None for the most frequent class of the training images
+    columns:tuple = () # codes in the order of the challenge's CSV; () for the order of the diagnoses
+
+    def __post_init__(self):
+        _check_codes(list(self.codes))
+        _spellings(self.diagnoses)
+        if self.first is not None: self.index(self.first)
+        if self.columns and sorted(self.columns)!=sorted(self.codes):
+            raise ValueError(f"columns must name each code once, got {', '.join(self.columns)}")
+
+    @property
+    def challenge_columns(self)->dict:
+        "Column of the challenge's CSV by code, in the CSV's order"
+        columns = {d.code: d.column or d.code.upper() for d in self.diagnoses}
+        return {code: columns[code] for code in (self.columns or self.codes)}
 
     def as_dict(self)->dict: # what JSON can hold
         "The set in words, for `from_dict`"
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
-    def from_dict(cls,
-        d:dict, # as from `as_dict`
-    )->'ClassSet':
-        "Build a set from its description"
-        try:
-            diagnoses = tuple(Diagnosis(**{**one, 'aliases': tuple(one.get('aliases', ()))}) for one in d['diagnoses'])
-            return cls(d['name'], diagnoses, d.get('first'), tuple(d.get('columns', ())))
-        except (KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"no description of a class set ({type(e).__name__}: {e}); expected name, diagnoses and first") from e
+    def from_dict(cls, d:dict)->'ClassSet':
+        "Build a set from what `as_dict` gave"
+        return _set_from_dict(d)
 
     @classmethod
-    def from_codes(cls,
-        codes, # two or more
-        name:str='own', # of the set
-        malignant=None, # codes that are malignant; None where unknown
-        first:str=None, # see `ClassSet`
-    )->'ClassSet':
-        "A set of plain codes"
-        for code in malignant or ():
-            if code not in codes: raise ValueError(unknown_name('malignant code', code, codes))
-        return cls(name, tuple(Diagnosis(str(c), malignant=None if malignant is None else c in malignant) for c in codes), first)
+    def from_codes(cls, codes, name:str='own', malignant=None, first:str=None)->'ClassSet':
+        "A set of plain codes; `malignant` names those that are, None where that is unknown"
+        return _set_from_codes(list(codes), name, malignant, first)
 
-# %% ../nbs/01_classes.ipynb #3fc94682
-def _d(code, name, malignant, *aliases, column='', color=''): return Diagnosis(code, name, malignant, aliases, column, color)
+# %% ../nbs/01_classes.ipynb #114f7d00
+def _set_from_dict(d)->ClassSet:
+    "A class set from its description"
+    try:
+        diagnoses = tuple(Diagnosis(**{**one, 'aliases': tuple(one.get('aliases', ()))}) for one in d['diagnoses'])
+        return ClassSet(d['name'], diagnoses, d.get('first'), tuple(d.get('columns', ())))
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError("no description of a class set: expected name, diagnoses and first "
+                         f"as from ClassSet.as_dict ({type(e).__name__}: {e})") from e
+
+def _set_from_codes(codes, name, malignant, first)->ClassSet:
+    "A class set of plain codes"
+    for code in malignant or ():
+        if code not in codes: raise ValueError(unknown_name('malignant code', code, codes))
+    is_malignant = lambda code: None if malignant is None else code in malignant
+    return ClassSet(name, tuple(Diagnosis(code, malignant=is_malignant(code)) for code in codes), first)
+
+# %% ../nbs/01_classes.ipynb #a844d7a8
+def _d(code, name, malignant, *aliases, column='', color=''):
+    "A diagnosis in one line"
+    return Diagnosis(code, name, malignant, aliases, column, color)
 
 HAM10000 = ClassSet('HAM10000', (
-    _d('akiec', 'actinic keratosis / intraepithelial carcinoma', True, 'actinic keratoses', 'Bowen disease', color='#E69F00'),
+    _d('akiec', 'actinic keratosis / intraepithelial carcinoma', True, 'actinic keratoses', 'Bowen disease',
+       color='#E69F00'),
     _d('bcc', 'basal cell carcinoma', True, color='#D55E00'),
-    _d('bkl', 'benign keratosis-like lesion', False, 'benign keratosis', 'seborrheic keratosis', 'solar lentigo', 'lichen planus-like keratosis', color='#F0E442'),
+    _d('bkl', 'benign keratosis-like lesion', False, 'benign keratosis', 'seborrheic keratosis', 'solar lentigo',
+       'lichen planus-like keratosis', color='#F0E442'),
     _d('df', 'dermatofibroma', False, color='#56B4E9'),
     _d('mel', 'melanoma', True, color='#000000'),
     _d('nv', 'melanocytic nevus', False, 'nevus', 'naevus', 'melanocytic nevi', color='#009E73'),
@@ -179,7 +199,7 @@ MALIGNANT = ClassSet('MALIGNANT', (_d('benign', 'benign lesion', False), _d('mal
 
 CLASS_SETS = {s.name: s for s in (HAM10000, ISIC2019, PAD_UFES_20, MILK10K, MELANOMA, MALIGNANT)}
 
-# %% ../nbs/01_classes.ipynb #dba25b4a
+# %% ../nbs/01_classes.ipynb #e7198a6f
 def _yes(value, path)->bool:
     "A yes, a no, or None for a blank"
     word = str(value or '').strip().lower()
@@ -195,13 +215,19 @@ def read_class_set(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no class set at {path}; expected a CSV with a column 'code'")
     with open(path, newline='', encoding='utf-8-sig') as f: rows = list(csv.DictReader(f, skipinitialspace=True))
-    if not rows or 'code' not in rows[0]: raise ValueError(f"{path} has no column 'code'; a class set needs one, and may have name, malignant, aliases")
-    aliases = lambda row: tuple(a.strip() for a in (row.get('aliases') or '').split(';') if a.strip())
-    return ClassSet(path.stem, tuple(Diagnosis((r['code'] or '').strip(), (r.get('name') or '').strip(), _yes(r.get('malignant'), path), aliases(r)) for r in rows))
+    if not rows or 'code' not in rows[0]:
+        raise ValueError(f"{path} has no column 'code'; a class set needs one, and may have name, malignant, aliases")
+    return ClassSet(path.stem, tuple(_diagnosis_of(row, path) for row in rows))
 
-# %% ../nbs/01_classes.ipynb #58261b5d
+def _diagnosis_of(row, path)->Diagnosis:
+    "A row of the CSV"
+    text = {column: (row.get(column) or '').strip() for column in ('code', 'name', 'malignant', 'aliases')}
+    aliases = tuple(a.strip() for a in text['aliases'].split(';') if a.strip())
+    return Diagnosis(text['code'], text['name'], _yes(text['malignant'], path), aliases)
+
+# %% ../nbs/01_classes.ipynb #f71f9ee2
 def class_set(
-    classes, # a `ClassSet`, the name of one in `CLASS_SETS`, a CSV, a list of codes, or a description from `ClassSet.as_dict`
+    classes, # a `ClassSet`, a name in `CLASS_SETS`, a CSV, a list of codes, or what `ClassSet.as_dict` gave
 )->ClassSet:
     "The class set that a user names"
     if isinstance(classes, ClassSet): return classes
@@ -235,30 +261,36 @@ def _set_of_labels(labels)->ClassSet:
     best = max(covered, key=covered.get) # the first of equals: HAM10000
     return CLASS_SETS[best] if covered[best]>.5 else ClassSet.from_codes(sorted(map(str, labels.unique())))
 
-# %% ../nbs/01_classes.ipynb #da5aeb3f
+# %% ../nbs/01_classes.ipynb #8d2956e8
 def _of_vocab(vocab)->ClassSet:
     "The known set with these codes in this order, else a set of them"
     known = [s for s in CLASS_SETS.values() if s.codes==tuple(vocab)]
     return known[0] if known else ClassSet.from_codes(list(vocab))
 
+def _of_frame(frame)->ClassSet:
+    "The set that the columns or the diagnoses of a frame belong to"
+    codes = _probability_columns(frame)
+    known = [s for s in CLASS_SETS.values() if set(s.codes)<=set(frame.columns) and set(codes)<=set(s.codes)]
+    if known: return known[0]
+    if len(codes)>1: return ClassSet.from_codes(codes)
+    labels = frame.dx.dropna() if 'dx' in frame else []
+    if len(labels)==0:
+        raise ValueError("the frame has neither probability columns nor diagnoses in 'dx', so its class set is unknown; "
+                         "give it one with with_classes(frame, classes)")
+    return _set_of_labels(labels)
+
+# %% ../nbs/01_classes.ipynb #800ada90
 def classes_of(
     source, # metadata frame, predictions table, fastai `DataLoaders`, or a list of codes
-)->ClassSet:
-    "The class set of a frame or of DataLoaders: the one it carries, else the one that its columns, diagnoses or vocab belong to"
+)->ClassSet: # the one it carries, else the one that its columns, diagnoses or vocab belong to
+    "The class set of a frame, of DataLoaders or of codes"
     if not isinstance(source, pd.DataFrame):
         carried = getattr(source, 'class_set', None)
         return carried if carried is not None else _of_vocab(getattr(source, 'vocab', source))
     carried = source.attrs.get('classes')
-    if carried is not None: return _from_json(json.dumps(carried))
-    codes = _probability_columns(source)
-    known = [s for s in CLASS_SETS.values() if set(s.codes)<=set(source.columns) and set(codes)<=set(s.codes)]
-    if known: return known[0]
-    if len(codes)>1: return ClassSet.from_codes(codes)
-    labels = source.dx.dropna() if 'dx' in source else []
-    if len(labels)==0: raise ValueError("the frame does not say which diagnoses it is about: it has neither probability columns nor 'dx'; give it with_classes(frame, classes)")
-    return _set_of_labels(labels)
+    return _of_frame(source) if carried is None else _from_json(json.dumps(carried))
 
-# %% ../nbs/01_classes.ipynb #2095f52f
+# %% ../nbs/01_classes.ipynb #3afcd6ad
 # what no common code says; by (from, to)
 CLASS_MAPS = {
     ('ISIC2019', 'HAM10000'): dict(ak='akiec', scc='akiec'),
@@ -266,25 +298,39 @@ CLASS_MAPS = {
     ('PAD_UFES_20', 'HAM10000'): dict(ack='akiec', nev='nv', scc='akiec', sek='bkl'),
     ('MILK10K', 'HAM10000'): dict(sccka=None, ben_oth=None, inf=None, mal_oth=None)}
 
+def _known_map(source, target)->dict:
+    "What needs no entry of the user's: malignancy, melanoma, common codes, `CLASS_MAPS`"
+    if target==MALIGNANT and source.knows_malignancy:
+        return {c: 'malignant' if c in source.malignant else 'benign' for c in source}
+    if target==MELANOMA and 'mel' in source: return {c: 'mel' if c=='mel' else 'other' for c in source}
+    return {c: c for c in source if c in target} | CLASS_MAPS.get((source.name, target.name), {})
+
 def class_map(
     source, # as for `class_set`
     target, # as for `class_set`
-    codes:dict=None, # code of `target` by code of `source`, None to leave it out; goes before `CLASS_MAPS` and common codes
+    codes:dict=None, # target's code by source's code, None leaves a diagnosis out; None takes what is known
 )->dict: # code of `target`, or None, by code of `source`
     "How the diagnoses of one set are read in another"
-    source,target,own = class_set(source),class_set(target),codes or {}
-    for code in own: source.index(code)
-    if target==MALIGNANT and source.knows_malignancy: known = {c: 'malignant' if c in source.malignant else 'benign' for c in source}
-    elif target==MELANOMA and 'mel' in source: known = {c: 'mel' if c=='mel' else 'other' for c in source}
-    else: known = {c: c for c in source if c in target} | CLASS_MAPS.get((source.name, target.name), {})
-    result = known | own
+    source,target = class_set(source),class_set(target)
+    result = _known_map(source, target) | (codes or {})
+    for code,target_code in result.items():
+        source.index(code)
+        if target_code is not None: target.index(target_code)
     missing = [c for c in source if c not in result]
-    if missing: raise ValueError(f"{source.name} to {target.name}: no entry for {', '.join(missing)}; give codes={{{missing[0]!r}: ...}}, None to leave it out")
-    for code in result.values():
-        if code is not None: target.index(code)
+    if missing:
+        raise ValueError(f"{source.name} to {target.name}: no entry for {', '.join(missing)}; "
+                         f"give codes={{{missing[0]!r}: ...}}, with None to leave it out")
     return {c: result[c] for c in source}
 
-# %% ../nbs/01_classes.ipynb #70c6cade
+# %% ../nbs/01_classes.ipynb #4851275b
+def _merged_probabilities(table, source, target, codes)->pd.DataFrame:
+    "Probabilities added up by target code; those that are left out are renormalised away"
+    zero = pd.Series(0., index=table.index)
+    merged = {t: sum((table[c] for c in source if codes[c]==t), start=zero) for t in target}
+    total = sum(merged.values())
+    rest = table.drop(columns=[c for c in (*source, 'decision', 'refer') if c in table])
+    return rest.assign(**{t: p/total for t,p in merged.items()})
+
 def map_classes(
     frame:pd.DataFrame, # metadata frame or predictions table
     target, # as for `class_set`
@@ -292,35 +338,32 @@ def map_classes(
 )->pd.DataFrame: # diagnoses and probabilities in the target's codes; rows whose diagnosis is left out are gone
     "A frame in another class set"
     source,target = classes_of(frame),class_set(target)
-    codes = class_map(source, target, codes)
-    result = frame.copy()
+    codes,result = class_map(source, target, codes),frame.copy()
     if 'dx' in frame:
         result['dx'] = frame.dx.map(codes).where(frame.dx.notna(), None)
-        result = result[~(result.dx.isna() & frame.dx.notna())]
+        result = result[result.dx.notna() | frame.dx.isna()]
     if set(source.codes)<=set(frame.columns): result = _merged_probabilities(result, source, target, codes)
     changed = ', '.join(f"{c} to {t or 'none'}" for c,t in codes.items() if c!=t)
     result.attrs = result.attrs | dict(mapping=f"{source.name} to {target.name}: {changed or 'same codes'}")
     return with_classes(result.reset_index(drop=True), target)
 
-def _merged_probabilities(table, source, target, codes)->pd.DataFrame:
-    "Probabilities added up by target code; what is left out is renormalised away"
-    merged = {t: sum((table[c] for c in source if codes[c]==t), start=pd.Series(0., index=table.index)) for t in target}
-    total = sum(merged.values())
-    rest = table.drop(columns=[c for c in (*source, 'decision', 'refer') if c in table])
-    return rest.assign(**{t: p/total for t,p in merged.items()})
+# %% ../nbs/01_classes.ipynb #ca6263f7
+def _rows(meta, bad)->str:
+    "How many rows are bad, and the first of them by name"
+    names = (meta.image_id if 'image_id' in meta else meta.index.to_series())[bad]
+    return f"{len(names)} row{'s' if len(names)>1 else ''}, first: {', '.join(map(str, names[:3]))}"
 
-# %% ../nbs/01_classes.ipynb #a1cbd938
 def check_diagnoses(
     meta:pd.DataFrame, # with column dx
     classes=None, # as for `class_set`; None for those of `meta`
-)->ClassSet: # the class set
-    "Raise a `ValueError` that names rows whose diagnosis is missing or unknown"
+)->ClassSet:
+    "Raise a `ValueError` that names rows whose diagnosis is missing or unknown; else give the class set"
     classes = classes_of(meta) if classes is None else class_set(classes)
-    name = meta.image_id if 'image_id' in meta else meta.index.to_series()
-    missing,unknown = meta.dx.isna(),~meta.dx.isin(classes.codes) & meta.dx.notna()
-    rows = lambda bad: f"{int(bad.sum())} row{'s' if bad.sum()>1 else ''}, first: {', '.join(map(str, name[bad][:3]))}"
-    if missing.any(): raise ValueError(f"no diagnosis in {rows(missing)}; drop them with meta.dropna(subset=['dx']), or give them one")
-    if unknown.any():
-        first = meta.dx[unknown].iloc[0]
-        raise ValueError(f"{unknown_name(f'diagnosis of {classes.name}', first, classes.codes)} ({rows(meta.dx==first)}); classes= names another set")
+    missing = meta.dx.isna()
+    if missing.any():
+        raise ValueError(f"no diagnosis in {_rows(meta, missing)}; drop them with meta.dropna(subset=['dx'])")
+    unknown = meta.dx[~meta.dx.isin(classes.codes)]
+    if len(unknown):
+        error = unknown_name(f'diagnosis of {classes.name}', unknown.iloc[0], classes.codes)
+        raise ValueError(f"{error} ({_rows(meta, meta.dx==unknown.iloc[0])}); classes= names another set")
     return classes
