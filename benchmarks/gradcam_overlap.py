@@ -2,7 +2,7 @@
 
     python benchmarks/gradcam_overlap.py --run runs/two_stages --data HAM10000
 
-The maps explain the predicted class. The table goes to nbs/results/gradcam_overlap.json: overlap by class and for right and wrong predictions, two baselines, intervals over lesions, sanity checks.
+The maps explain the predicted class. The table goes to benchmarks/results/gradcam_overlap.json: overlap by class and for right and wrong predictions, two baselines, intervals over lesions, sanity checks.
 """
 import argparse, datetime, json, os, platform
 from pathlib import Path
@@ -101,7 +101,7 @@ if __name__ == '__main__':
     parser.add_argument('--run', required=True, help='run folder of `skin_lesions train`')
     parser.add_argument('--data', required=True, help='folder of HAM10000')
     parser.add_argument('--masks', help='folder of <image_id>_segmentation.png; without it, HAM10000_segmentations in --data')
-    parser.add_argument('--out', default=str(REPO/'nbs'/'results'/'gradcam_overlap.json'), help='JSON to write')
+    parser.add_argument('--out', default=str(REPO/'benchmarks'/'results'/'gradcam_overlap.json'), help='JSON to write')
     parser.add_argument('--table', help='CSV to write with a row an image')
     parser.add_argument('--limit', type=int, help='only so many images, drawn at random')
     parser.add_argument('--layers', nargs='*', default=[], help='further layers to average, by name')
