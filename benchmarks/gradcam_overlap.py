@@ -23,7 +23,7 @@ def validation_images(run, data):
 
 def differences(table):
     "Right minus wrong, plain and within classes, with intervals"
-    from skin_lesions.gradcam import right_wrong_difference
+    from skin_lesions.cam_checks import right_wrong_difference
     measures = {'energy': table.energy, 'energy minus lesion area': table.energy - table.lesion_area, 'energy minus Gaussian': table.energy - table.energy_gaussian, 'pointing': table.pointing}
     rows = []
     for name, values in measures.items():
@@ -49,7 +49,8 @@ def against_baselines(table, n=1000, seed=42):
 
 def sanity(learn, meta, n):
     "Cascading randomisation and deletion and insertion on the first `n` images, a class after the other"
-    from skin_lesions.gradcam import GradCAM, _batch, curve_areas, deletion_insertion, randomization_check
+    from skin_lesions.gradcam import GradCAM, _batch
+    from skin_lesions.cam_checks import curve_areas, deletion_insertion, randomization_check
     chosen = meta.assign(k=meta.groupby('dx').cumcount()).sort_values(['k', 'dx']).head(n).reset_index(drop=True)
     xb = _batch(learn, chosen)
     cams = GradCAM(learn).cam(xb)
@@ -59,7 +60,7 @@ def sanity(learn, meta, n):
 def main(args):
     import torch
     from skin_lesions.cli import load_run, versions
-    from skin_lesions.gradcam import overlap_summary, overlap_table
+    from skin_lesions.cam_checks import overlap_summary, overlap_table
     if args.threads: torch.set_num_threads(args.threads)
     run, data = Path(args.run), Path(args.data)
     record = json.loads((run/'run.json').read_text())
