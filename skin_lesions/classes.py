@@ -108,7 +108,7 @@ class _Lookups(_Diagnoses):
         if code is None: raise ValueError(unknown_name(f'diagnosis of {self.name}', label, self.codes))
         return code
 
-# %% ../nbs/01_classes.ipynb #6bf3fc74
+# %% ../nbs/01_classes.ipynb #14a202c1
 @dataclass(frozen=True)
 class ClassSet(_Lookups):
     "An ordered set of diagnoses"
@@ -128,8 +128,7 @@ class ClassSet(_Lookups):
         columns = {d.code: d.column or d.code.upper() for d in self.diagnoses}
         return {code: columns[code] for code in (self.columns or self.codes)}
 
-    def as_dict(self)->dict: # what JSON can hold
-        "The set in words, for `from_dict`"
+    def as_dict(self)->dict: # what JSON can hold, for `from_dict`
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
@@ -296,14 +295,15 @@ def classes_of(
     carried = source.attrs.get('classes')
     return _of_frame(source) if carried is None else _from_json(json.dumps(carried))
 
-# %% ../nbs/01_classes.ipynb #3afcd6ad
-# what no common code says; by (from, to)
+# %% ../nbs/01_classes.ipynb #7c43434e
+# what common codes do not say; by (from, to)
 CLASS_MAPS = {
     ('ISIC2019', 'HAM10000'): dict(ak='akiec', scc='akiec'),
     ('HAM10000', 'ISIC2019'): dict(akiec='ak'),
     ('PAD_UFES_20', 'HAM10000'): dict(ack='akiec', nev='nv', scc='akiec', sek='bkl'),
     ('MILK10K', 'HAM10000'): dict(sccka=None, ben_oth=None, inf=None, mal_oth=None)}
 
+# %% ../nbs/01_classes.ipynb #f298430d
 def _known_map(source, target)->dict:
     "What needs no entry of the user's: malignancy, melanoma, common codes, `CLASS_MAPS`"
     if target==MALIGNANT and source.knows_malignancy:
