@@ -1,4 +1,4 @@
-"""The network in the package on the 193 validation images of the ISIC 2018 challenge, which nothing was chosen on: one look for a network, a second one is refused. Adds to nbs/results/challenge.json.
+"""The network in the package on the 193 validation images of the ISIC 2018 challenge, which nothing was chosen on: one look for a network, a second one is refused. Adds to benchmarks/results/challenge.json.
 
     HAM10000_DIR=... python benchmarks/challenge.py
 """
@@ -46,5 +46,5 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--bundle', default='ham10000')
     parser.add_argument('--challenge', help='folder of the validation images; without it, HAM10000_DIR')
-    parser.add_argument('--out', default=str(Path(__file__).parent.parent/'nbs'/'results'/'challenge.json'))
+    parser.add_argument('--out', default=str(Path(__file__).parent.parent/'benchmarks'/'results'/'challenge.json'))
     main(parser.parse_args())

@@ -157,7 +157,8 @@ def test_hair_comes_off_and_other_pixels_stay(seed):
 
 @pytest.mark.parametrize('kind', ['one', 'own bodies'])
 def test_gradcam_takes_the_patient_along(meta, kind):
-    from skin_lesions.gradcam import GradCAM, deletion_insertion, stream_cams
+    from skin_lesions.gradcam import GradCAM, stream_cams
+    from skin_lesions.cam_checks import deletion_insertion
     dls = loaders(meta)
     learn = learner(kind, dls)
     x, patient, _ = (t.as_subclass(torch.Tensor) for t in dls.valid.one_batch())
