@@ -1,4 +1,4 @@
-"""The network in the package on the 193 validation images of the ISIC 2018 challenge, which nothing was chosen on: one look for a network, a second one is refused. Adds to nbs/results/challenge.json.
+"""The network in the package on the 193 validation images of the ISIC 2018 challenge, which nothing was chosen on: one look for a network, a second one is refused. Adds to benchmarks/results/challenge.json.
 
     HAM10000_DIR=... python benchmarks/challenge.py
 """
@@ -13,7 +13,8 @@ def main(args):
     from skin_lesions.decide import expected_calibration_error
     from skin_lesions.evaluate import scores
     from skin_lesions.experiments import _interval, _recalls, _share_right
-    from skin_lesions.predict import BUNDLE_NAMES, load_predictor, named_bundle, read_bundle
+    from skin_lesions.bundle import BUNDLE_NAMES, named_bundle, read_bundle
+    from skin_lesions.predict import load_predictor
     from skin_lesions.split import challenge_validation
     both = challenge_validation(read_metadata(os.environ['HAM10000_DIR']), read_challenge(args.challenge or os.environ['HAM10000_DIR'])) # raises where a lesion is on both sides
     valid = both[both.is_valid].reset_index(drop=True)
@@ -45,5 +46,5 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--bundle', default='ham10000')
     parser.add_argument('--challenge', help='folder of the validation images; without it, HAM10000_DIR')
-    parser.add_argument('--out', default=str(Path(__file__).parent.parent/'nbs'/'results'/'challenge.json'))
+    parser.add_argument('--out', default=str(Path(__file__).parent.parent/'benchmarks'/'results'/'challenge.json'))
     main(parser.parse_args())

@@ -1,4 +1,4 @@
-"""The same job three ways: plain fastai by hand, scdiag (the nearest other public project that can be installed), this library. Writes nbs/results/comparison.json.
+"""The same job three ways: plain fastai by hand, scdiag (the nearest other public project that can be installed), this library. Writes benchmarks/results/comparison.json.
 
     HAM10000_DIR=... python benchmarks/comparison.py --scdiag ENVIRONMENT
 
@@ -98,5 +98,5 @@ if __name__ == '__main__':
     parser.add_argument('--size', type=int, default=64)
     parser.add_argument('--epochs', type=int, default=3)
     parser.add_argument('--images', type=int, help='about so many, by lesion; without it, all')
-    parser.add_argument('--out', default=str(Path(__file__).parent.parent/'nbs'/'results'/'comparison.json'))
+    parser.add_argument('--out', default=str(Path(__file__).parent.parent/'benchmarks'/'results'/'comparison.json'))
     main(parser.parse_args())

@@ -4,7 +4,7 @@
 
 Fold 0 of 5, split by lesion, is for the report alone. Four two-stage networks are trained on the other folds, each without one of them, which is its validation set. Calibration and the exponent of the
 prior are fitted on the out-of-fold predictions of folds 1 to 4, for test-time augmentation on those with the same augmentation, and never on fold 0. A single network's figures are the mean of the four.
-What is finished in --out is kept. The result goes to nbs/results/decisions.json.
+What is finished in --out is kept. The result goes to benchmarks/results/decisions.json.
 """
 import argparse, datetime, json
 from pathlib import Path
@@ -100,7 +100,7 @@ def report(a, meta, folds):
         for by in ('risk', 'uncertainty'): referrals.append({'answer': f'ensemble of four folds{label}', 'by': by, **referral_report(test, fit_referral(calibrated, .95, by)).to_dict()})
     result = dict(date=datetime.date.today().isoformat(), data='HAM10000, report on fold 0 of 5 by lesion', arch='tf_efficientnet_lite0, two stages', size=a.size, epochs=a.epochs, seed=a.seed, pictures=a.pictures,
                   n_test=int((meta.fold==0).sum()), n_test_lesions=int(meta[meta.fold==0].group.nunique()), rows=rows, rules=rules, referrals=referrals)
-    file = Path(__file__).parents[1]/'nbs'/'results'/'decisions.json'
+    file = Path(__file__).parents[1]/'benchmarks'/'results'/'decisions.json'
     file.write_text(json.dumps(result, indent=1, default=float) + '\n')
     import pandas as pd
     for part in (rows, rules, referrals): print(pd.DataFrame(part).round(3).to_string(index=False))

@@ -2,7 +2,7 @@
 
     python benchmarks/gradcam_overlap.py --run runs/two_stages --data HAM10000
 
-The maps explain the predicted class. The table goes to nbs/results/gradcam_overlap.json: overlap by class and for right and wrong predictions, two baselines, intervals over lesions, sanity checks.
+The maps explain the predicted class. The table goes to benchmarks/results/gradcam_overlap.json: overlap by class and for right and wrong predictions, two baselines, intervals over lesions, sanity checks.
 """
 import argparse, datetime, json, os, platform
 from pathlib import Path
@@ -23,7 +23,7 @@ def validation_images(run, data):
 
 def differences(table):
     "Right minus wrong, plain and within classes, with intervals"
-    from skin_lesions.gradcam import right_wrong_difference
+    from skin_lesions.cam_checks import right_wrong_difference
     measures = {'energy': table.energy, 'energy minus lesion area': table.energy - table.lesion_area, 'energy minus Gaussian': table.energy - table.energy_gaussian, 'pointing': table.pointing}
     rows = []
     for name, values in measures.items():
@@ -49,7 +49,8 @@ def against_baselines(table, n=1000, seed=42):
 
 def sanity(learn, meta, n):
     "Cascading randomisation and deletion and insertion on the first `n` images, a class after the other"
-    from skin_lesions.gradcam import GradCAM, _batch, curve_areas, deletion_insertion, randomization_check
+    from skin_lesions.gradcam import GradCAM, _batch
+    from skin_lesions.cam_checks import curve_areas, deletion_insertion, randomization_check
     chosen = meta.assign(k=meta.groupby('dx').cumcount()).sort_values(['k', 'dx']).head(n).reset_index(drop=True)
     xb = _batch(learn, chosen)
     cams = GradCAM(learn).cam(xb)
@@ -59,7 +60,7 @@ def sanity(learn, meta, n):
 def main(args):
     import torch
     from skin_lesions.cli import load_run, versions
-    from skin_lesions.gradcam import overlap_summary, overlap_table
+    from skin_lesions.cam_checks import overlap_summary, overlap_table
     if args.threads: torch.set_num_threads(args.threads)
     run, data = Path(args.run), Path(args.data)
     record = json.loads((run/'run.json').read_text())
@@ -101,7 +102,7 @@ if __name__ == '__main__':
     parser.add_argument('--run', required=True, help='run folder of `skin_lesions train`')
     parser.add_argument('--data', required=True, help='folder of HAM10000')
     parser.add_argument('--masks', help='folder of <image_id>_segmentation.png; without it, HAM10000_segmentations in --data')
-    parser.add_argument('--out', default=str(REPO/'nbs'/'results'/'gradcam_overlap.json'), help='JSON to write')
+    parser.add_argument('--out', default=str(REPO/'benchmarks'/'results'/'gradcam_overlap.json'), help='JSON to write')
     parser.add_argument('--table', help='CSV to write with a row an image')
     parser.add_argument('--limit', type=int, help='only so many images, drawn at random')
     parser.add_argument('--layers', nargs='*', default=[], help='further layers to average, by name')

@@ -3,7 +3,7 @@
     python benchmarks/ham10000_fold0.py --data HAM10000 --out runs/fold0 --epochs 5
 
 Every row trains EfficientNet-Lite0 with ImageNet weights at 128 pixels, batch 64, one-cycle at 1e-3, the same epochs and seed. Rows that are there already are kept. The table goes to
-nbs/results/ham10000_fold0.json; `--collect` only builds it again from the runs.
+benchmarks/results/ham10000_fold0.json; `--collect` only builds it again from the runs.
 """
 import argparse, datetime, json, platform, resource, time
 from pathlib import Path
@@ -101,7 +101,7 @@ def collect(args):
     result = dict(date=args.date or datetime.date.today().isoformat(), machine=args.machine or f'{platform.machine()}, CPU only', versions=versions(),
                   split='by lesion, fold 0 of 5, seed 42', train_counts=counts.loc[False].to_dict(), valid_counts=counts.loc[True].to_dict(),
                   interval='95 %, bootstrap over lesions drawn class by class, 1,000 draws', rows=rows)
-    path = Path(__file__).resolve().parent.parent/'nbs'/'results'/'ham10000_fold0.json'
+    path = Path(__file__).resolve().parent.parent/'benchmarks'/'results'/'ham10000_fold0.json'
     path.write_text(json.dumps(result, indent=1) + '\n')
     print(pd.DataFrame(rows)[['row', 'accuracy', 'average_recall', 'low', 'high', 'macro_auc', 'minutes', 'cpu_minutes']].round(3).to_string(index=False))
 

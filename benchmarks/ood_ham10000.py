@@ -84,5 +84,5 @@ if __name__ == '__main__':
     parser.add_argument('--changed', type=int, default=500, help='lesions of which changed pictures are measured')
     parser.add_argument('--seed', type=int, default=42)
     parser.add_argument('--network', default='two-stage EfficientNet-Lite0, 128 px, 20 epochs')
-    parser.add_argument('--out', default=str(Path(__file__).parent.parent/'nbs'/'results'/'ood.json'))
+    parser.add_argument('--out', default=str(Path(__file__).parent.parent/'benchmarks'/'results'/'ood.json'))
     main(parser.parse_args())

@@ -30,7 +30,7 @@ def main(args):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('experiments', help='the folder given to skin_lesions paper as --out')
-    parser.add_argument('--to', default=str(Path(__file__).parent.parent/'nbs'/'results'/'paper'))
+    parser.add_argument('--to', default=str(Path(__file__).parent.parent/'benchmarks'/'results'/'paper'))
     parser.add_argument('--digits', type=int, default=5, help='of the probabilities, at least')
     parser.add_argument('--tta', choices=TTA, default='dihedral', help='views of each picture, where the networks look again')
     parser.add_argument('--rows', nargs='+', help='whose networks look again, on the split by lesion')

@@ -3,7 +3,7 @@
     python benchmarks/pretraining.py --data HAM10000 --out runs/pretraining --size 128 --epochs 20 --pretext-epochs 30
 
 Fits EfficientNet-Lite0 from random weights, from both pretexts and from ImageNet weights, with a tenth of the labels and with all. What is finished in --out is kept. The table goes to
-nbs/results/pretraining.json. The paper trained its pretexts for 30 epochs.
+benchmarks/results/pretraining.json. The paper trained its pretexts for 30 epochs.
 """
 import argparse, datetime, json
 from pathlib import Path
@@ -61,7 +61,7 @@ def main():
     pretexts['restoration']['untouched_loss'] = untouched_error(meta, a.size, a.workers)
     result = dict(date=datetime.date.today().isoformat(), data='HAM10000, fold 0 of 5 by lesion', arch='tf_efficientnet_lite0', size=a.size, seed=a.seed, pictures=a.pictures,
                   n_train=int((~meta.is_valid).sum()), n_valid=int(meta.is_valid.sum()), n_valid_lesions=int(meta[meta.is_valid].group.nunique()), pretexts=pretexts, rows=table.to_dict('records'), differences=differences(a.out))
-    file = Path(__file__).parents[1]/'nbs'/'results'/'pretraining.json'
+    file = Path(__file__).parents[1]/'benchmarks'/'results'/'pretraining.json'
     file.write_text(json.dumps(result, indent=1) + '\n')
     print(table.round(3).to_string(index=False))
 

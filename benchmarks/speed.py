@@ -1,4 +1,4 @@
-"""All measurements of speed and memory, one after the other: a table of ratios, each from one run on this machine, written to nbs/results/speed.csv.
+"""All measurements of speed and memory, one after the other: a table of ratios, each from one run on this machine, written to benchmarks/results/speed.csv.
 
     HAM10000_DIR=... python benchmarks/speed.py
 """
@@ -49,6 +49,6 @@ def main(args):
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--out', default=str(HERE.parent/'nbs'/'results'/'speed.csv'))
+    parser.add_argument('--out', default=str(HERE.parent/'benchmarks'/'results'/'speed.csv'))
     parser.add_argument('--only', nargs='+', help='parts of script names; other rows of the table are kept')
     main(parser.parse_args())

@@ -6,7 +6,7 @@
    Resident memory of the worker after 1,000 pictures and after --items, and of the main process. Pictures are stood in for by one that is decoded already, so that many go through.
 2. Speed: pictures a second and core of the loader, from files as they are and from tar files with a shorter side of 160 pixels, and of a training step of the rotation pretext on the CPU.
 
-Each part runs in a process of its own. The result goes to nbs/results/streaming.json.
+Each part runs in a process of its own. The result goes to benchmarks/results/streaming.json.
 """
 import argparse, datetime, json, os, platform, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -113,7 +113,7 @@ def main(a):
             if done.returncode: sys.exit(done.stderr)
             out.setdefault(part, {})[kind] = json.loads(done.stdout.splitlines()[-1])
             print(part, kind, out[part][kind], flush=True)
-    (REPO/'nbs'/'results'/'streaming.json').write_text(json.dumps(out, indent=1) + '\n')
+    (REPO/'benchmarks'/'results'/'streaming.json').write_text(json.dumps(out, indent=1) + '\n')
 
 
 if __name__ == '__main__':

@@ -188,7 +188,7 @@ def test_a_larger_folder_needs_no_more_memory(learn, sample, tmp_path):
 
 
 def test_overlap_on_the_sample(learn, sample):
-    from skin_lesions.gradcam import overlap_summary, overlap_table
+    from skin_lesions.cam_checks import overlap_summary, overlap_table
     meta = learn.dls.valid_ds.items
     table = overlap_table(learn, meta, sample/'HAM10000_segmentations')
     assert list(table.image_id) == list(meta.image_id)
@@ -201,7 +201,8 @@ def test_overlap_on_the_sample(learn, sample):
 def test_the_mask_goes_the_way_of_the_image(sample, crop, tmp_path):
     from PIL import Image
     from skin_lesions.data import ham10000_dataloaders
-    from skin_lesions.gradcam import _batch, mask_view, network_view
+    from skin_lesions.gradcam import _batch, network_view
+    from skin_lesions.cam_checks import mask_view
     from skin_lesions.learner import lesion_learner
     import pandas as pd
     learn = lesion_learner(ham10000_dataloaders(sample, 64, crop, bs=16, arch='test_resnet', num_workers=0), 'test_resnet', pretrained=False)
