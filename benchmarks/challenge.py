@@ -13,7 +13,8 @@ def main(args):
     from skin_lesions.decide import expected_calibration_error
     from skin_lesions.evaluate import scores
     from skin_lesions.experiments import _interval, _recalls, _share_right
-    from skin_lesions.predict import BUNDLE_NAMES, load_predictor, named_bundle, read_bundle
+    from skin_lesions.bundle import BUNDLE_NAMES, named_bundle, read_bundle
+    from skin_lesions.predict import load_predictor
     from skin_lesions.split import challenge_validation
     both = challenge_validation(read_metadata(os.environ['HAM10000_DIR']), read_challenge(args.challenge or os.environ['HAM10000_DIR'])) # raises where a lesion is on both sides
     valid = both[both.is_valid].reset_index(drop=True)

@@ -50,7 +50,7 @@ def main(args):
     from skin_lesions.data import ham10000_dataloaders
     from skin_lesions.dataset import read_metadata
     from skin_lesions.learner import two_stage_learner
-    from skin_lesions.predict import save_bundle
+    from skin_lesions.bundle import save_bundle
     from skin_lesions.synthetic import synthetic_ham10000
     with tempfile.TemporaryDirectory() as tmp:
         meta = read_metadata(synthetic_ham10000(Path(tmp)/'data', n_images=60, seed=0))

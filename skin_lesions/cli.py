@@ -166,7 +166,7 @@ def finish_run(args, learn, meta, record, out):
 
 def _write_results(args, learn, features, table, meta, record, out):
     from skin_lesions.evaluate import html_report
-    from skin_lesions.predict import update_bundle
+    from skin_lesions.bundle import update_bundle
     from skin_lesions.predictions import save_predictions
     save_predictions(table, out/'predictions.csv')
     write_json(record, out/'run.json')
@@ -228,7 +228,7 @@ def _train(args):
 
 def _fit_and_finish(args, learn, meta, record, out, start):
     from skin_lesions.distributed import on_rank0
-    from skin_lesions.predict import save_bundle
+    from skin_lesions.bundle import save_bundle
     complete = fit(args, learn, out)
     on_rank0(lambda: save_bundle(learn, out, split=record['split'] | dict(data=record['data']), overwrite=True) and None)
     record |= dict(complete=complete, epochs_done=len(learn.recorder.values), minutes=round((time.time()-start)/60, 2))
@@ -260,7 +260,8 @@ def open_run(
     run, # a run folder or a bundle, hf://owner/name@revision, or the name of the one that comes with the package
 ): # a `Predictor`
     "The trained network of a run, ready to predict"
-    from skin_lesions.predict import BUNDLE_NAMES, load_predictor
+    from skin_lesions.bundle import BUNDLE_NAMES
+    from skin_lesions.predict import load_predictor
     if str(run) in BUNDLE_NAMES and not Path(run).exists(): return load_predictor(str(run))
     if str(run).startswith('hf://'):
         from skin_lesions.hub import from_hub
@@ -277,7 +278,8 @@ def _open_old_run(run):
     from PIL import Image
     from skin_lesions.data import ham10000_dataloaders
     from skin_lesions.architectures import read_weights
-    from skin_lesions.predict import Predictor, bundle_record
+    from skin_lesions.predict import Predictor
+    from skin_lesions.bundle import bundle_record
     try:
         args = argparse.Namespace(**(dict(two_bodies=False, combine='product') | _read_json(run/'run.json')['arguments'])) # the first runs did not say these two
         args.size,args.crop,args.arch,args.model,args.gamma,args.mixup,args.lr
@@ -462,7 +464,7 @@ def calibrate(
     "Fit calibration, decision rule and referral, and put them into the bundle"
     from skin_lesions.core import NOTICE
     from skin_lesions.decide import decision_rule, fit_calibration, fit_referral
-    from skin_lesions.predict import update_bundle
+    from skin_lesions.bundle import update_bundle
     predictor,table = open_run(args.run),_predictions_of(args.table or args.run)
     if predictor.record['sha256'] is None: raise ValueError(f"{args.run} was made before there were bundles; train it again")
     if 'dx' not in table: raise ValueError('the table has no column dx; a calibration is fitted to what the images are')

@@ -38,7 +38,9 @@ from .networks import create_body
 from .learner import lesion_learner, two_stage_learner
 from .architectures import read_weights
 from .losses import LogitAdjustedLossFlat
-from .predict import load_predictor, save_bundle, split_summary, versions
+from .bundle import versions
+from .predict import load_predictor
+from .bundle import save_bundle, split_summary
 from .predictions import ensemble, get_predictions, read_predictions, save_predictions
 from .pretext import joint_restoration_learner, joint_rotation_learner, pretext_dataloaders, restoration_learner, rotation_learner, transfer_body
 from .resume import ResumeCallback
@@ -318,7 +320,7 @@ def _loss(row, meta)->dict:
     "The learner's arguments that say what is minimised"
     if row.loss not in LOSSES: raise ValueError(unknown_name('loss', row.loss, LOSSES))
     train = meta[~meta.is_valid]
-    if row.loss=='logit_adjusted': return dict(loss_func=LogitAdjustedLossFlat(train.dx.value_counts().to_dict(), row.tau))
+    if row.loss=='logit_adjusted': return dict(loss_func=LogitAdjustedLossFlat(train.dx.value_counts().to_dict(), row.tau, vocab=CODES))
     alpha = row.alpha if row.nv is None else class_weights(train, row.alpha or 'inverse', nv=row.nv)
     return dict(gamma=row.gamma, alpha=alpha)
 

@@ -21,7 +21,8 @@ from .evaluate import scores, scores_by
 from .experiments import FOLDS, ROWS, SPLIT_SEED, Row, _cache, _data_of, _fingerprint, _interval, _lock, _recalls, _share_right, _unit_counts, find_row, row_learner, scaled_row, training_config
 from .evaluate import _divide, _unit_draws
 from .ood import false_alarm_threshold, fit_ood, get_features
-from .predict import half_difference, load_predictor, save_bundle
+from .predict import half_difference, load_predictor
+from .bundle import save_bundle
 from .predictions import get_predictions, read_predictions, save_predictions
 from .resume import ResumeCallback
 from .split import split_by_lesion

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO/"tools")) # what tests share with the tools
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1') # several workers: threads of each would wait for the others' cores
 os.environ['SKIN_LESIONS_CACHE'] = tempfile.mkdtemp(prefix='skin-lesions-cache-') # not the user's
 

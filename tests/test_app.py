@@ -15,7 +15,8 @@ from skin_lesions.dataset import read_metadata
 from skin_lesions.decide import Referral, fit_calibration, fit_referral
 from skin_lesions.learner import two_stage_learner
 from skin_lesions.ood import draw_non_lesion, fit_ood
-from skin_lesions.predict import load_predictor, save_bundle
+from skin_lesions.predict import load_predictor
+from skin_lesions.bundle import save_bundle
 from skin_lesions.predictions import get_predictions
 from skin_lesions.split import split_by_lesion
 

@@ -14,7 +14,8 @@ from skin_lesions.core import CODES, ImageError, read_image
 from skin_lesions.data import ham10000_dataloaders
 from skin_lesions.dataset import check_images, unlabelled_images
 from skin_lesions.learner import lesion_learner
-from skin_lesions.predict import load_predictor, save_bundle
+from skin_lesions.predict import load_predictor
+from skin_lesions.bundle import save_bundle
 from skin_lesions.predictions import get_predictions
 
 INSIDE = ('Traceback', 'File "', 'site-packages', 'object at 0x', 'NoneType', 'unsupported operand') # of a library's inside, never in a reason

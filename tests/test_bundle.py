@@ -15,7 +15,10 @@ from skin_lesions.core import CODES
 from skin_lesions.data import ham10000_dataloaders
 from skin_lesions.dataset import read_metadata
 from skin_lesions.learner import lesion_learner, two_stage_learner
-from skin_lesions.predict import ONNX_PACKAGES, export_onnx, load_predictor, read_bundle, save_bundle, update_bundle
+from skin_lesions.onnx import ONNX_PACKAGES
+from skin_lesions.onnx import export_onnx
+from skin_lesions.predict import load_predictor
+from skin_lesions.bundle import read_bundle, save_bundle, update_bundle
 from skin_lesions.predictions import check_predictions, get_predictions
 
 CODES = list(CODES)

@@ -340,7 +340,8 @@ def test_the_map_s_caption_says_what_predict_prints(sample, finished_run, tmp_pa
     "Calibrated probabilities, and a rule's decision that is not the most probable class"
     from skin_lesions.cli import main
     from skin_lesions.decide import Calibration, decision_rule
-    from skin_lesions.predict import load_predictor, update_bundle
+    from skin_lesions.predict import load_predictor
+    from skin_lesions.bundle import update_bundle
     run, image = Path(shutil.copytree(finished_run, tmp_path/'run')), sorted(sample.rglob('*.jpg'))[0]
     own = load_predictor(run).predict(image, progress=False)[CODES].astype(float).to_numpy()[0]
     update_bundle(run, calibration=Calibration('vector', (4.,), tuple(3.*(c == 'vasc') for c in CODES)), rule=decision_rule('prior', prior={c: .97 if c == 'vasc' else .005 for c in CODES}, t=1.))

@@ -87,7 +87,7 @@ def bundle(tmp_path_factory):
     from skin_lesions.data import ham10000_dataloaders
     from skin_lesions.dataset import read_metadata
     from skin_lesions.learner import two_stage_learner
-    from skin_lesions.predict import save_bundle
+    from skin_lesions.bundle import save_bundle
     from skin_lesions.synthetic import synthetic_ham10000
     folder = tmp_path_factory.mktemp('hub')
     meta = read_metadata(synthetic_ham10000(folder/'sample', 56, seed=1, size=(96, 72)))

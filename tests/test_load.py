@@ -14,7 +14,8 @@ from skin_lesions.data import ham10000_dataloaders
 from skin_lesions.dataset import read_metadata
 from skin_lesions.learner import two_stage_learner
 from skin_lesions.ood import draw_non_lesion, fit_ood
-from skin_lesions.predict import load_predictor, save_bundle
+from skin_lesions.predict import load_predictor
+from skin_lesions.bundle import save_bundle
 
 N, CODES = int(os.environ.get('SKIN_LESIONS_LOAD', 2000)), list(CODES)
 PROC = Path('/proc/self')

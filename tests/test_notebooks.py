@@ -1,5 +1,5 @@
-"Notebook hygiene: what CONVENTIONS of this project ask of every page."
-import json, re
+"Notebook hygiene: what CONTRIBUTING asks of every page."
+import io, json, re, sys, tokenize
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,42 @@ def test_page_reads_as_a_page(path):
             assert not re.search(r'^\s*(from|import) +(nbdev|execnb|fastcore\.test)', source, re.M), source[:80]
 
 
+# Exported cells of more than 25 lines. The list can only shrink: a cell that is not long any more must leave it.
+LONG_CELLS = set()
+MOST_LONG_CELLS = 20
+# What the field calls otherwise (CONTRIBUTING, "Words")
+WORDS = re.compile(r"\b(pictures?|processors?|unusual|in turns|body sites?|what the network says|readings?|drawn lesions?)\b", re.I)
+
+
+def exported(path):
+    for cell in json.loads(path.read_text())['cells']:
+        source = ''.join(cell['source']).rstrip()
+        if cell['cell_type'] == 'code' and re.search(r'^#\| *export', source, re.M): yield cell['id'], source
+
+
+def test_exported_cells_are_short():
+    found = {f'{path.stem} {cell}' for path in NOTEBOOKS for cell, source in exported(path) if source.count('\n') >= 25}
+    assert found <= LONG_CELLS, f'more than 25 lines, split or unfold: {sorted(found-LONG_CELLS)}'
+    assert LONG_CELLS <= found, f'short by now, take them out of the list: {sorted(LONG_CELLS-found)}'
+    assert len(LONG_CELLS) <= MOST_LONG_CELLS
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
+def test_lines_fit_and_hold_one_statement(path):
+    for cell, source in exported(path):
+        wide = [line for line in source.split('\n') if len(line) > 120]
+        assert not wide, f'{cell}: {len(wide[0])} characters: {wide[0]}'
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        assert not [t.line for t in tokens if t.type == tokenize.OP and t.string == ';'], f'{cell}: two statements in a line'
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
+def test_words_are_those_of_the_field(path):
+    for cell in json.loads(path.read_text())['cells']:
+        word = WORDS.search(''.join(cell['source']))
+        assert not word, f"{cell['id']}: {word[0]!r} in {''.join(cell['source'])[max(0, word.start()-60):word.end()+40]!r}"
+
+
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
 def test_outputs_are_clean_and_small(path):
     nb, total = json.loads(path.read_text()), 0
@@ -53,8 +89,9 @@ def test_no_machine_in_the_source(path):
 
 
 def test_readme_is_the_index_page(repo):
+    sys.path.insert(0, str(repo/'tools'))
     from readme import readme_text
-    assert (repo/'README.md').read_text() == readme_text(repo/'nbs'/'index.ipynb'), 'python tests/readme.py writes it'
+    assert (repo/'README.md').read_text() == readme_text(repo/'nbs'/'index.ipynb'), 'python tools/readme.py writes it'
 
 
 def test_no_photograph_in_the_repository(repo):

@@ -185,7 +185,7 @@ def test_joint_networks_take_the_patient_along(meta):
 def test_maps_of_the_command_line_take_the_patients_along(meta, tmp_path, capsys):
     from skin_lesions.cli import main
     from skin_lesions.gradcam import stream_cams
-    from skin_lesions.predict import save_bundle
+    from skin_lesions.bundle import save_bundle
     learn = learner('one', loaders(meta))
     with torch.no_grad(): learn.model.patient[0].weight.mul_(30) # so that patients count
     bundle, rows = save_bundle(learn, tmp_path/'bundle'), meta.head(3)

@@ -19,7 +19,8 @@ from skin_lesions.experiments import compare_pretraining
 from skin_lesions.gradcam import gradcam_folder
 from skin_lesions.learner import lesion_learner
 from skin_lesions.architectures import read_weights
-from skin_lesions.predict import load_predictor, read_bundle, save_bundle
+from skin_lesions.predict import load_predictor
+from skin_lesions.bundle import read_bundle, save_bundle
 from skin_lesions.predictions import get_predictions, isic_submission, read_isic_submission, read_predictions, save_predictions, write_csv
 from skin_lesions.resume import read_state, write_state
 

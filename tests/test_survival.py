@@ -12,7 +12,8 @@ from skin_lesions.data import ham10000_dataloaders
 from skin_lesions.dataset import read_metadata
 from skin_lesions.evaluate import html_report
 from skin_lesions.learner import lesion_learner
-from skin_lesions.predict import load_predictor, save_bundle
+from skin_lesions.predict import load_predictor
+from skin_lesions.bundle import save_bundle
 from skin_lesions.predictions import get_predictions, read_predictions, save_predictions
 from skin_lesions.resume import ResumeCallback, read_state, write_state
 

@@ -5,7 +5,7 @@ import pandas as pd
 from skin_lesions.cache import resize_cache
 from skin_lesions.data import ham10000_dataloaders
 from skin_lesions.learner import two_stage_learner
-from skin_lesions.predict import save_bundle
+from skin_lesions.bundle import save_bundle
 from skin_lesions.predictions import get_predictions, save_predictions
 from fastai.torch_core import set_seed
 

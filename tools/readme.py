@@ -1,4 +1,4 @@
-"README.md is nbs/index.ipynb as text: `python tests/readme.py` writes it."
+"README.md is nbs/index.ipynb as text: `python tools/readme.py` writes it."
 import json, re
 from pathlib import Path
 
