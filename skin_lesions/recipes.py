@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'SCHEDULES', 'PRETEXTS', 'AUGMENTATIONS', 'WEIGHTS', 'CHOICES', 'NOT_TRAINED', 'LITE', 'EFFNET', 'MOBILENET',
-           'BASE', 'PAPER_CONFUSION', 'PAPER_TEST', 'PAPER_RECIPES', 'WEIGHTED_RECIPES', 'BEST_RECIPES', 'ABLATIONS',
-           'RECIPES', 'RECIPE_GROUPS', 'SCALES', 'Recipe', 'check_fields', 'check_steps', 'check_recipe',
+           'PAPER_BASE', 'PAPER_CONFUSION', 'PAPER_TEST', 'PAPER_RECIPES', 'WEIGHTED_RECIPES', 'BEST_RECIPES',
+           'ABLATIONS', 'RECIPES', 'RECIPE_GROUPS', 'SCALES', 'Recipe', 'check_fields', 'check_steps', 'check_recipe',
            'training_config', 'recipe_digest', 'find_recipe', 'recipe_names', 'field_value', 'with_changes', 'Scale',
            'at_scale']
 
@@ -133,24 +133,24 @@ def recipe_digest(
 
 # %% ../nbs/33_recipes.ipynb #5fa85830
 LITE,EFFNET,MOBILENET = 'tf_efficientnet_lite0','tf_efficientnet_b7','mobilenetv2_100'
-BASE = Recipe('resnet50_gamma0', 'ResNet-50 from random weights, cross-entropy', arch='resnet50', pretrained=False, schedule='flat',
+PAPER_BASE = Recipe('resnet50_gamma0', 'ResNet-50 from random weights, cross-entropy', arch='resnet50', pretrained=False, schedule='flat',
               paper_accuracy=.748, paper_recall=.422)
 
 def _named(*recipes)->dict: return {r.name: r for r in recipes}
 
-def _row(name, about, accuracy=None, recall=None, of=BASE, **changes)->Recipe:
+def _row(name, about, accuracy=None, recall=None, of=PAPER_BASE, **changes)->Recipe:
     return replace(of, name=name, about=about, paper_accuracy=accuracy, paper_recall=recall, **changes)
 
 _GAMMAS = {1.: (.540, .561), 1.5: (.549, .560), 2.: (.534, .531), 5.: (.521, .525)}
 _FROM_SCRATCH = [_row(f'resnet50_gamma{g:g}', f'ResNet-50 from random weights, γ = {g:g}', *figures, gamma=g) for g,figures in _GAMMAS.items()]
-_TEACHES = replace(BASE, pretrained=True)
+_WITH_IMAGENET = replace(PAPER_BASE, pretrained=True)
 
 # %% ../nbs/33_recipes.ipynb #8305a192
 _PRETRAINED = [
-    _row('resnet50_pretrained_gamma0', 'pretrained ResNet-50, cross-entropy', .862, .753, of=_TEACHES),
-    _row('resnet50_pretrained_gamma1', 'pretrained ResNet-50, γ = 1', .843, .727, of=_TEACHES, gamma=1.),
-    _row('efficientnet_mixup', 'EfficientNet, γ = 1, mixUp', .901, .800, of=_TEACHES, arch=EFFNET, gamma=1., mixup=.7),
-    _row('two_stage_efficientnet_mixup', 'two-stage EfficientNet, γ = 1, mixUp, nevi discounted', .905, .806, of=_TEACHES, arch=EFFNET,
+    _row('resnet50_pretrained_gamma0', 'pretrained ResNet-50, cross-entropy', .862, .753, of=_WITH_IMAGENET),
+    _row('resnet50_pretrained_gamma1', 'pretrained ResNet-50, γ = 1', .843, .727, of=_WITH_IMAGENET, gamma=1.),
+    _row('efficientnet_mixup', 'EfficientNet, γ = 1, mixUp', .901, .800, of=_WITH_IMAGENET, arch=EFFNET, gamma=1., mixup=.7),
+    _row('two_stage_efficientnet_mixup', 'two-stage EfficientNet, γ = 1, mixUp, nevi discounted', .905, .806, of=_WITH_IMAGENET, arch=EFFNET,
          gamma=1., mixup=.7, stages=2, factors={'nv': .5})]
 
 PAPER_CONFUSION = ( # of the two-stage EfficientNet; true classes down: akiec bcc bkl df mel nv vasc
@@ -176,7 +176,7 @@ _TRIED = [
     _row('size128_down', 'down-sampled to 128 pixels', crop='resize'),
     _row('size256_down', 'down-sampled to 256 pixels', crop='resize', steps=((256, 20),))]
 
-PAPER_RECIPES = _named(BASE, *_FROM_SCRATCH, *_PRETRAINED, *_SELF_SUPERVISED, *_TRIED)
+PAPER_RECIPES = _named(PAPER_BASE, *_FROM_SCRATCH, *_PRETRAINED, *_SELF_SUPERVISED, *_TRIED)
 
 # %% ../nbs/33_recipes.ipynb #579c8e8a
 _INVERSE = replace(PAPER_RECIPES['resnet50_pretrained_gamma1'], alpha='inverse')
@@ -280,7 +280,7 @@ def _pairs(text, sign)->list: return [part.strip().split(sign) for part in text.
 _FROM_TEXT = dict( # by field, else by its type
     steps=lambda t: tuple((int(size), int(epochs)) for size,epochs in _pairs(t, 'x')),
     factors=lambda t: {code: float(v) for code,v in _pairs(t, '=')},
-    teachers=lambda t: tuple(p[0] for p in _pairs(t, '\0')),
+    teachers=lambda t: tuple(name.strip() for name in t.split(',')),
     size=int, epochs=int)
 _EXPECTED = dict(steps='sizes and epochs such as 128x8,224x4', factors='codes and numbers such as nv=.5', teachers='names of recipes such as base,flat',
                  bool='yes or no', int='a whole number', float='a number', str='a word')
