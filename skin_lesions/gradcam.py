@@ -232,8 +232,8 @@ def _forward(self:GradCAM, x, patient=None):
         if not isinstance(out, Tensor) or out.ndim!=2: raise ValueError(f"the network returns {tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__}, expected [bs, classes]")
         return out,out,None,None
     s,z = (t if t.device.type=='mps' else t.double() for t in net.stages(x, *_with(patient, x.device)))
-    joined = join_stages(s, z, net.nevus)
-    return (route_stages(s, z, net.nevus) if net.combine=='paper' else joined),joined,s,z
+    joined = join_stages(s, z, net.first)
+    return (route_stages(s, z, net.first) if net.combine=='paper' else joined),joined,s,z
 
 # %% ../nbs/50_gradcam.ipynb #8aaa1172
 @patch
@@ -241,17 +241,17 @@ def _stage_score(self:GradCAM, s, z, target, stage, bs):
     "Classes explained and their scores, for one stage alone"
     net,n = self.net,z.shape[1]+1
     codes = list(CODES) if self.vocab is None and n==len(CODES) else self.vocab
-    nevus = lambda t: t!='rest' and _class_number(t, n, codes)==net.nevus
+    nevus = lambda t: t!='rest' and _class_number(t, n, codes)==net.first
     if stage=='one':
         if target is None: is_nevus = s>=0
         else: is_nevus = torch.tensor([nevus(t) for t in _for_each(target, bs)], device=s.device)
-        return torch.where(is_nevus, net.nevus, -1),torch.where(is_nevus, s, -s)
+        return torch.where(is_nevus, net.first, -1),torch.where(is_nevus, s, -s)
     if target is None: column = z.argmax(1)
     else:
         numbers = class_numbers(target, n, bs, codes).to(z.device)
-        if (numbers==net.nevus).any(): raise ValueError(f"stage two does not know the nevus (image {int((numbers==net.nevus).nonzero()[0])} of the batch); use stage='one' or None for it")
-        column = numbers-(numbers>net.nevus).long()
-    return column+(column>=net.nevus).long(),z.gather(1, column[:,None])[:,0]
+        if (numbers==net.first).any(): raise ValueError(f"stage two does not know the nevus (image {int((numbers==net.first).nonzero()[0])} of the batch); use stage='one' or None for it")
+        column = numbers-(numbers>net.first).long()
+    return column+(column>=net.first).long(),z.gather(1, column[:,None])[:,0]
 
 @patch
 def _score(self:GradCAM, forward, target, stage):

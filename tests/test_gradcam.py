@@ -14,7 +14,7 @@ def network(kind, arch, seed=0, **kw):
     from skin_lesions.networks import LesionNet, TwoStageNet, create_body
     torch.manual_seed(seed)
     body = create_body(arch, pretrained=False)
-    net = LesionNet(body, hidden=(16,)) if kind == 'one' else TwoStageNet(body, hidden=(16,), **kw)
+    net = LesionNet(body, 7, hidden=(16,)) if kind == 'one' else TwoStageNet(body, n_out=7, first=5, hidden=(16,), **kw)
     for p in net.parameters():
         if p.ndim == 1: p.data += .2*torch.randn_like(p)
     return net.eval()
