@@ -157,7 +157,7 @@ def two_stage_learner(
     vocab = list(dls.vocab)
     if NEVUS not in vocab: raise ValueError(f"a two-stage network needs the class {NEVUS!r}; dls.vocab is {vocab}")
     bodies = [create_body(arch, pretrained=pretrained, weights=weights, **(body_kwargs or {})) for _ in range(1 if shared else 2)]
-    net = TwoStageNet(*bodies, n_out=len(vocab), nevus=vocab.index(NEVUS), hidden=hidden, ps=ps, combine=combine, n_patient=_n_patient(dls, patient))
+    net = TwoStageNet(*bodies, n_out=len(vocab), first=vocab.index(NEVUS), hidden=hidden, ps=ps, combine=combine, n_patient=_n_patient(dls, patient))
     alpha = resolve_alpha(dls, alpha) if loss_func is None else None
     if loss_func is None: loss_func = TwoStageFocalLoss(gamma=gamma, alpha=alpha, vocab=vocab)
     if metrics is None: metrics = [accuracy, AverageRecall(), StageOneAUC(), StageTwoRecall()]
