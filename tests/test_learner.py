@@ -101,7 +101,7 @@ def test_any_class_set_trains_and_is_exported(sample, name, tmp_path):
     from skin_lesions.classes import class_set
     from skin_lesions.data import ham10000_dataloaders
     from skin_lesions.learner import lesion_learner, two_stage_learner
-    from skin_lesions.dataset import read_metadata
+    from skin_lesions.readers import read_metadata
     from skin_lesions.split import split_by_lesion
     classes, meta = class_set(name), split_by_lesion(read_metadata(sample))
     meta = meta.assign(dx=np.resize(classes.codes, len(meta)))
@@ -124,7 +124,7 @@ def test_any_class_set_trains_and_is_exported(sample, name, tmp_path):
 def test_the_most_frequent_class_is_first_where_the_set_names_none(sample):
     from skin_lesions.data import ham10000_dataloaders
     from skin_lesions.learner import two_stage_learner
-    from skin_lesions.dataset import read_metadata
+    from skin_lesions.readers import read_metadata
     from skin_lesions.split import split_by_lesion
     meta = split_by_lesion(read_metadata(sample))
     meta = meta.assign(dx=['often' if i%2 else 'one' if i%4 else 'other' for i in range(len(meta))])
