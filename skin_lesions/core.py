@@ -265,16 +265,25 @@ def _upright(image):
     except Exception: return image
 
 # %% ../nbs/00_core.ipynb #0c0de00b
+def _reduction(size, side)->int:
+    "The largest power of two by which an image may shrink so that its shorter side keeps `side` pixels"
+    return 1 if side is None else 1 << max(0, (min(size)//side).bit_length()-1)
+
 def _rgb(image, side=None):
     "An image with three times eight bits, upright"
     _check_open(image)
-    if side is not None and image.format in ('JPEG', 'MPO'): image.draft(None, (side, side))
+    width,factor = image.width,_reduction(image.size, side)
+    # a JPEG's decoder shrinks up to eight times, and need not decode what it leaves out
+    if factor>1 and image.format in ('JPEG', 'MPO'): image.draft(None, (side, side))
     image.load()
     if image.mode in ('LA', 'La', 'PA', 'RGBA', 'RGBa') or 'transparency' in image.info:
         least_alpha,_ = image.convert('RGBA').getchannel('A').getextrema()
         if least_alpha<255: raise ValueError("parts of it are transparent; save it without transparency")
-    return _upright(image).convert('RGB')
+    left = factor // round(width/image.width)
+    image = _upright(image).convert('RGB')
+    return image.reduce(left) if left>1 else image
 
+# %% ../nbs/00_core.ipynb #0c0de012
 def _check_file(path):
     "Raise for a path that is not a file with something in it"
     try: status = os.stat(path)
@@ -297,7 +306,7 @@ def _not_an_image(source)->str:
 
 def _decoded_image(source, side=None):
     "RGB from a path, bytes or a PIL image; raises errors of many kinds"
-    if isinstance(source, Image.Image): return _rgb(source)
+    if isinstance(source, Image.Image): return _rgb(source, side)
     if isinstance(source, bytes) and not source: raise ValueError('empty file (0 bytes)')
     if not isinstance(source, bytes): _check_file(source)
     with _opened(source) as f, Image.open(f, formats=IMAGE_FORMATS) as image: return _rgb(image, side)
@@ -305,7 +314,7 @@ def _decoded_image(source, side=None):
 # %% ../nbs/00_core.ipynb #0c0de00c
 def read_image(
     source, # path, bytes of a file, or PIL image
-    side:int=None, # a JPEG may come at 1/2, 1/4 or 1/8 if its shorter side keeps this many pixels; None: all of it
+    side:int=None, # the image may come at 1/2, 1/4, ... if its shorter side keeps this many pixels; None: all of it
 )->Image.Image: # RGB, upright, decoded to the end
     "Open an image, or raise an `ImageError` that names it and says why it cannot be used"
     try: return _decoded_image(source, side)
