@@ -1,4 +1,4 @@
-"""Is the map on the lesion? The table of `nbs/50_gradcam.ipynb`: a trained run on its own validation images, with HAM10000's lesion masks.
+"""Is the map on the lesion? The table of `nbs/51_cam_checks.ipynb`: a trained run on its own validation images, with HAM10000's lesion masks.
 
     python benchmarks/gradcam_overlap.py --run runs/two_stages --data HAM10000
 
@@ -49,22 +49,23 @@ def against_baselines(table, n=1000, seed=42):
 
 def sanity(learn, meta, n):
     "Cascading randomisation and deletion and insertion on the first `n` images, a class after the other"
-    from skin_lesions.gradcam import GradCAM, _batch
+    from skin_lesions.gradcam import GradCAM, image_inputs
     from skin_lesions.cam_checks import curve_areas, deletion_insertion, randomization_check
     chosen = meta.assign(k=meta.groupby('dx').cumcount()).sort_values(['k', 'dx']).head(n).reset_index(drop=True)
-    xb = _batch(learn, chosen)
+    xb, _ = image_inputs(learn, chosen)
     cams = GradCAM(learn).cam(xb)
     return dict(images=len(chosen), randomization=randomization_check(learn, xb, steps=26).to_dict('records'), areas=curve_areas(deletion_insertion(learn, xb, cams)).to_dict())
 
 
 def main(args):
     import torch
-    from skin_lesions.cli import load_run, versions
+    from skin_lesions.core import versions
+    from skin_lesions.predict import load_predictor
     from skin_lesions.cam_checks import overlap_summary, overlap_table
     if args.threads: torch.set_num_threads(args.threads)
     run, data = Path(args.run), Path(args.data)
     record = json.loads((run/'run.json').read_text())
-    learn, meta = load_run(run), validation_images(run, data)
+    learn, meta = load_predictor(run), validation_images(run, data)
     if args.limit: meta = meta.sample(args.limit, random_state=42).sort_values('image_id').reset_index(drop=True)
     table = overlap_table(learn, meta, args.masks or data/'HAM10000_segmentations', show=not args.quiet)
     summary = overlap_summary(table)
@@ -76,13 +77,14 @@ def main(args):
     masks = args.masks or data/'HAM10000_segmentations'
     layers = {layer: overlap_summary(overlap_table(learn, meta, masks, layer=layer, show=not args.quiet)).loc['all'].to_dict() for layer in args.layers}
     by_explained = {c: overlap_summary(part).loc['all'].to_dict() for c, part in table.groupby('explained')}
-    from skin_lesions.gradcam import GradCAM, _batch
-    with GradCAM(learn) as explain: explain.cam(_batch(learn, meta.head(1)))
+    from skin_lesions.gradcam import GradCAM, image_inputs
+    explain = GradCAM(learn)
+    map_size = list(explain.cam(image_inputs(learn, meta.head(1))[0], resize=False).shape[1:])
     keep = ('model', 'arch', 'size', 'crop', 'epochs', 'bs', 'lr', 'gamma', 'alpha', 'mixup', 'seed', 'fold', 'folds', 'split')
     result = dict(date=args.date or datetime.date.today().isoformat(), machine=args.machine or f'{platform.machine()}, CPU only', versions=versions(),
                   run={k: record['arguments'][k] for k in keep if k in record['arguments']} | dict(weights=record['weights']), split=record['split']['rule'],
                   images=len(table), lesions=int(table.group.nunique()), masks_missing=len(table.attrs['no_mask']), unreadable=len(table.attrs['unreadable']),
-                  method='gradcam', layer=next(iter(explain.auto.values())), map_size=list(GradCAM(learn).cam(_batch(learn, meta.head(1)), resize=False).shape[1:]), target='predicted class',
+                  method='gradcam', layer=next(iter(explain.layers.values())), map_size=map_size, target='predicted class',
                   accuracy=float(table.right.mean()), average_recall=record.get('scores', {}).get('average_recall'),
                   summary=summary.rename_axis('images of').reset_index().to_dict('records'), by_class_explained=by_explained, stages=explained, other_layers=layers,
                   against_baselines=against_baselines(table), right_minus_wrong=differences(table), interval='95 %, percentile bootstrap over lesions, 1,000 draws', sanity=sanity(learn, meta, args.sanity))

@@ -30,7 +30,7 @@ def main(args):
     x, classes = torch.randn(args.bs, 3, args.size, args.size, device=args.device), [i % 7 for i in range(args.bs)]
     with GradCAM(net) as ours:
         first = ours.cam(x, classes)
-        layer = next(iter(ours.auto.values()))
+        layer = next(iter(ours.layers.values()))
         with Package(model=net, target_layers=[net.get_submodule(layer)]) as package:
             targets = [ClassifierOutputTarget(c) for c in classes]
             theirs = package(input_tensor=x, targets=targets)

@@ -24,7 +24,7 @@ from filelock import FileLock
 from PIL import Image
 
 from .core import ImageError, check_columns, progress, read_image
-from .data import PictureBatches, crop_side, crop_transform, stacked_targets
+from .data import ImageBatches, crop_side, crop_transform, cropped, stacked_targets
 
 # %% ../nbs/16_cache.ipynb #b5e65a69
 def _digest(data): return hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -179,7 +179,7 @@ def _check_room(self:PixelStore, found, n):
     if need>free: raise OSError(28, f"{n:,} pictures need about {need/2**20:,.0f} MB")
 
 # %% ../nbs/16_cache.ipynb #9cad6e9a
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 SPARE = 1.1 # a picture is kept as it was decoded if its shorter side is at most this many times what is needed
 
 def cache_folder()->Path:
@@ -209,9 +209,9 @@ class _Shrink:
 
 class _View:
     "From the bytes of a file to the square that validation sees"
-    def __init__(self, crop, item_tfms): self.crop,self.item_tfms = crop,L(item_tfms)
+    def __init__(self, crop, side, item_tfms): self.crop,self.side,self.item_tfms = crop,side,L(item_tfms)
     def __call__(self, data):
-        image = PILImage(read_image(data))
+        image = PILImage(read_image(data, None if self.item_tfms else self.side))
         for t in self.item_tfms: image = t(image)
         return np.asarray(crop_transform(*self.crop)(image, split_idx=1)) # a new one each time: it keeps what it drew, and threads would share it
 
@@ -234,7 +234,7 @@ class ImageCache:
         self.side,self.filling = crop_side(size, crop, min_scale),dict(n_workers=n_workers, show=show, verify=verify)
         folder,view = Path(folder) if folder is not None else cache_folder(),(self.size, crop, min_scale)
         self.pictures = PixelStore(_store_folder(folder, 'pictures', side=self.side, spare=SPARE, preprocess=self.described), _Shrink(self.side, item_tfms))
-        self.squares = PixelStore(_store_folder(folder, 'squares', view=view, preprocess=self.described), _View(view, item_tfms))
+        self.squares = PixelStore(_store_folder(folder, 'squares', view=view, side=self.side, preprocess=self.described), _View(view, self.side, item_tfms))
 
     def __len__(self): return len(self.pictures)
     def __repr__(self): return f"ImageCache({self.crop} crops of {self.size} px: {len(self.pictures):,} pictures, {len(self.squares):,} validation squares, {self.n_bytes/2**20:,.0f} MB)"
@@ -269,7 +269,7 @@ def resize_cache(
     return cache
 
 # %% ../nbs/16_cache.ipynb #394f0cb8
-class CachedBatches(PictureBatches):
+class CachedBatches(ImageBatches):
     "Makes the batches of a `LesionDL` from a `PixelStore`"
     def __init__(self,
         store:PixelStore, # holds the pictures of the loader's items
@@ -283,7 +283,7 @@ class CachedBatches(PictureBatches):
         self.others = [stacked_targets(tl) for tl in dl.dataset.tls[1:]]
         self.crop = next(t for t in dl.after_item.fs if isinstance(t, (RandomResizedCrop, Resize, RandomCrop)))
 
-    def picture(self, i)->np.ndarray: # uint8 [height, width, 3]
+    def image(self, i)->np.ndarray: # uint8 [height, width, 3]
         "The picture of an item"
         n = self.at[i]
         return np.asarray(self.store.pixels()[n:n+self.h[i]*self.w[i]*3]).reshape(self.h[i], self.w[i], 3)
@@ -291,18 +291,20 @@ class CachedBatches(PictureBatches):
     def images(self, idxs)->TensorImage: # uint8 [n, 3, height, width]
         "The pictures of some items, cropped"
         if not self.squares: return super().images(idxs)
-        return TensorImage(torch.from_numpy(np.stack([self.picture(i) for i in idxs])).permute(0, 3, 1, 2).contiguous())
+        return TensorImage(torch.from_numpy(np.stack([self.image(i) for i in idxs])).permute(0, 3, 1, 2).contiguous())
 
 # %% ../nbs/16_cache.ipynb #d946902b
 @patch
 def check(self:ImageCache,
     size:int, # side of the square that the network sees, pixels
     crop:str, # one of `CROPS`
+    min_scale:float=.35, # `random` only: smallest part of the image's area
     item_tfms=None, # preprocessing
 ):
     "Raise if the cache does not hold what a loader needs"
     told = "make one with resize_cache(meta, size, crop, item_tfms=...) and the same settings, or use cache=None"
     if (size, crop)!=(self.size, self.crop): raise ValueError(f"the cache is for {self.crop} crops of {self.size} px, the loader needs {crop} crops of {size} px; {told}")
+    if crop=='random' and min_scale!=self.min_scale: raise ValueError(f"the cache is for crops of at least {self.min_scale:g} of the image's area, the loader needs min_scale={min_scale:g}; {told}")
     if _described(item_tfms)!=self.described: raise ValueError(f"the cache holds pictures with preprocessing {self.described}, the loader needs {_described(item_tfms)}; {told}")
 
 @patch

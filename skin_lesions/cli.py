@@ -214,7 +214,7 @@ def _train(args):
     out,start = on_rank0(folder_to_train_in, args),time.time()
     meta,folder = on_rank0(read_data, args)
     if args.nv is not None and args.alpha=='none': raise ValueError('--nv is a factor on class weights; it needs another --alpha than none')
-    alpha = (None if args.alpha=='none' else args.alpha) if args.nv is None else class_weights(meta, 'inverse' if args.alpha=='auto' else args.alpha, nv=args.nv)
+    alpha = (None if args.alpha=='none' else args.alpha) if args.nv is None else class_weights(meta, 'inverse' if args.alpha=='auto' else args.alpha, dict(nv=args.nv))
     set_seed(args.seed, reproducible=True)
     cache = picture_cache(args, meta)
     workers = {'num_workers': 2 if args.workers is None else args.workers} if cache is None or args.workers is not None else {}

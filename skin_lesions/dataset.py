@@ -14,10 +14,11 @@ from pathlib import Path, PurePosixPath
 import pandas as pd
 from PIL import ImageFile
 
+from .classes import HAM10000, with_classes
 from .core import CODES, LESION_CLASSES, check_columns, image_files, progress, table_text, unknown_name, why_unreadable
 
 # %% ../nbs/10_dataset.ipynb #12792224
-META_COLUMNS = ('image_id', 'path', 'dx', 'lesion_id', 'age', 'sex', 'localization', 'group')
+META_COLUMNS = ('image_id', 'path', 'dx', 'lesion_id', 'age', 'sex', 'site', 'group')
 
 # %% ../nbs/10_dataset.ipynb #143becc9
 NEAR_DUPLICATES = ( # pairs of image_ids: one lesion under two lesion_ids (Abhishek et al., Sci Data 12:196, 2025)
@@ -200,8 +201,9 @@ def _ham_table(file):
         warnings.warn(f"{file}: left out {foreign.sum()} of {len(df)} rows, which are of the ISIC 2018 challenge's validation or test images")
         df = df[~foreign]
     df['age'] = _ages(df.age, file)
-    for c in ('sex', 'localization'): df[c] = df[c].where(df[c]!='', 'unknown')
-    return df[['image_id', 'dx', 'lesion_id', 'age', 'sex', 'localization']]
+    df = df.rename(columns={'localization': 'site'})
+    for c in ('sex', 'site'): df[c] = df[c].where(df[c]!='', 'unknown')
+    return df[['image_id', 'dx', 'lesion_id', 'age', 'sex', 'site']]
 
 # %% ../nbs/10_dataset.ipynb #88682a30
 def _diagnoses(df, file):
@@ -233,8 +235,9 @@ def _challenge_table(folder, file, prefix):
         df['lesion_id'] = _lesion_groupings(folder, prefix, df.image_id, file)
     df = _check_rows(df, file)
     df['age'] = _ages(df.age, file) if 'age' in df.columns else float('nan')
-    for c in ('sex', 'localization'): df[c] = df[c].where(df[c]!='', 'unknown') if c in df.columns else 'unknown'
-    return df[['image_id', 'dx', 'lesion_id', 'age', 'sex', 'localization']]
+    df = df.rename(columns={'localization': 'site'})
+    for c in ('sex', 'site'): df[c] = df[c].where(df[c]!='', 'unknown') if c in df.columns else 'unknown'
+    return df[['image_id', 'dx', 'lesion_id', 'age', 'sex', 'site']]
 
 # %% ../nbs/10_dataset.ipynb #5520562d
 _NO_IMAGES = re.compile('segmentation|mask|groundtruth', re.I)
@@ -274,7 +277,9 @@ def _finish(df, merge_duplicates):
     "The table in its final form"
     df = df.sort_values('image_id').reset_index(drop=True)
     df['group'] = merge_lesions(df) if merge_duplicates else df.lesion_id
-    return df[list(META_COLUMNS)]
+    df = with_classes(df[list(META_COLUMNS)], HAM10000)
+    df.attrs['group'] = 'image' if (df.group==df.image_id).all() else 'lesion'
+    return df
 
 # %% ../nbs/10_dataset.ipynb #94397874
 def read_metadata(
@@ -328,7 +333,7 @@ def unlabelled_images(
     for longer in (lambda f: f.relative_to(root).with_suffix('').as_posix(), lambda f: f.relative_to(root).as_posix()):
         again = ids.duplicated(keep=False)
         if again.any(): ids = ids.where(~again, files.map(longer))
-    df = pd.DataFrame({'image_id': ids.astype(str), 'path': files.astype(str), 'dx': None, 'age': float('nan'), 'sex': 'unknown', 'localization': 'unknown'})
+    df = pd.DataFrame({'image_id': ids.astype(str), 'path': files.astype(str), 'dx': None, 'age': float('nan'), 'sex': 'unknown', 'site': 'unknown'})
     df = df.assign(lesion_id=df.image_id, group=df.image_id)
     return df[list(META_COLUMNS)].sort_values('image_id').reset_index(drop=True)
 

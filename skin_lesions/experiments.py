@@ -321,7 +321,7 @@ def _loss(row, meta)->dict:
     if row.loss not in LOSSES: raise ValueError(unknown_name('loss', row.loss, LOSSES))
     train = meta[~meta.is_valid]
     if row.loss=='logit_adjusted': return dict(loss_func=LogitAdjustedLossFlat(train.dx.value_counts().to_dict(), row.tau, vocab=CODES))
-    alpha = row.alpha if row.nv is None else class_weights(train, row.alpha or 'inverse', nv=row.nv)
+    alpha = row.alpha if row.nv is None else class_weights(train, row.alpha or 'inverse', dict(nv=row.nv))
     return dict(gamma=row.gamma, alpha=alpha)
 
 def row_learner(

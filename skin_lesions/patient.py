@@ -17,7 +17,7 @@ from fastai.torch_core import TensorBase, TitledStr
 from .core import check_columns, unknown_name
 
 # %% ../nbs/13_patient.ipynb #07f32d03
-PATIENT_COLUMNS = ('age', 'sex', 'localization')
+PATIENT_COLUMNS = ('age', 'sex', 'site')
 
 _LEAKS = {
     'dx_type': "it says how the diagnosis was made, which is known only afterwards and gives it away: every akiec, bcc and mel of HAM10000 is 'histo', and 'follow_up' is nv only",
