@@ -90,7 +90,7 @@ def report(a, meta, folds):
             rows += [row(f'single network{label}, calibrated: {method}', [fitted.calibrate(t) for t in tests]), row(f'ensemble of four folds{label}, calibrated: {method}', [fitted.calibrate(together)])]
         fitted = fit_calibration(oof, 'stages_vector')
         calibrated, test = fitted.calibrate(oof), fitted.calibrate(together)
-        chosen = {'argmax': decision_rule('argmax'), 'prior': decision_rule('prior', calibrated), 'cost': decision_rule('cost'), 'paper': decision_rule('paper')}
+        chosen = {'argmax': decision_rule('argmax'), 'prior': decision_rule('prior', calibrated), 'cost': decision_rule('cost', calibrated), 'paper': decision_rule('paper', calibrated)}
         found = compare_rules(test, chosen)
         for rule, fitted_rule in chosen.items():
             interval = average_recall_interval(decided(test, fitted_rule))

@@ -205,7 +205,7 @@ def test_calibration_rule_and_referral_travel(learn, meta, tmp_path):
     raw = load_predictor(save_bundle(learn, tmp_path/'raw'), device='cpu').predict(new, progress=False).drop(columns='problem')
     for method in ('temperature', 'stages_vector'):
         calibration = fit_calibration(valid, method)
-        rule, referral = decision_rule('cost'), fit_referral(calibration.calibrate(valid, overlap='ignore'), .8)
+        rule, referral = decision_rule('cost', valid), fit_referral(calibration.calibrate(valid, overlap='ignore'), .8)
         folder = save_bundle(learn, tmp_path/method, calibration=calibration, rule=rule, referral=referral)
         table, by_hand = load_predictor(folder, device='cpu').predict(new, progress=False), calibration.calibrate(raw)
         np.testing.assert_allclose(numbers(table), numbers(by_hand), atol=1e-9)

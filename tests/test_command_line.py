@@ -344,7 +344,7 @@ def test_the_map_s_caption_says_what_predict_prints(sample, finished_run, tmp_pa
     from skin_lesions.bundle import update_bundle
     run, image = Path(shutil.copytree(finished_run, tmp_path/'run')), sorted(sample.rglob('*.jpg'))[0]
     own = load_predictor(run).predict(image, progress=False)[CODES].astype(float).to_numpy()[0]
-    update_bundle(run, calibration=Calibration('vector', (4.,), tuple(3.*(c == 'vasc') for c in CODES)), rule=decision_rule('prior', prior={c: .97 if c == 'vasc' else .005 for c in CODES}, t=1.))
+    update_bundle(run, calibration=Calibration('vector', (4.,), CODES, tuple(3.*(c == 'vasc') for c in CODES)), rule=decision_rule('prior', prior={c: .97 if c == 'vasc' else .005 for c in CODES}, t=1.))
     table = load_predictor(run).predict(image, progress=False)
     decision, p = table.decision[0], table[CODES].astype(float).iloc[0]
     assert decision != p.idxmax() and abs(p.to_numpy() - own).max() > .1 # else the test would not show the difference

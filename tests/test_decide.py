@@ -5,10 +5,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from skin_lesions.core import CODES, MALIGNANT, NOTICE
-from skin_lesions.decide import (CALIBRATIONS, RULES, brier_score, calibration_report, compare_rules, crossfit, decision_rule, expected_calibration_error,
-                                 fit_calibration, fit_referral, from_dict, negative_log_likelihood, referral_report, reliability, risk_coverage)
+from skin_lesions.classes import HAM10000, ISIC2019, MELANOMA, ClassSet, with_classes
+from skin_lesions.core import NOTICE
+from skin_lesions.decide import (CALIBRATIONS, RULES, advise, brier_score, calibration_report, compare_rules, crossfit,
+                                 decide_table, decision_rule, expected_calibration_error, fit_calibration, fit_referral,
+                                 from_dict, negative_log_likelihood, referral_report, reliability, risk_coverage)
 
+CODES, MALIGNANT = HAM10000.codes, HAM10000.malignant
 SHARES = np.array([.05, .06, .12, .03, .13, .58, .03])
 
 
@@ -79,7 +82,7 @@ def test_reports_on_lesions_of_the_fit_are_refused_and_counted(fit, report):
 
 def test_json_decides_alike_in_another_process(python, tmp_path):
     t, new = draw(shift=np.linspace(-1, 1, 7)), draw(seed=1)
-    objects = [*(fit_calibration(t, m) for m in CALIBRATIONS), *(decision_rule(r, t if r == 'prior' else None) for r in RULES), fit_referral(t), fit_referral(t, .8, 'uncertainty')]
+    objects = [*(fit_calibration(t, m) for m in CALIBRATIONS), *(decision_rule(r, t) for r in RULES), fit_referral(t), fit_referral(t, .8, 'uncertainty')]
     answer = lambda o: next(np.asarray(getattr(o, f)(new)).tolist() for f in ('calibrate', 'decide', 'refer') if hasattr(o, f))
     (tmp_path/'o.json').write_text(json.dumps([o.as_dict() for o in objects], allow_nan=False))
     new.to_pickle(tmp_path/'t.pkl')
@@ -120,7 +123,7 @@ def test_referral_keeps_its_sensitivity_on_average(by):
         reached.append(r.sensitivity)
         assert r.missed == round((1-r.sensitivity)*r.n_malignant) and r.low <= r.sensitivity <= r.high
     assert abs(np.mean(reached)-max(.9, referral.reached)) < .05
-    assert referral.advise(new).attrs['notice'] == NOTICE == referral.as_dict()['notice']
+    assert advise(new, referral).attrs['notice'] == NOTICE == referral.as_dict()['notice']
 
 
 def test_coverage_ends_at_the_error_of_all():
@@ -145,6 +148,7 @@ def test_crossfit_never_uses_a_lesion_for_itself():
 
 
 @pytest.mark.parametrize('change', [dict(kind='other'), dict(method='x'), dict(temperatures=[0.]), dict(temperatures=[float('nan')]), dict(temperatures='abc'), dict(temperatures=None),
-                                    dict(bias={'mel': 1}), dict(bias=[0]*7), dict(fitted_on={'lesions': []})])
+                                    dict(bias={'mel': 1}), dict(bias=[0]*7), dict(fitted_on={'lesions': []}),
+                                    dict(codes=None), dict(first='nv')])
 def test_broken_files_get_a_value_error(change):
     with pytest.raises(ValueError): from_dict({**fit_calibration(draw()).as_dict(), **change})

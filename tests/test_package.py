@@ -4,7 +4,12 @@ from pathlib import Path
 
 import pytest
 
-MODULES = ['core', 'synthetic', 'dataset', 'split', 'data', 'preprocess', 'cache', 'losses', 'mixup', 'metrics', 'resume', 'ema', 'distill', 'speed', 'learner', 'distributed', 'pretext', 'stream', 'gradcam', 'ood', 'predictions', 'evaluate', 'decide', 'predict', 'hub', 'experiments', 'readings', 'reproduce', 'cli']
+REPO = Path(__file__).resolve().parent.parent
+NOTEBOOK = {} # by module
+for notebook in sorted((REPO/'nbs').glob('*.ipynb')):
+    name = re.search(r'#\| default_exp (\w+)', notebook.read_text(encoding='utf-8'))
+    if name: NOTEBOOK[name[1]] = notebook.name
+MODULES = list(NOTEBOOK)
 
 
 ALONE = '''
@@ -56,22 +61,40 @@ for name in ('fit_one_cycle', 'fine_tune', 'lr_find', 'no_bar', 'predict', 'expo
     assert done.returncode == 0, done.stderr
 
 
-def test_losses_need_no_plots(python, tmp_path):
-    done = python("import sys, skin_lesions.core, skin_lesions.cli\nassert not {'torch', 'fastai', 'matplotlib'} & set(sys.modules)", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize('code, heavy', [
+    ('import skin_lesions.core, skin_lesions.classes, skin_lesions.recipes, skin_lesions.cli', 'torch fastai timm matplotlib sklearn scipy'),
+    ('import skin_lesions.predictions', 'torch fastai matplotlib'),
+    ('import skin_lesions.networks', 'fastai matplotlib pandas'),
+    ('import skin_lesions.predict', 'fastai matplotlib sklearn')], ids=['shell', 'table', 'networks', 'predict'])
+def test_doors_stay_light(code, heavy, python, tmp_path):
+    done = python(f"import sys\n{code}\nprint(*sorted(set('{heavy}'.split()) & set(sys.modules)))", cwd=tmp_path)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stdout + done.stderr
 
 
-def test_a_later_page_imports_an_earlier_one_never_the_reverse(repo):
-    order = {}
-    for path in (repo/'nbs').glob('*.ipynb'):
-        found = re.search(r'#\| default_exp (\w+)', path.read_text())
-        if found: order[found[1]] = path.name
-    assert set(MODULES) <= set(order)
-    for module, notebook in order.items():
-        for node in ast.walk(ast.parse((repo/'skin_lesions'/f'{module}.py').read_text())):
-            if not isinstance(node, ast.ImportFrom) or not node.module: continue
-            name = node.module if node.level else node.module.removeprefix('skin_lesions.') # export makes imports relative
-            if node.level or node.module.startswith('skin_lesions.'): assert order[name] < notebook, f'{notebook} imports {name}'
+def imports(module):
+    "Rooms that a module imports, and the names it takes"
+    for node in ast.walk(ast.parse((REPO/'skin_lesions'/f'{module}.py').read_text(encoding='utf-8'))):
+        if not isinstance(node, ast.ImportFrom) or not node.module: continue
+        if node.level or node.module.startswith('skin_lesions.'): # export makes imports relative
+            yield node.module.removeprefix('skin_lesions.'), [alias.name for alias in node.names]
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_a_room_imports_earlier_ones_and_no_private_names(module):
+    for other, names in imports(module):
+        assert NOTEBOOK[other] < NOTEBOOK[module], f'{module} imports {other}'
+        assert not [n for n in names if n.startswith('_')], f'{module} takes {names} from {other}'
+
+
+def test_every_module_has_a_test_file():
+    assert not [m for m in MODULES if not (REPO/'tests'/f'test_{m}.py').is_file()]
+
+
+def test_types():
+    "mypy finds nothing in the package and in a program that uses it"
+    pytest.importorskip('mypy')
+    done = subprocess.run([sys.executable, '-m', 'mypy', 'skin_lesions', 'tests/data/typed_program.py'], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_wheel_holds_the_modules_and_no_more(repo, tmp_path):
