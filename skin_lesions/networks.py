@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .architectures import WEIGHT_PACKAGES, check_arch, package_weights, read_weights
+from .architectures import WEIGHT_PACKAGES, check_arch, check_tensors, package_weights, read_weights
 from .core import unknown_name
 
 # %% ../nbs/30_networks.ipynb #d73607eb
@@ -35,9 +35,7 @@ def load_body_weights(
     own = body.state_dict()
     # the classifier's weights come last
     state = dict(zip(own, list(state.values())[:len(own)])) if by_order else _without_classifier(body, state)
-    problems = [f'missing: {k}' for k in own if k not in state] + [f'not in the network: {k}' for k in state if k not in own]
-    problems += [f'other shape: {k} {tuple(state[k].shape)} instead of {tuple(v.shape)}' for k,v in own.items() if k in state and state[k].shape!=v.shape]
-    if problems: raise ValueError(f"the weights do not fit {body.arch}; " + '; '.join(problems[:4]))
+    check_tensors(state, own, f'the weights do not fit {body.arch}')
     body.load_state_dict(state)
 
 # %% ../nbs/30_networks.ipynb #7561fdf6
