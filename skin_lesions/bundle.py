@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'FORMAT', 'FORMAT_VERSION', 'BUNDLE_FILES', 'MOST_BYTES', 'MOST_RATIO', 'BUNDLE_NAMES', 'crop_as_dict',
-           'view_as_dict', 'image_view', 'check_view', 'network_as_dict', 'network_from_dict', 'pack_ids', 'unpack_ids',
-           'bundle_content', 'ood_tensors', 'check_record', 'bundle_bytes', 'halved', 'save_bundle', 'read_files',
-           'read_record', 'read_bundle', 'open_files', 'network_of', 'decision_part', 'ood_of', 'update_bundle',
-           'named_bundle']
+           'view_as_dict', 'image_view', 'check_view', 'network_as_dict', 'network_from_dict', 'PixelNet', 'pack_ids',
+           'unpack_ids', 'bundle_content', 'ood_tensors', 'check_record', 'bundle_bytes', 'halved', 'save_bundle',
+           'read_files', 'read_record', 'read_bundle', 'open_files', 'network_of', 'decision_part', 'ood_of',
+           'update_bundle', 'named_bundle']
 
 # %% ../nbs/65_bundle.ipynb #648a68e5
 import copy, hashlib, json, math, os, re, shutil, tempfile, time, zipfile, zlib
@@ -53,7 +53,7 @@ def crop_as_dict(
         raise ValueError(f"a bundle knows Resize with method 'squish', got {crop.method!r}; give Resize(size, method='squish')")
     return dict(name='resize') | found
 
-# %% ../nbs/65_bundle.ipynb #61ef7fa7
+# %% ../nbs/65_bundle.ipynb #6d435082
 def _changes_validation(transform)->bool:
     "Whether a transform of fastai's changes validation images"
     augment,transforms = _fastai()
@@ -65,19 +65,18 @@ def _changes_validation(transform)->bool:
 
 def _names_of(transforms)->str: return ', '.join(type(t).__name__ for t in transforms) or 'none'
 
-def _preprocess_as_dict(transform)->dict:
-    "A transform of `skin_lesions.preprocess` as JSON, after a look whether that brings it back"
+def _preprocess_as_dicts(transform)->list:
+    "The functions of an `ItemTransform` as JSON, after a look whether `skin_lesions.preprocess` makes them again"
     from skin_lesions.preprocess import from_dict # brings OpenCV
-    description = transform.as_dict() if hasattr(transform, 'as_dict') else None
-    if description is None:
-        raise ValueError(f"validation images pass through {type(transform).__name__}, which a bundle cannot describe; it knows "
-                         f"the crops {', '.join(VALIDATION_CROPS)} and the transforms of skin_lesions.preprocess. "
-                         "Move it to training only (split_idx=0), or use learn.export")
-    if from_dict(json.loads(json.dumps(description))).as_dict()!=description:
-        raise ValueError(f"{type(transform).__name__}.as_dict() does not come back through preprocess.from_dict")
-    return description
+    functions = getattr(transform, 'functions', [transform])
+    for f in functions:
+        if not hasattr(f, 'as_dict') or type(from_dict(f.as_dict())) is not type(f):
+            raise ValueError(f"validation images pass through {type(f).__name__}, which a bundle cannot describe; it knows "
+                             f"the crops {', '.join(VALIDATION_CROPS)} and the functions of skin_lesions.preprocess. "
+                             "Move it to training only (split_idx=0), or use learn.export")
+    return [json.loads(json.dumps(f.as_dict())) for f in functions]
 
-# %% ../nbs/65_bundle.ipynb #9c760ad0
+# %% ../nbs/65_bundle.ipynb #60736405
 def view_as_dict(
     dls, # fastai `DataLoaders`
 )->dict: # side, preprocess, crop, normalization; see `check_view`
@@ -93,7 +92,7 @@ def view_as_dict(
         raise ValueError(f"validation batches pass through {_names_of(after)}, expected Normalize alone; "
                          "what shall run in training only needs split_idx=0")
     statistics = {k: [float(v) for v in getattr(after[0], k).flatten()] for k in ('mean', 'std')}
-    return dict(side=getattr(dls, 'read_side', None), preprocess=[_preprocess_as_dict(t) for t in before if t is not crops[0]],
+    return dict(side=getattr(dls, 'read_side', None), preprocess=[d for t in before if t is not crops[0] for d in _preprocess_as_dicts(t)],
                 crop=crop_as_dict(crops[0]), normalization=statistics)
 
 # %% ../nbs/65_bundle.ipynb #b6d0c878
@@ -183,6 +182,25 @@ def network_from_dict(
     _refuse_files(config)
     try: return kind.from_config(config)
     except Exception as e: raise ValueError(f"network {kind.__name__} cannot be built from its configuration: {e}") from e
+
+# %% ../nbs/65_bundle.ipynb #61028bbf
+class PixelNet(nn.Module):
+    "A network that takes the pixels of prepared images"
+    def __init__(self,
+        net:nn.Module, # takes normalised images [bs, 3, h, w]
+        normalization:dict, # mean and std, three numbers each, of pixels in [0,1]
+    ):
+        super().__init__()
+        self.classifier = net
+        for k in ('mean', 'std'): self.register_buffer(k, torch.tensor(normalization[k], dtype=torch.float32).view(1, 3, 1, 1))
+
+    def normalize(self,
+        pixels:Tensor, # uint8 [bs, 3, h, w]
+    )->Tensor: # float32 [bs, 3, h, w]
+        "What the network inside takes"
+        return (pixels.float()/255-self.mean)/self.std
+
+    def forward(self, pixels, *inputs): return self.classifier(self.normalize(pixels), *inputs)
 
 # %% ../nbs/65_bundle.ipynb #ced941b1
 _FITTED = ('calibration', 'rule', 'referral')

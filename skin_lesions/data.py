@@ -33,7 +33,7 @@ from PIL import Image
 from .core import check_columns, read_image, unknown_name
 from .classes import ClassSet, check_diagnoses, class_set, classes_of, with_classes
 from .architectures import normalization
-from .dataset import read_metadata
+from .readers import read_metadata
 from .patient import PATIENT_COLUMNS, EncodePatient, PatientEncoder
 from .split import split_by_fold, split_by_lesion, warn_if_leaking
 
