@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VALIDATION_CROPS', 'VIEWS', 'AVERAGES', 'height_and_width', 'random_crop', 'resize_crop', 'window_crop',
            'validation_crop', 'check_views', 'n_crops', 'n_views', 'dihedral_views', 'view_window', 'crop_boxes',
-           'view_images', 'average_probabilities']
+           'view_images', 'average_probabilities', 'answer_of_views']
 
 # %% ../nbs/59_views.ipynb #0fa2f16e
 import math
@@ -177,3 +177,18 @@ def average_probabilities(
         logs = np.average(np.log(np.maximum(p, _TINY)), axis=axis, weights=weights)
         mean = np.exp(logs-logs.max(-1, keepdims=True)) # the largest becomes 1: nothing underflows
     return mean/mean.sum(-1, keepdims=True)
+
+# %% ../nbs/59_views.ipynb #c884cf2b
+def answer_of_views(
+    probabilities, # function: batch of images [n, 3, h, w] -> probabilities [n, classes], an array
+    batch, # tensor [images, 3, h, w]; for crops [images*n_crops(views), 3, h, w], the crops of an image one after another
+    views=None, # one of `VIEWS`; None for one view
+    how:str='geometric', # one of `AVERAGES`
+)->np.ndarray: # [images, classes], float64
+    "A network's answer for each image, averaged over its views"
+    check_views(views)
+    if views is None: return np.asarray(probabilities(batch), dtype=np.float64)
+    if views=='dihedral':
+        return average_probabilities([np.asarray(probabilities(view)) for view in dihedral_views(batch)], how)
+    p = np.asarray(probabilities(batch))
+    return average_probabilities(p.reshape(-1, n_crops(views), p.shape[-1]), how, axis=1)
