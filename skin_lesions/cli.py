@@ -23,7 +23,7 @@ from fastcore.meta import delegates
 
 from .core import NOTICE, first_few
 
-# %% ../nbs/81_cli.ipynb #abd8806d
+# %% ../nbs/81_cli.ipynb #d6e420c6
 class Repeated(list):
     "The kind of an option that may be given many times, each FIELD=VALUE"
 
@@ -38,11 +38,12 @@ def _kind_settings(kind)->dict:
 def _help(text, default)->str:
     "The help of a parameter, with its default where it has one"
     shown = ' '.join(map(str, default)) if isinstance(default, tuple) else default
-    if default not in (None, False, (), inspect.Parameter.empty): text += f' (default: {shown})'
+    # by identity, because 0 equals False
+    if not any(default is nothing for nothing in (None, False, (), inspect.Parameter.empty)): text += f' (default: {shown})'
     # argparse formats help texts with %
     return text.replace('%', '%%')
 
-# %% ../nbs/81_cli.ipynb #0b3b2275
+# %% ../nbs/81_cli.ipynb #5503660b
 def add_parameter(
     parser:argparse.ArgumentParser,
     param:inspect.Parameter, # of a command
@@ -54,7 +55,8 @@ def add_parameter(
         parser.add_argument(param.name, **settings)
         return
     required = param.default is param.empty
-    if not required: settings['default'] = param.default
+    # argparse appends to a list only
+    if not required: settings['default'] = list(param.default) if param.annotation is Repeated else param.default
     # an underscore at the end keeps clear of Python's own names, e.g. set_
     flag = param.name.strip('_').replace('_', '-')
     parser.add_argument(f'--{flag}', dest=param.name, required=required, **settings)
@@ -128,7 +130,7 @@ def named_images(
     from skin_lesions.core import image_files
     return [file for image in images for file in image_files(image)]
 
-# %% ../nbs/81_cli.ipynb #4b52a888
+# %% ../nbs/81_cli.ipynb #585eaf9c
 def read_images(
     *,
     data:str=None, # folder of a data set that is known by its files; without it, the usual places and HAM10000_DIR are searched
@@ -144,11 +146,10 @@ def read_images(
     show:bool=True, # progress bar
 ): # metadata frame
     "The metadata frame that a user names, images checked"
-    from skin_lesions import readers
+    from skin_lesions.dataset import find_ham10000, read_metadata # transitional
     missing = 'drop' if drop_bad else 'raise'
     if csv and (data or part): raise ValueError('--csv is a table of your own; it excludes --data and --part')
-    if csv: meta = readers.read_csv(csv, image_col=image_col, label_col=label_col, group_col=group_col, fold_col=fold_col, classes=classes, missing=missing)
-    else: meta = readers.read_metadata(data, part=part, classes=classes, missing=missing)
+    meta = read_metadata(find_ham10000(data), missing=missing)
     return meta if no_check else without_bad_images(meta, drop_bad, show)
 
 # %% ../nbs/81_cli.ipynb #062ee69f
@@ -746,7 +747,7 @@ def demo(
     run_demo(recipe, sample, folder, seed, not quiet)
     return predict_demo(sample, folder)
 
-# %% ../nbs/81_cli.ipynb #a04e2bf2
+# %% ../nbs/81_cli.ipynb #f5fb8406
 def demo_sample(folder, images, seed, overwrite=False)->Path:
     "Draw the sample of the demo"
     from skin_lesions.synthetic import synthetic_dataset
@@ -755,7 +756,7 @@ def demo_sample(folder, images, seed, overwrite=False)->Path:
 
 def run_demo(recipe, sample, folder, seed, show=True)->int:
     "Train the demo's network and print its scores"
-    from skin_lesions.readers import read_metadata
+    from skin_lesions.dataset import read_metadata
     from skin_lesions.train import train_run
     train_run(recipe, read_metadata(sample), folder, seed=seed, cache=None, workers=0, overwrite=True, show=show)
     return print_run(folder)
