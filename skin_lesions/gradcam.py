@@ -174,7 +174,8 @@ def last_spatial_layer(
     spatial = [layer for layer in layer_shapes(net, x, prefix, patient) if _is_spatial(*layer[1:])]
     if not spatial:
         raise ValueError(f"{type(net).__name__} has no layer with more than one spatial position for images of "
-                         f"{x.shape[2]}x{x.shape[3]} pixels; Grad-CAM needs a convolutional network, and images larger than its stride")
+                         f"{x.shape[2]}x{x.shape[3]} pixels; "
+                         "Grad-CAM needs a convolutional network, and images larger than its stride")
     _check_layout(*spatial[-1], x.shape[2:])
     return spatial[-1][0]
 
@@ -282,7 +283,7 @@ def _layer_name(net, layer)->str:
     modules = dict(net.named_modules())
     names = [n for n,m in modules.items() if n and (m is layer or n==layer)]
     if names: return names[0]
-    if isinstance(layer, nn.Module): raise ValueError(f"the layer ({type(layer).__name__}) is not a part of the network")
+    if isinstance(layer, nn.Module): raise ValueError(f"the {type(layer).__name__} given is not a part of the network")
     raise ValueError(unknown_name('layer', layer, [n for n in modules if n]))
 
 def _body_of_stage(net, stage)->str:
@@ -464,6 +465,7 @@ class CamBatch:
     target:np.ndarray=None # [bs], number of the class explained, -1 for the rest
     ood:np.ndarray=None # [bs], whether the image does not look like a dermatoscopic one
 
+# %% ../nbs/50_gradcam.ipynb #a0f22d24
 def _table_answers(predictions, n, codes)->tuple:
     "Probabilities [n, classes], decided classes [n] and out-of-distribution flags [n] of a predictions table"
     check_columns(predictions, codes, name='predictions', why='their probabilities are shown')
@@ -502,7 +504,7 @@ def stream_cams(
     layer=None, # layer by name; None takes the last spatial one
     bs:int=32, # images in memory at a time
     show:bool=False, # progress bar
-    predictions:pd.DataFrame=None, # table with a row for each image, in the same order; None takes the network's answers
+    predictions:pd.DataFrame=None, # table with a row for each image in the same order; None takes the network's answers
 ): # yields a `CamBatch` for each batch
     "Go through images batch by batch; memory stays flat, files that cannot be read are passed over and named"
     if bs<1: raise ValueError(f"bs must be 1 or more, got {bs}")
