@@ -172,7 +172,7 @@ def right_wrong_difference(
     table = table[table[measure].notna()]
     right = table.right.to_numpy(dtype=int)
     n_right,n_wrong = int(right.sum()),int((1-right).sum())
-    if not n_right*n_wrong: raise ValueError(f"{n_right} of {len(right)} predictions are right; a difference needs both kinds")
+    if not n_right*n_wrong: raise ValueError(f"{n_right} of {len(right)} predictions are right; both kinds are needed")
     unit = 'group' if 'group' in table else 'image_id'
     classes = pd.factorize(table.dx)[0] if by_class else np.zeros(len(table), int)
     sums,counts = _cell_sums(pd.factorize(table[unit])[0], classes, right, table[measure].to_numpy(float))

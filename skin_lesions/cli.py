@@ -8,7 +8,7 @@ __all__ = ['Views', 'Rule', 'Calibration', 'Split', 'Scale', 'COMMANDS', 'Repeat
            'read_images', 'without_bad_images', 'run_predictions', 'print_scores', 'recipe_changes', 'print_run',
            'train', 'train_and_print', 'unseen_images', 'validation_images', 'readable_rows', 'predict_labelled',
            'print_decisions', 'write_report', 'evaluate', 'read_patients', 'note_ood', 'print_answer', 'with_patients',
-           'write_maps', 'predict', 'print_answers', 'gradcam', 'print_decisions_fitted', 'calibrate', 'ensemble',
+           'write_maps', 'predict', 'print_answers', 'gradcam', 'print_fitted', 'first_class', 'calibrate', 'ensemble',
            'combined', 'submit', 'export_onnx', 'app', 'paper_runs', 'print_recipes', 'run_line', 'run_all',
            'print_paper_table', 'paper', 'reproduce_bundle', 'print_reproduced', 'demo_recipe', 'demo', 'demo_sample',
            'run_demo', 'predict_demo', 'argument_parser', 'main']
@@ -109,7 +109,7 @@ def bundle_folder(
 )->Path:
     "The folder or file of a bundle that can be written to"
     if is_registered(bundle):
-        raise ValueError(f"{bundle} is a registered name and not a folder to write to; give a run folder or a bundle of your own")
+        raise ValueError(f"{bundle} is a registered name and not a folder to write to; give a run folder or your own bundle")
     if Path(bundle).exists(): return Path(bundle)
     raise FileNotFoundError(f"no run folder or bundle at {bundle}; skin_lesions train --out {bundle} makes one")
 
@@ -277,14 +277,14 @@ def train_and_print(
         folder = train_run(recipe, meta, out, **options)
         return on_rank0(print_run, folder)
 
-# %% ../nbs/81_cli.ipynb #d6929873
+# %% ../nbs/81_cli.ipynb #43d11264
 def unseen_images(
     predictor, # `Predictor`
     meta, # metadata frame
 ): # metadata frame
     "The images that a network was not trained on, and whose lesions it has not seen"
     trained,n = predictor.trained_on(meta),len(meta)
-    if trained.all(): raise ValueError(f"this network was trained on all {n} images or on others of the same lesions; give others")
+    if trained.all(): raise ValueError(f"this network was trained on all {n} images or on their lesions; give others")
     if trained.any(): note(f'{int(trained.sum())} of {n} images left out: they or their lesions were used in training')
     return meta[~trained].reset_index(drop=True)
 
@@ -295,11 +295,11 @@ def validation_images(
     from skin_lesions.predictions import read_table
     file = Path(run)/'split.csv'
     if not file.is_file():
-        raise FileNotFoundError(f"{run} has no split.csv that names its validation images; give --data with images that are new to it")
+        raise FileNotFoundError(f"{run} has no split.csv that names its validation images; give --data with new images")
     split = read_table(file)
     return split[split.is_valid].reset_index(drop=True)
 
-# %% ../nbs/81_cli.ipynb #86aee8e0
+# %% ../nbs/81_cli.ipynb #23704015
 def readable_rows(
     table, # predictions table with column problem
 ): # predictions table without it
@@ -319,7 +319,7 @@ def predict_labelled(
     "Predictions of labelled images that a network was not trained on"
     predictor,source = open_bundle(run, device),images['csv'] or images['data']
     meta = validation_images(run) if source is None else unseen_images(predictor, read_images(**images))
-    return readable_rows(predictor.predict(meta, views=views, progress=images['show'])),source
+    return readable_rows(predictor.predict(meta, tta=views, progress=images['show'])),source
 
 # %% ../nbs/81_cli.ipynb #40f06b1a
 def print_decisions(
@@ -346,7 +346,7 @@ def write_report(
                 title=f'Evaluation of {Path(run).name}')
     return out
 
-# %% ../nbs/81_cli.ipynb #ee52f705
+# %% ../nbs/81_cli.ipynb #8700dba5
 @delegates(read_images, but=['show'])
 def evaluate(
     run:str, # run folder or bundle, or a predictions table (CSV)
@@ -361,7 +361,7 @@ def evaluate(
     named = kwargs['data'] or kwargs['csv']
     is_table = Path(run).is_file() and Path(run).suffix!='.zip'
     if is_table and (named or views):
-        raise ValueError(f"{run} is a table; --data, --csv and --views predict with a network, so they need a run folder")
+        raise ValueError(f"{run} is a table; --data, --csv and --views predict with a network and need a run folder")
     check_source(kwargs['data'], kwargs['part'], kwargs['csv'], {})
     table,source = run_predictions(run) if not (named or views) else None,None
     if table is None: table,source = predict_labelled(run, kwargs | dict(show=not quiet), views, device)
@@ -382,22 +382,24 @@ def read_patients(
     text,separator = table_text(path)
     options = dict(dtype={'image_id': str}, index_col=False, skipinitialspace=True)
     try: table = pd.read_csv(io.StringIO(text), sep=separator, **options)
-    except ValueError as e: raise ValueError(f"{path} cannot be read as a table ({e}); --patients takes a plain CSV") from e
+    except ValueError as e: raise ValueError(f"{path} is not a table ({e}); --patients takes a plain CSV") from e
     check_columns(table, ['image_id'], name=str(path), why='--patients finds the row of each image by it')
     twice = table.image_id[table.image_id.duplicated()]
     if len(twice): raise ValueError(f"{path}: image_id {twice.iloc[0]!r} is in two rows; expected a row an image")
     return table
 
-# %% ../nbs/81_cli.ipynb #18def7b9
+# %% ../nbs/81_cli.ipynb #caf1c7a3
 def note_ood(
     table, # predictions table; nothing is noted without its column ood
 ):
     "Say which images do not look like dermatoscopic ones"
     if 'ood' not in table or not table.ood.any(): return
     names = list(table.image_id[table.ood.astype(bool)])
-    if len(table)==1: return note(f'{names[0]} does not look like a dermatoscopic image, its probabilities mean nothing')
-    n = f'{len(names)} of {len(table)} images'
-    note(f'{n} do not look like dermatoscopic images, their probabilities mean nothing: {first_few(names, 5)}')
+    if len(table)==1:
+        note(f'{names[0]} does not look like a dermatoscopic image, its probabilities mean nothing')
+    else:
+        n = f'{len(names)} of {len(table)} images'
+        note(f'{n} do not look like dermatoscopic images, their probabilities mean nothing: {first_few(names, 5)}')
 
 def print_answer(
     row, # of a predictions table
@@ -443,7 +445,7 @@ def write_maps(
     print(f"{n} Grad-CAM image{'s'*(n!=1)} and a gallery: {out/'gallery.html'}")
     if unreadable: note(f"{len(unreadable)} unreadable files left out: {first_few(list(unreadable))}")
 
-# %% ../nbs/81_cli.ipynb #2796da64
+# %% ../nbs/81_cli.ipynb #260fdd80
 def predict(
     images:tuple[str, ...], # images, and folders that are searched with their subfolders
     *,
@@ -460,7 +462,7 @@ def predict(
     files = named_images(images)
     maps = None if gradcam is None else output_folder(gradcam, overwrite)
     predictor,patient_data = open_bundle(bundle, device),read_patients(patients)
-    answers = predictor.predict(files, patient_data, views=views, progress=not quiet)
+    answers = predictor.predict(files, patient_data, tta=views, progress=not quiet)
     print_answers(answers, predictor.classes, out)
     if maps is not None: write_maps(predictor, files, maps, answers, patient_data, show=not quiet)
     note(NOTICE)
@@ -506,35 +508,65 @@ def gradcam(
     note(NOTICE)
     return 0
 
-# %% ../nbs/81_cli.ipynb #4bf2bc4e
-def print_decisions_fitted(
-    calibration, # `Calibration`, or None
-    rule, # `DecisionRule`
-    referral, # `Referral`, or None
-    measured:dict, # as from `fit_decisions`
+# %% ../nbs/81_cli.ipynb #5ec2da3e
+def _calibration_line(calibration)->str:
+    "A calibration in words"
+    if calibration is None: return 'calibration: none'
+    temperatures = ', '.join(f'{t:.3f}' for t in calibration.temperatures)
+    return f'calibration: {calibration.method}, temperature {temperatures}'
+
+def _measured_lines(measured)->list:
+    "What cross-fitting measured, in words"
+    lines = [f"before, {measured['n_images']} images of {measured['n_lesions']} lesions: {_score_line(measured['argmax'])}"]
+    if measured.get('not_measured'): return [*lines, f"not cross-fitted: {measured['not_measured']}"]
+    errors = f"{measured['error_of_probabilities']:.4f} -> {measured['error_of_calibrated']:.4f}"
+    return [*lines, f"cross-fitted over {measured['parts']} parts: {_score_line(measured['decided'])}",
+            f'expected calibration error {errors}']
+
+def _score_line(s)->str:
+    "Scores in words"
+    return f"accuracy {s['accuracy']:.3f}, average recall {s['average_recall']:.3f} ({s['low']:.3f} to {s['high']:.3f})"
+
+# %% ../nbs/81_cli.ipynb #7f44154a
+def print_fitted(
+    decisions, # as from `fit_decisions`
 ):
     "Print what was fitted, and what it does to lesions that it was not fitted on"
-    print('calibration: ' + ('none' if calibration is None else f"{calibration.method}, temperature {', '.join(f'{t:.3f}' for t in calibration.temperatures)}"))
+    rule,referral = decisions.rule,decisions.referral
+    print(_calibration_line(decisions.calibration))
     print(f'rule: {rule.name}' + ('' if rule.t is None else f', t = {rule.t:.2f}'))
-    if referral: print(f"refer from a score of {referral.threshold:.4f}: {referral.reached:.1%} of the malignant validation images")
-    for line in measured_lines(measured): print(line)
+    if referral is not None:
+        print(f"refer from a score of {referral.threshold:.4f}: {referral.reached:.1%} of the malignant validation images")
+    for line in _measured_lines(decisions.measured): print(line)
 
-# %% ../nbs/81_cli.ipynb #0390d2ce
+def first_class(
+    bundle, # folder or file
+)->str: # code; None for a network of one stage
+    "The class that stage one of a bundle's network tells from the rest"
+    from skin_lesions.bundle import read_bundle
+    from skin_lesions.classes import class_set
+    record = read_bundle(bundle)
+    network = record['network'].get('classifier', record['network'])
+    return class_set(record['classes']).codes[network['first']] if 'first' in network else None
+
+# %% ../nbs/81_cli.ipynb #d52b96a0
 def calibrate(
     bundle:str, # run folder or bundle, which is changed
     *,
     table:str=None, # validation predictions with dx (CSV); without it, predictions.csv of the run folder
-    method:Calibration='auto', # auto: by stages for a two-stage network, with a bias for each class where all have images
+    method:Calibration='auto', # auto: by stages for a two-stage network, with biases where each class has images
     rule:Rule='prior', # how a diagnosis is made of probabilities
     refer:float=None, # fraction of the malignant lesions to refer, e.g. 0.95; without it, no referral
 )->int:
     "Fit calibration, decision rule and referral, and put them into the bundle"
+    folder = bundle_folder(bundle)
     from skin_lesions.bundle import update_bundle
     from skin_lesions.decide import fit_decisions
-    folder = bundle_folder(bundle)
-    calibration,decision,referral,measured = fit_decisions(run_predictions(table or folder), method=method, rule=rule, sensitivity=refer)
-    update_bundle(folder, calibration=calibration or False, rule=decision, referral=referral or False)
-    print_decisions_fitted(calibration, decision, referral, measured)
+    predictions = run_predictions(table or folder)
+    fitted = fit_decisions(predictions, first=first_class(folder), method=method, rule=rule, sensitivity=refer)
+    # False takes out what an earlier calibration has left
+    update_bundle(folder, calibration=fitted.calibration or False, rule=fitted.rule, referral=fitted.referral or False)
+    print_fitted(fitted)
     print(f'bundle: {folder}')
     note(NOTICE)
     return 0
@@ -578,7 +610,7 @@ def combined(
              'give the weights to --table-weights with tables of other images')
     return predictions.ensemble(tables, how, weights=weights)
 
-# %% ../nbs/81_cli.ipynb #1d42bf6d
+# %% ../nbs/81_cli.ipynb #30c0a356
 def submit(
     source:str, # predictions table (CSV) or run folder; with --bundle, an image or a folder of images to predict
     *,
@@ -594,7 +626,7 @@ def submit(
     if bundle is None: table = run_predictions(source)
     else:
         files,patient_data = named_images([source]),read_patients(patients)
-        table = open_bundle(bundle, device).predict(files, patient_data, views=views, progress=not quiet)
+        table = open_bundle(bundle, device).predict(files, patient_data, tta=views, progress=not quiet)
     problems = list(table.problem.dropna()) if 'problem' in table else []
     if problems: raise ValueError(f"a submission needs every image: {first_few(problems, 5)}")
     isic_submission(table, out)
@@ -638,7 +670,7 @@ def paper_runs(
     seeds, # of the trainings
     splits, # 'lesion', 'image'
     folds, # which folds by lesion validate
-)->list: # of dicts for `run_experiment`
+)->list: # of dicts for `run_recipe`
     "The runs that `paper` is asked for; a split by image has one fold"
     return [dict(recipe=name, split=split, fold=fold, seed=seed) for seed in seeds for split in splits
             for fold in (folds if split=='lesion' else [0]) for name in names]
@@ -662,17 +694,17 @@ def run_line(
     measured = f"accuracy {line['accuracy']:.3f}, average recall {line['average_recall']:.3f}"
     return f"{run['recipe']}, {where}, seed {run['seed']}: {measured} ({how})"
 
-# %% ../nbs/81_cli.ipynb #1c70e20f
+# %% ../nbs/81_cli.ipynb #d70c0bbb
 def run_all(
     runs:list, # of `paper_runs`
-    **options, # for `run_experiment`
+    **options, # for `run_recipe`
 ):
     "Run experiments, a line for each; those that another process is at are left to it"
-    from skin_lesions.experiments import run_experiment
+    from skin_lesions.experiments import run_recipe
     note(f'{len(runs)} runs')
     busy = 0
     for i,run in enumerate(runs):
-        try: print(f'[{i+1}/{len(runs)}] {run_line(run, run_experiment(**run, **options))}', flush=True)
+        try: print(f'[{i+1}/{len(runs)}] {run_line(run, run_recipe(**run, **options))}', flush=True)
         except BlockingIOError: busy += 1
     if busy: note(f'{busy} runs are with other processes; the same command finishes what they leave')
 
@@ -693,7 +725,7 @@ def print_paper_table(
         print(f"\ndifferences of average recall to the base, by lesion:\n{differences.to_string(na_rep='')}")
     print(f'\nscale {scale}: {len(finished)} of {len(names)} recipes have a finished run')
 
-# %% ../nbs/81_cli.ipynb #ab22b1d7
+# %% ../nbs/81_cli.ipynb #4869cb67
 def paper(
     *,
     recipe:tuple[str, ...]=('paper',), # recipes by name, or paper, ablations, weighted, all; --list shows them
@@ -704,7 +736,7 @@ def paper(
     data:str=None, # folder of HAM10000; without it, the usual places are searched; tiny makes its own
     out:str='experiments', # folder of the results file and the runs
     cache:str=None, # folder for decoded images; without it, every epoch decodes them anew
-    stand_in:Literal['auto', 'never', 'always']='auto', # train EfficientNet-Lite0 where an architecture's weights are missing
+    stand_in:Literal['auto', 'never', 'always']='auto', # EfficientNet-Lite0 where an architecture has no weights here
     workers:int=2, # data-loading workers
     device:str=None, # cpu, cuda, ...; without it, the default device
     no_models:bool=False, # do not keep the networks
