@@ -292,7 +292,7 @@ def validation_images(
     run, # run folder
 ): # metadata frame
     "The validation images of a run, as its split.csv names them"
-    from skin_lesions.predictions import read_table
+    from skin_lesions.dataset import read_table
     file = Path(run)/'split.csv'
     if not file.is_file():
         raise FileNotFoundError(f"{run} has no split.csv that names its validation images; give --data with new images")
@@ -338,7 +338,7 @@ def write_report(
     data=None, # where images other than the run's own come from
 )->Path:
     "Write the report of an evaluation, with what is known of the run"
-    from skin_lesions.report import html_report
+    from skin_lesions.evaluate import html_report
     from skin_lesions.train import read_run, run_for_report
     folder = Path('.') if is_registered(run) else Path(run).parent if Path(run).is_file() else Path(run)
     out,history = Path(out or folder/'report.html'),folder/'history.csv'
@@ -561,7 +561,7 @@ def calibrate(
     "Fit calibration, decision rule and referral, and put them into the bundle"
     folder = bundle_folder(bundle)
     from skin_lesions.bundle import update_bundle
-    from skin_lesions.decide import fit_decisions
+    from skin_lesions.reproduce import fit_decisions
     predictions = run_predictions(table or folder)
     fitted = fit_decisions(predictions, first=first_class(folder), method=method, rule=rule, sensitivity=refer)
     # False takes out what an earlier calibration has left
