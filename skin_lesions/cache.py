@@ -42,7 +42,7 @@ def _row(line, size)->dict:
 
 def _end(row)->int: return row['at']+row['h']*row['w']*3
 
-# %% ../nbs/16_cache.ipynb #00f94f53
+# %% ../nbs/16_cache.ipynb #e597a17e
 def _read_index(store):
     "Rows by path, bytes of the index that hold, bytes of pixels that they speak of; of what was torn, nothing is taken"
     data = store.index_file.read_bytes() if store.index_file.is_file() else b''
@@ -61,7 +61,8 @@ def _cannot_write(folder, e)->OSError:
     try: free = f", {shutil.disk_usage(folder).free/2**20:,.0f} MB free"
     except OSError: free = ''
     return OSError(e.errno, f"the cache {folder} cannot be written ({e.strerror or e}{free}). "
-                            "What it holds stays valid. Give resize_cache another folder, or train without one: cache=None")
+                            "What it holds stays valid. Give resize_cache another folder, "
+                            "or train without one: cache=None")
 
 # %% ../nbs/16_cache.ipynb #349244d3
 def _size_and_time(path):
