@@ -319,7 +319,7 @@ def predict_labelled(
     "Predictions of labelled images that a network was not trained on"
     predictor,source = open_bundle(run, device),images['csv'] or images['data']
     meta = validation_images(run) if source is None else unseen_images(predictor, read_images(**images))
-    return readable_rows(predictor.predict(meta, tta=views, progress=images['show'])),source
+    return readable_rows(predictor.predict(meta, views=views, progress=images['show'])),source
 
 # %% ../nbs/81_cli.ipynb #40f06b1a
 def print_decisions(
@@ -462,7 +462,7 @@ def predict(
     files = named_images(images)
     maps = None if gradcam is None else output_folder(gradcam, overwrite)
     predictor,patient_data = open_bundle(bundle, device),read_patients(patients)
-    answers = predictor.predict(files, patient_data, tta=views, progress=not quiet)
+    answers = predictor.predict(files, patient_data, views=views, progress=not quiet)
     print_answers(answers, predictor.classes, out)
     if maps is not None: write_maps(predictor, files, maps, answers, patient_data, show=not quiet)
     note(NOTICE)
@@ -626,7 +626,7 @@ def submit(
     if bundle is None: table = run_predictions(source)
     else:
         files,patient_data = named_images([source]),read_patients(patients)
-        table = open_bundle(bundle, device).predict(files, patient_data, tta=views, progress=not quiet)
+        table = open_bundle(bundle, device).predict(files, patient_data, views=views, progress=not quiet)
     problems = list(table.problem.dropna()) if 'problem' in table else []
     if problems: raise ValueError(f"a submission needs every image: {first_few(problems, 5)}")
     isic_submission(table, out)
