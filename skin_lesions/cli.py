@@ -277,7 +277,7 @@ def train_and_print(
         folder = train_run(recipe, meta, out, **options)
         return on_rank0(print_run, folder)
 
-# %% ../nbs/81_cli.ipynb #e68efb22
+# %% ../nbs/81_cli.ipynb #5f5ff086
 def unseen_images(
     predictor, # `Predictor`
     meta, # metadata frame
@@ -292,14 +292,17 @@ def validation_images(
     run, # run folder
 ): # metadata frame
     "The validation images of a run, as its split.csv names them"
-    from skin_lesions.predictions import read_table
+    import pandas as pd
+    from skin_lesions.predictions import original_cells
     file = Path(run)/'split.csv'
     if not file.is_file():
         raise FileNotFoundError(f"{run} has no split.csv that names its validation images; give --data with new images")
-    split = read_table(file)
+    # an id may look like a number or a missing value
+    options = dict(dtype=dict.fromkeys(('image_id', 'dx', 'group'), str), keep_default_na=False, na_values=dict(age=['']))
+    split = original_cells(pd.read_csv(file, **options))
     return split[split.is_valid].reset_index(drop=True)
 
-# %% ../nbs/81_cli.ipynb #23704015
+# %% ../nbs/81_cli.ipynb #c66943be
 def readable_rows(
     table, # predictions table with column problem
 ): # predictions table without it
@@ -319,14 +322,15 @@ def predict_labelled(
     "Predictions of labelled images that a network was not trained on"
     predictor,source = open_bundle(run, device),images['csv'] or images['data']
     meta = validation_images(run) if source is None else unseen_images(predictor, read_images(**images))
-    return readable_rows(predictor.predict(meta, tta=views, progress=images['show'])),source
+    return readable_rows(predictor.predict(meta, views=views, progress=images['show'])),source
 
-# %% ../nbs/81_cli.ipynb #b662a90b
+# %% ../nbs/81_cli.ipynb #3a7a056e
 def print_decisions(
-    table, # predictions table; nothing is printed without its column decision
+    table, # predictions table; nothing is printed where no decision differs from the most probable class
 ):
     "Print what the decision rule of a bundle achieves"
-    if 'decision' not in table: return
+    from skin_lesions.predictions import predicted_codes
+    if 'decision' not in table or (table.decision==predicted_codes(table)).all(): return
     from skin_lesions.decide import compare_rules
     row = compare_rules(table, {'rule': table.decision}).loc['rule']
     print(f"by the decision rule: accuracy {row.accuracy:.3f}, average recall {row.average_recall:.3f}")
@@ -388,13 +392,13 @@ def read_patients(
     if len(twice): raise ValueError(f"{path}: image_id {twice.iloc[0]!r} is in two rows; expected a row an image")
     return table
 
-# %% ../nbs/81_cli.ipynb #caf1c7a3
+# %% ../nbs/81_cli.ipynb #f40464d3
 def note_ood(
     table, # predictions table; nothing is noted without its column ood
 ):
     "Say which images do not look like dermatoscopic ones"
-    if 'ood' not in table or not table.ood.any(): return
-    names = list(table.image_id[table.ood.astype(bool)])
+    if 'ood' not in table or not table.ood.eq(True).any(): return
+    names = list(table.image_id[table.ood.eq(True)])
     if len(table)==1:
         note(f'{names[0]} does not look like a dermatoscopic image, its probabilities mean nothing')
     else:
@@ -409,10 +413,10 @@ def print_answer(
     probabilities = row[list(classes)].astype(float).sort_values(ascending=False)
     for code,p in probabilities.items(): print(f'{p:7.1%}  {code:5s} {classes.full_name(code)}')
     # about anything else than a lesion there is nothing to decide
-    if row.get('ood'): return
-    if row.get('decision') is not None: print(f'decision: {row.decision}')
-    if row.get('refer') is None: return
-    print('refer to a dermatologist' if row.refer else 'below the threshold of referral; no all-clear')
+    if row.get('ood') in (True,): return
+    if isinstance(row.get('decision'), str): print(f'decision: {row.decision}')
+    if row.get('refer') in (True, False):
+        print('refer to a dermatologist' if row.refer else 'below the threshold of referral; no all-clear')
 
 # %% ../nbs/81_cli.ipynb #8856c18e
 def with_patients(
@@ -445,7 +449,7 @@ def write_maps(
     print(f"{n} Grad-CAM image{'s'*(n!=1)} and a gallery: {out/'gallery.html'}")
     if unreadable: note(f"{len(unreadable)} unreadable files left out: {first_few(list(unreadable))}")
 
-# %% ../nbs/81_cli.ipynb #260fdd80
+# %% ../nbs/81_cli.ipynb #895d62c0
 def predict(
     images:tuple[str, ...], # images, and folders that are searched with their subfolders
     *,
@@ -462,7 +466,7 @@ def predict(
     files = named_images(images)
     maps = None if gradcam is None else output_folder(gradcam, overwrite)
     predictor,patient_data = open_bundle(bundle, device),read_patients(patients)
-    answers = predictor.predict(files, patient_data, tta=views, progress=not quiet)
+    answers = predictor.predict(files, patient_data, views=views, progress=not quiet)
     print_answers(answers, predictor.classes, out)
     if maps is not None: write_maps(predictor, files, maps, answers, patient_data, show=not quiet)
     note(NOTICE)
@@ -612,7 +616,7 @@ def combined(
              'give the weights to --table-weights with tables of other images')
     return predictions.ensemble(tables, how, weights=weights)
 
-# %% ../nbs/81_cli.ipynb #30c0a356
+# %% ../nbs/81_cli.ipynb #8ec7ece8
 def submit(
     source:str, # predictions table (CSV) or run folder; with --bundle, an image or a folder of images to predict
     *,
@@ -628,7 +632,7 @@ def submit(
     if bundle is None: table = run_predictions(source)
     else:
         files,patient_data = named_images([source]),read_patients(patients)
-        table = open_bundle(bundle, device).predict(files, patient_data, tta=views, progress=not quiet)
+        table = open_bundle(bundle, device).predict(files, patient_data, views=views, progress=not quiet)
     problems = list(table.problem.dropna()) if 'problem' in table else []
     if problems: raise ValueError(f"a submission needs every image: {first_few(problems, 5)}")
     isic_submission(table, out)
