@@ -6,12 +6,12 @@
 __all__ = ['Views', 'Rule', 'Calibration', 'Split', 'Scale', 'COMMANDS', 'Repeated', 'add_parameter', 'command_parser', 'note',
            'is_registered', 'open_bundle', 'bundle_folder', 'output_folder', 'named_images', 'check_source',
            'read_images', 'without_bad_images', 'run_predictions', 'print_scores', 'recipe_changes', 'print_run',
-           'train', 'train_and_print', 'unseen_images', 'validation_images', 'readable_rows', 'predict_labelled',
-           'print_decisions', 'write_report', 'evaluate', 'read_patients', 'note_ood', 'print_answer', 'with_patients',
-           'write_maps', 'predict', 'print_answers', 'gradcam', 'print_fitted', 'first_class', 'calibrate', 'ensemble',
-           'combined', 'submit', 'export_onnx', 'app', 'paper_runs', 'print_recipes', 'run_line', 'run_all',
-           'print_paper_table', 'paper', 'reproduce_bundle', 'print_reproduced', 'demo_recipe', 'demo', 'demo_sample',
-           'run_demo', 'predict_demo', 'argument_parser', 'main']
+           'train', 'train_and_print', 'own_split', 'unseen_images', 'validation_images', 'readable_rows',
+           'predict_labelled', 'print_decisions', 'write_report', 'evaluate', 'read_patients', 'note_ood',
+           'print_answer', 'with_patients', 'write_maps', 'predict', 'print_answers', 'gradcam', 'print_fitted',
+           'first_class', 'calibrate', 'ensemble', 'combined', 'submit', 'export_onnx', 'app', 'paper_runs',
+           'print_recipes', 'run_line', 'run_all', 'print_paper_table', 'paper', 'reproduce_bundle', 'print_reproduced',
+           'demo_recipe', 'demo', 'demo_sample', 'run_demo', 'predict_demo', 'argument_parser', 'main']
 
 # %% ../nbs/81_cli.ipynb #733f8970
 import argparse, inspect, os, sys, warnings
@@ -267,15 +267,22 @@ def train_and_print(
     from skin_lesions.recipes import with_changes
     recipe = with_changes(recipe, changes)
     from skin_lesions.distributed import on_rank0, ranks
-    from skin_lesions.split import split_by_fold
     from skin_lesions.train import train_run
     with ranks():
         meta = on_rank0(read_images, **images)
-        if images.get('fold_col'):
-            meta = split_by_fold(meta, options['fold'])
-            options = options | dict(split='own')
+        if images.get('fold_col') or options['split']=='own':
+            meta = own_split(meta, options['fold'])
+            options = options | dict(split='own', fold=0)
         folder = train_run(recipe, meta, out, **options)
         return on_rank0(print_run, folder)
+
+def own_split(
+    meta, # metadata frame with column is_valid or fold
+    fold:int, # which fold validates, with a column fold
+): # metadata frame with column is_valid
+    "The split that the data brings along"
+    from skin_lesions.split import split_by_fold
+    return split_by_fold(meta, fold) if 'fold' in meta else meta
 
 # %% ../nbs/81_cli.ipynb #5f5ff086
 def unseen_images(
