@@ -242,9 +242,10 @@ def read_predictions(
 # %% ../nbs/60_predictions.ipynb #c84d0cc3
 def decided_probabilities(
     table:pd.DataFrame, # predictions table
-)->np.ndarray: # [n, classes], float64, rows sum to 1
+    tol:float=1e-3, # see `check_predictions`
+)->np.ndarray: # [n, classes], float64; rows with a decision sum to 1
     "The probabilities of a table, each row with its largest at the decision"
-    p = probabilities_of(check_predictions(table)).copy()
+    p = probabilities_of(check_predictions(table, tol)).copy()
     if 'decision' not in table: return p
     rows = np.flatnonzero(table.decision.notna())
     columns = table.decision.iloc[rows].map(list(classes_of(table).codes).index).to_numpy(dtype=int)
@@ -255,7 +256,8 @@ def decided_probabilities(
     scale = np.where(largest>=decided, decided/np.maximum(largest, 1e-300)*(1-1e-6), 1.)
     p[rows] = others*scale[:,None]
     p[rows,columns] = np.where(decided>0, decided, 1.)
-    return p/p.sum(1, keepdims=True)
+    p[rows] /= p[rows].sum(1, keepdims=True)
+    return p
 
 # %% ../nbs/60_predictions.ipynb #67e2d9e6
 def isic_submission(
