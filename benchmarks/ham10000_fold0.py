@@ -74,7 +74,8 @@ def prior_rule(table, prior):
 
 def row_of(name, folder, prior):
     "What the page shows of a run"
-    from skin_lesions.evaluate import average_recall_interval, class_scores, confusion_matrix, scores
+    from skin_lesions.bootstrap import average_recall_interval
+    from skin_lesions.evaluate import class_scores, confusion_matrix, scores
     from skin_lesions.predictions import read_predictions
     table = read_predictions(folder/'predictions.csv')
     s, i, prior_scores = scores(table), average_recall_interval(table), None
@@ -90,7 +91,7 @@ def row_of(name, folder, prior):
 
 def collect(args):
     "Build the results file from the runs that are there"
-    from skin_lesions.cli import versions
+    from skin_lesions.core import versions
     from skin_lesions.readers import read_metadata
     from skin_lesions.split import split_by_lesion
     meta = split_by_lesion(read_metadata(args.data))

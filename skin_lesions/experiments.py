@@ -33,14 +33,16 @@ from .patient import PATIENT_COLUMNS
 from .data import class_weights, ham10000_dataloaders, lesion_augmentation
 from .readers import read_metadata
 from .distill import Distill
-from .evaluate import _divide, _labelled, _lesions, _two_sided, _unit_draws, _unit_sums, average_recall_interval, class_scores, scores
+from .evaluate import _divide, _lesions, _two_sided, _unit_draws, _unit_sums, class_scores, scores
+from .decide import _labelled
+from .bootstrap import average_recall_interval
 from .networks import create_body
 from .learner import lesion_learner, two_stage_learner
 from .architectures import read_weights
 from .losses import LogitAdjustedLossFlat
-from .bundle import versions
+from .core import versions
 from .predict import load_predictor
-from .bundle import save_bundle, split_summary
+from .bundle import save_bundle
 from .predictions import ensemble, get_predictions, read_predictions, save_predictions
 from .pretext import joint_restoration_learner, joint_rotation_learner, pretext_dataloaders, restoration_learner, rotation_learner, transfer_body
 from .resume import ResumeCallback
@@ -462,7 +464,7 @@ def _run(row, meta, line, out, data, instead_of, keep_model, minutes, show, dls_
             table = get_predictions(learn)
             took = round((time.monotonic()-start)/60, 3)
             with atomic_path(folder/'split.csv') as tmp: meta[['image_id', 'path', 'dx', 'group', 'is_valid', *(PATIENT_COLUMNS if row.patient else [])]].to_csv(tmp, index=False)
-            if keep_model: save_bundle(learn, folder, split=split_summary(learn.dls), overwrite=True)
+            if keep_model: save_bundle(learn, folder, overwrite=True)
             body = getattr(getattr(learn.model, 'classifier', learn.model), 'body')
             found = dict(weights=body.weights_from, minutes=None if again else took, date=date.today().isoformat(), device=str(learn.dls.device), versions=versions(), history=history)
             with atomic_path(about) as tmp: tmp.write_text(json.dumps(found))
