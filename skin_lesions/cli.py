@@ -342,7 +342,7 @@ def write_report(
     data=None, # where images other than the run's own come from
 )->Path:
     "Write the report of an evaluation, with what is known of the run"
-    from skin_lesions.evaluate import html_report
+    from skin_lesions.report import html_report
     from skin_lesions.train import read_run, run_for_report
     folder = Path('.') if is_registered(run) else Path(run).parent if Path(run).is_file() else Path(run)
     out,history = Path(out or folder/'report.html'),folder/'history.csv'
