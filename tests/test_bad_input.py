@@ -12,7 +12,6 @@ from mutate import KINDS, mutated, saved
 from skin_lesions import core
 from skin_lesions.core import CODES, ImageError, read_image
 from skin_lesions.data import ham10000_dataloaders
-from skin_lesions.dataset import check_images, unlabelled_images
 from skin_lesions.learner import lesion_learner
 from skin_lesions.predict import load_predictor
 from skin_lesions.bundle import save_bundle

@@ -6,16 +6,17 @@ import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
-from PIL import Image
 
 from skin_lesions.core import CODES, ISIC_COLUMNS
-from skin_lesions.evaluate import html_report, scores
+from skin_lesions.report import html_report
+from skin_lesions.evaluate import scores
 from skin_lesions.predictions import check_predictions, isic_submission, read_isic_submission, read_predictions, save_predictions
 
 CODES, COLUMNS = list(CODES), ['lesion_id', 'image_id', 'dx', 'dx_type', 'age', 'sex', 'localization']
 IDS = ['ISIC_0000001', 'ISIC_0000002', 'été', '日本', 'a b', 'x;y', 'NA', '007', 'null']
 quick = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 MANY = 1_000_000 if os.environ.get('SKIN_LESIONS_MILLION') else 10_000
+
 
 
 def put(folder, data, name='HAM10000_metadata.csv'):
