@@ -167,8 +167,8 @@ _COLDEST,_HOTTEST = .01,100. # temperatures beyond these say that the table cann
 def _all_right(logits, y, fitted_name)->bool:
     "Whether the likelihood has no best temperature because every image is right; warns if so"
     if not (logits.argmax(1)==y).all(): return False
-    message = (f"every one of the {len(y)} images here is right, so they cannot settle {fitted_name} and the probabilities "
-               "stay as they are; are they images that the network was trained on, or too few?")
+    message = (f"every one of the {len(y)} images here is right, so they cannot settle {fitted_name} and the "
+               "probabilities stay as they are; are they images that the network was trained on, or too few?")
     warnings.warn(message, stacklevel=4)
     return True
 
@@ -992,7 +992,8 @@ def _measure_decisions(table, fit, fitted, n, seed)->dict:
         calibration,rule,referral = fit(train)
         return partial(decide_table, calibration=calibration, rule=rule, referral=referral)
     decided = crossfit(raw, decide, k)
-    return measured | dict(decided=_recalls_of(decided, n, seed), parts=k, referral=_referral_measures(decided, referral),
+    return measured | dict(decided=_recalls_of(decided, n, seed), parts=k,
+                           referral=_referral_measures(decided, referral),
                            error_of_calibrated=expected_calibration_error(decided))
 
 # %% ../nbs/63_decide.ipynb #p8038356

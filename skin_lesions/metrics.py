@@ -77,6 +77,7 @@ def _vocab(learn, vocab, n:int)->tuple:
     names = range(n) if vocab is None or len(vocab)!=n else vocab
     return tuple(str(c) for c in names)
 
+# %% ../nbs/22_metrics.ipynb #3ef888c0
 class _Recalls(Metric):
     "Counts over an epoch; what `AverageRecall` and `ClassRecall` share"
     rank_state = ('counts', '_names') # what `skin_lesions.distributed` puts together over processes
@@ -193,10 +194,7 @@ class StageOneAUC(Metric):
         self.scores.append(log_odds(pred.double())[:,column].float())
         self.positive.append(_class_numbers(targ)==column)
 
-    @property
-    def value(self): return _stage_one_auc(self)
-    @property
-    def name(self): return 'stage_one_auc'
+    value,name = property(_stage_one_auc),property(lambda self: 'stage_one_auc')
 
 # %% ../nbs/22_metrics.ipynb #1910d3e3
 class StageTwoRecall(AverageRecall):
