@@ -52,7 +52,7 @@ def _malignant_columns(classes)->list:
     "Places of the malignant classes; a `ValueError` where malignancy is unknown"
     if classes.knows_malignancy: return [classes.index(c) for c in classes.malignant]
     raise ValueError(f"it is not known which diagnoses of {classes.name} are malignant ({', '.join(classes.codes)}); "
-                     "make the class set with ClassSet.from_codes(codes, malignant=[...]) and use with_classes")
+                     "make the class set with classes.from_codes(codes, malignant=[...]) and use with_classes")
 
 def _is_malignant(y, classes)->np.ndarray:
     "Whether classes by number are malignant [n]"
@@ -447,7 +447,10 @@ def _check_prior(prior, codes)->dict:
         raise ValueError(f"prior must have a fraction for each of {', '.join(codes)}, got {', '.join(map(str, prior))}")
     if not all(math.isfinite(v) and v>0 for v in prior.values()):
         raise ValueError(f"fractions of the prior must be > 0, got {prior}")
-    return {c: float(prior[c]/sum(prior.values())) for c in codes}
+    total = sum(prior.values())
+    # what sums to 1 already stays as it is to the last bit, so that a rule comes back from its file unchanged
+    if abs(total-1)<1e-9: total = 1.
+    return {c: float(prior[c]/total) for c in codes}
 
 def _check_costs(costs, codes)->tuple:
     "Costs as nested tuples in the order of the codes"
@@ -854,7 +857,7 @@ def decide_table(
     table,reasons = table.copy(deep=False),_reasons(table, ood)
     readable = table[list(classes_of(table).codes)].notna().all(axis=1).to_numpy()
     decided = np.equal(reasons, None)
-    check_predictions(table[readable | decided])
+    if (readable | decided).any(): check_predictions(table[readable | decided])
     if calibration is not None and readable.any():
         calibrated = calibration.calibrate(table[readable], overlap=overlap)
         for code in calibration.codes: table[code] = table[code].where(~readable, calibrated[code].reindex(table.index))

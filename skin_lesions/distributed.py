@@ -34,6 +34,7 @@ def this_rank()->int: # from 0
     "The number of this process; rank 0 writes and prints"
     return rank_distrib() if n_ranks()>1 else 0
 
+# %% ../nbs/32_distributed.ipynb #38264d0e
 _ONE_STARTED = ("accelerate was asked for several processes, but this one has not been told of the others: "
                 "`accelerate launch --cpu` starts only one, or several through MPI, which is not supported. Use "
                 "`accelerate launch --multi_gpu --num_processes N`, which works without GPUs too, "
