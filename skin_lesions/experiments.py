@@ -33,7 +33,9 @@ from .patient import PATIENT_COLUMNS
 from .data import class_weights, ham10000_dataloaders, lesion_augmentation
 from .readers import read_metadata
 from .distill import Distill
-from .evaluate import _divide, _labelled, _lesions, _two_sided, _unit_draws, _unit_sums, average_recall_interval, class_scores, scores
+from .bootstrap import divide as _divide, labelled as _labelled, two_sided as _two_sided, unit_draws as _unit_draws, unit_sums as _unit_sums, units_of as _lesions
+from .evaluate import class_scores, scores
+from .bootstrap import average_recall_interval
 from .networks import create_body
 from .learner import lesion_learner, two_stage_learner
 from .architectures import read_weights
@@ -485,7 +487,7 @@ def _unit_counts(right)->tuple:
     "What is right and what there is of each lesion and class [units, 7]"
     y = right.dx.map(CODES.index).to_numpy()
     units,_ = _lesions(right)
-    return _unit_sums(units, y, right.right.to_numpy()), _unit_sums(units, y, np.ones(len(y)))
+    return _unit_sums(units, y, right.right.to_numpy(), 7), _unit_sums(units, y, np.ones(len(y)), 7)
 
 def _recalls(right, n, seed)->tuple:
     "Average recall, and in `n` draws of the lesions"

@@ -13,7 +13,8 @@ from .core import unknown_name
 from .decide import RULES, crossfit, decision_rule
 from .experiments import compare_tables, current_runs, run_folder
 from .predict import load_predictor
-from .predictions import ENSEMBLES, TTA, ensemble, read_predictions, save_predictions
+from .predictions import ENSEMBLES, ensemble, read_predictions, save_predictions
+from .views import VIEWS as TTA
 
 # %% ../nbs/72_posthoc.ipynb #0608fcfa
 def read_run(
@@ -30,7 +31,7 @@ def read_run(
     if not file.is_file():
         if not (folder/'bundle.json').is_file(): raise FileNotFoundError(f"{folder} has no network to look again; run {line['row']} with keep_model=True")
         split = pd.read_csv(folder/'split.csv', dtype={'group': str})
-        table = load_predictor(folder, device).predict(split[split.is_valid].reset_index(drop=True), progress=False, tta=tta)
+        table = load_predictor(folder, device).predict(split[split.is_valid].reset_index(drop=True), progress=False, views=tta)
         save_predictions(table.drop(columns='problem'), file)
     return read_predictions(file)
 

@@ -19,7 +19,7 @@ from .core import CODES, NOTICE, atomic_path, full_name
 from .decide import crossfit, decision_rule, expected_calibration_error, fit_calibration, fit_referral
 from .evaluate import scores, scores_by
 from .experiments import FOLDS, ROWS, SPLIT_SEED, Row, _cache, _data_of, _fingerprint, _interval, _lock, _recalls, _share_right, _unit_counts, find_row, row_learner, scaled_row, training_config
-from .evaluate import _divide, _unit_draws
+from .bootstrap import divide as _divide, unit_draws as _unit_draws
 from .ood import false_alarm_threshold, fit_ood, get_features
 from .predict import half_difference, load_predictor
 from .bundle import save_bundle

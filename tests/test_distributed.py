@@ -205,12 +205,12 @@ def test_pretexts(lesions, tmp_path):
 
     def train():
         warnings.simplefilter('ignore')
-        kw, seen, was = dict(num_workers=0, device='cpu'), [], stream.open_picture
+        kw, seen, was = dict(num_workers=0, device='cpu'), [], stream.open_image
         labelled = ham10000_dataloaders(meta, 32, bs=8, arch=TINY, augment=False, **kw)
         streamed = stream.stream_dataloaders(tmp_path/'list.txt', 32, bs=8, arch=TINY, block=7, valid_pct=.1, drop_last=False, **kw)
         learners = [rotation_learner(streamed, TINY), restoration_learner(pretext_dataloaders(meta, 32, bs=8, arch=TINY, **kw), TINY),
                     joint_rotation_learner(labelled, TINY, pretrained=False), joint_restoration_learner(labelled, TINY, TINY, pretrained=False)]
-        stream.open_picture = lambda item: seen.append(item) or was(item)
+        stream.open_image = lambda item: seen.append(item) or was(item)
         out = []
         for learn in learners:
             with distributed(learn), learn.no_bar(), learn.no_logging(): learn.fit(1)

@@ -11,7 +11,8 @@ from PIL import Image
 from skin_lesions.core import CODES, ISIC_COLUMNS
 from skin_lesions.dataset import read_challenge
 from skin_lesions.readers import read_metadata
-from skin_lesions.evaluate import html_report, scores
+from skin_lesions.report import html_report
+from skin_lesions.evaluate import scores
 from skin_lesions.predictions import check_predictions, isic_submission, read_isic_submission, read_predictions, save_predictions
 
 CODES, COLUMNS = list(CODES), ['lesion_id', 'image_id', 'dx', 'dx_type', 'age', 'sex', 'localization']

@@ -15,7 +15,7 @@ from skin_lesions.core import CODES
 from skin_lesions.data import ham10000_dataloaders
 from skin_lesions.dataset import _unzip
 from skin_lesions.readers import read_metadata
-from skin_lesions.evaluate import html_report
+from skin_lesions.report import html_report
 from skin_lesions.experiments import compare_pretraining
 from skin_lesions.gradcam import gradcam_folder
 from skin_lesions.learner import lesion_learner
