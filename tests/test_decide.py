@@ -174,7 +174,7 @@ def test_any_class_set_from_fit_to_file_to_table(classes, first):
     pd.testing.assert_frame_equal(table, decide_table(new, *fitted[:3]))
     assert set(table.decision) <= set(classes.codes) and table.refer.dtype == bool and again == list(fitted[:3])
     assert expected_calibration_error(table) < expected_calibration_error(new)
-    assert fitted.measured['decided']['average_recall'] > 1.5/len(classes) and fitted.measured['parts'] == 5
+    assert fitted.measured['decided']['average_recall'] > 1.5/len(classes) and fitted.measured['parts'] >= 3
     with pytest.raises(ValueError, match='is for the classes'): fitted.calibration.calibrate(any_table(['x', 'y'], 2))
 
 
@@ -212,3 +212,8 @@ def test_images_without_a_decision_say_why():
     assert out.loc[0, list(MELANOMA)].notna().all() and out.loc[1, list(MELANOMA)].isna().all() and out.columns[-1] == 'problem'
     nothing = decide_table(table[1:2], *fitted[:3])
     assert nothing.decision.isna().all() and nothing.reason.tolist() == ['cannot be decoded']
+
+
+def test_whoever_predicts_needs_no_plots_and_no_scikit_learn(python, tmp_path):
+    done = python("import sys, skin_lesions.decide; print([m for m in ('matplotlib', 'sklearn', 'fastai') if m in sys.modules])", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.strip() == '[]', done.stdout+done.stderr
