@@ -159,7 +159,7 @@ def recipe_learner(
     dls = recipe_dataloaders(recipe, meta, size or recipe.size, **kwargs)
     kwargs = dict(pretrained=recipe.pretrained, weights=weights, cbs=cbs) | optimiser(recipe) | recipe_loss(recipe, meta)
     two_stage = recipe.stages==2 and len(dls.vocab)>2
-    if two_stage: kwargs |= dict(shared=recipe.shared, combine=recipe.combine)
+    if two_stage: kwargs |= dict(first=recipe.first, shared=recipe.shared, combine=recipe.combine)
     if recipe.joint or recipe.encoder: return joint_learner(dls, recipe, two_stage=two_stage, **kwargs)
     make = two_stage_learner if two_stage else lesion_learner
     return make(dls, recipe.arch, mixup=recipe.mixup, **kwargs)
