@@ -17,7 +17,7 @@ def run(*args):
 
 with tempfile.TemporaryDirectory() as folder:
     from skin_lesions.core import CODES
-    from skin_lesions.dataset import read_metadata
+    from skin_lesions.readers import read_metadata
     from skin_lesions.predict import load_predictor
     from skin_lesions.synthetic import synthetic_ham10000
     assert run('--version').split()[-1]==version('skin_lesions')

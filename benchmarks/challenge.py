@@ -9,7 +9,8 @@ from pathlib import Path
 
 def main(args):
     from skin_lesions.core import CODES, MALIGNANT
-    from skin_lesions.dataset import read_challenge, read_metadata
+    from skin_lesions.dataset import read_challenge
+    from skin_lesions.readers import read_metadata
     from skin_lesions.decide import expected_calibration_error
     from skin_lesions.evaluate import scores
     from skin_lesions.experiments import _interval, _recalls, _share_right

@@ -24,7 +24,7 @@ def lines_of(file):
 
 def prepare(folder, args):
     "split.csv, folders of links by split and diagnosis, and the weights in each side's form"
-    from skin_lesions.dataset import read_metadata
+    from skin_lesions.readers import read_metadata
     from skin_lesions.networks import create_body
     from skin_lesions.split import split_by_lesion
     meta = split_by_lesion(read_metadata(os.environ['HAM10000_DIR']), fold=0)

@@ -66,7 +66,7 @@ def main():
     p.add_argument('--pictures', default='as they are', help='a note on the pictures, for the result')
     a = p.parse_args()
     if a.threads: torch.set_num_threads(a.threads)
-    from skin_lesions.dataset import read_metadata
+    from skin_lesions.readers import read_metadata
     from skin_lesions.split import lesion_folds
     Path(a.out).mkdir(parents=True, exist_ok=True)
     meta = lesion_folds(read_metadata(a.data), 5, a.seed)

@@ -15,7 +15,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 def validation_images(run, data):
     "The metadata of the images that the run was validated on"
-    from skin_lesions.dataset import read_metadata
+    from skin_lesions.readers import read_metadata
     split = pd.read_csv(run/'split.csv')
     meta = read_metadata(data)
     return meta[meta.image_id.isin(split.image_id[split.is_valid])].reset_index(drop=True)

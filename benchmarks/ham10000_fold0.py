@@ -28,7 +28,7 @@ def minutes_of_cpu():
 def train_plain(data, out, epochs, seed):
     "What a fastai user writes: vision_learner, cross-entropy, Resize, aug_transforms; weights as in the other rows, nothing frozen"
     from fastai.vision.all import (CrossEntropyLossFlat, CSVLogger, ImageDataLoaders, Normalize, Resize, accuracy, aug_transforms, set_seed, vision_learner)
-    from skin_lesions.dataset import read_metadata
+    from skin_lesions.readers import read_metadata
     from skin_lesions.networks import load_body_weights
     from skin_lesions.architectures import package_weights, read_weights
     from skin_lesions.predictions import get_predictions, save_predictions
@@ -91,7 +91,7 @@ def row_of(name, folder, prior):
 def collect(args):
     "Build the results file from the runs that are there"
     from skin_lesions.cli import versions
-    from skin_lesions.dataset import read_metadata
+    from skin_lesions.readers import read_metadata
     from skin_lesions.split import split_by_lesion
     meta = split_by_lesion(read_metadata(args.data))
     prior = meta.dx[~meta.is_valid].value_counts(normalize=True)

@@ -49,7 +49,7 @@ def main():
     p.add_argument('--threads', type=int)
     p.add_argument('--pictures', default='as they are', help='a note on the pictures, for the result')
     a = p.parse_args()
-    from skin_lesions.dataset import read_metadata
+    from skin_lesions.readers import read_metadata
     from skin_lesions.experiments import compare_pretraining
     from skin_lesions.split import split_by_lesion
     if a.threads: torch.set_num_threads(a.threads)

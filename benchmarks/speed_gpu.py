@@ -22,7 +22,7 @@ def one_epoch(learn, n):
 
 
 def frame(n):
-    from skin_lesions.dataset import read_metadata
+    from skin_lesions.readers import read_metadata
     meta = read_metadata(os.environ['HAM10000_DIR']).sample(n + 64, random_state=0).reset_index(drop=True)
     return meta.assign(is_valid=meta.index >= n)
 

@@ -48,7 +48,7 @@ def plain(folder, exported):
 def main(args):
     from fastai.vision.all import CategoryBlock, ColReader, DataBlock, ImageBlock, Resize, vision_learner
     from skin_lesions.data import ham10000_dataloaders
-    from skin_lesions.dataset import read_metadata
+    from skin_lesions.readers import read_metadata
     from skin_lesions.learner import two_stage_learner
     from skin_lesions.bundle import save_bundle
     from skin_lesions.synthetic import synthetic_ham10000

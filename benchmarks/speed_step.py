@@ -29,7 +29,7 @@ def timed_steps(learn, n):
 
 def loaders(folder, n, plain=False):
     from skin_lesions.data import ham10000_dataloaders
-    from skin_lesions.dataset import read_metadata
+    from skin_lesions.readers import read_metadata
     meta = read_metadata(folder)
     meta = meta.assign(is_valid=meta.index >= n)
     if not plain: return ham10000_dataloaders(meta, 128, bs=64, num_workers=0)

@@ -65,7 +65,8 @@ def _read_split(run):
 # %% ../nbs/81_cli.ipynb #44a3191a
 def read_data(args):
     "The metadata frame for the arguments of `train`, split, images checked; where it was found"
-    from skin_lesions.dataset import check_images, drop_images, find_ham10000, read_metadata
+    from skin_lesions.dataset import check_images, drop_images, find_ham10000
+    from skin_lesions.readers import read_metadata
     from skin_lesions.split import split_by_image, split_by_lesion
     folder = find_ham10000(args.data)
     meta = read_metadata(folder, missing='drop' if args.drop_bad else 'raise')
@@ -339,7 +340,8 @@ def _readable(table, what='left out'):
 
 def predict_unseen(args, run, record):
     "Predictions on the labelled images that the run was not trained on"
-    from skin_lesions.dataset import find_ham10000, read_metadata
+    from skin_lesions.dataset import find_ham10000
+    from skin_lesions.readers import read_metadata
     from skin_lesions.predictions import save_predictions
     predictor,split = open_run(run),run/'split.csv'
     if not split.is_file() and args.data is None: raise FileNotFoundError(f"{run} has no split.csv that says which images are new to it; give --data with images that are")

@@ -19,7 +19,7 @@ from fastai.data.load import _FakeLoader
 from fastai.learner import AvgLoss, AvgMetric, Learner
 from fastai.metrics import AccumMetric
 from fastai.torch_core import num_distrib, rank_distrib, set_seed, to_detach
-from fastcore.basics import noop, patch
+from fastcore.basics import noop
 from torch import distributed as dist, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,23 +29,35 @@ from .resume import ResumeCallback
 def n_ranks()->int: return max(1, num_distrib()) # how many processes train together; 1 unless a launcher started several
 def this_rank()->int: return rank_distrib() if n_ranks()>1 else 0 # the number of this one, from 0; rank 0 writes and prints
 
-_ONE_STARTED = ("accelerate was asked for several processes, but this one has not been told of the others: `accelerate launch --cpu` starts only one, or several through MPI, which is not supported. "
-                "Use `accelerate launch --multi_gpu --num_processes N`, which works without GPUs too, or `torchrun --nproc_per_node N`")
+_ONE_STARTED = ("accelerate was asked for several processes, but this one has not been told of the others: "
+                "`accelerate launch --cpu` starts only one, or several through MPI, which is not supported. Use "
+                "`accelerate launch --multi_gpu --num_processes N`, which works without GPUs too, or `torchrun --nproc_per_node N`")
 _OTHER_PLUGINS = ('ACCELERATE_USE_DEEPSPEED', 'ACCELERATE_USE_FSDP', 'ACCELERATE_USE_MEGATRON_LM')
 
+def _check_launcher():
+    "Raise where a launcher asks for what this library does not do"
+    wanted = [k for k in _OTHER_PLUGINS if os.environ.get(k, 'false').lower() in ('1', 'true')]
+    if wanted:
+        raise ValueError(f"this library trains with plain DDP, but the launcher asks for "
+                         f"{wanted[0].removeprefix('ACCELERATE_USE_')}; launch without it, e.g. accelerate launch --multi_gpu")
+    precision = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
+    if precision!='no':
+        raise ValueError(f"the launcher asks for mixed precision {precision}, which is not taken from it; "
+                         "use --mixed_precision no, and learn.to_fp16() or learn.to_bf16() in Python")
+
+# %% ../nbs/32_distributed.ipynb #p6117479
 def start_ranks(
     timeout:float=1800., # how long a rank waits for the others, seconds
 )->torch.device: # of this rank; None for a single process
     "Connect the processes that a launcher started: NCCL with GPUs, gloo without"
     if n_ranks()==1:
-        if all(k in os.environ for k in ('ACCELERATE_MIXED_PRECISION', 'MASTER_PORT')) and 'WORLD_SIZE' not in os.environ: raise ValueError(_ONE_STARTED)
+        launched = all(k in os.environ for k in ('ACCELERATE_MIXED_PRECISION', 'MASTER_PORT'))
+        if launched and 'WORLD_SIZE' not in os.environ: raise ValueError(_ONE_STARTED)
         return None
     try: from accelerate import PartialState
-    except ImportError as e: raise ModuleNotFoundError(f"training in {n_ranks()} processes (WORLD_SIZE) needs accelerate: pip install accelerate") from e
-    on = [k for k in _OTHER_PLUGINS if os.environ.get(k, 'false').lower() in ('1', 'true')]
-    if on: raise ValueError(f"this library trains with plain DDP, but the launcher asks for {on[0].removeprefix('ACCELERATE_USE_')}; launch without it, e.g. accelerate launch --multi_gpu")
-    precision = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
-    if precision!='no': raise ValueError(f"the launcher asks for mixed precision {precision}, which is not taken from it; use --mixed_precision no, and learn.to_fp16() or learn.to_bf16() in Python")
+    except ImportError as e:
+        raise ModuleNotFoundError(f"training in {n_ranks()} processes (WORLD_SIZE) needs accelerate: pip install accelerate") from e
+    _check_launcher()
     return PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(seconds=timeout)).device
 
 # %% ../nbs/32_distributed.ipynb #bedad482
@@ -65,43 +77,48 @@ def gather(
 )->list: # one object a rank, in their order
     "Collect each rank's object on all ranks"
     if not _connected(): return [obj]
-    out = [None]*n_ranks()
-    dist.all_gather_object(out, obj)
-    return out
+    objects = [None]*n_ranks()
+    dist.all_gather_object(objects, obj)
+    return objects
 
+# %% ../nbs/32_distributed.ipynb #p9587705
 def _attempt(func, *args, **kwargs)->tuple:
     "Result and error of a call; the error can be sent"
     try: return func(*args, **kwargs),None
-    except Exception as e:
-        e.said_by = this_rank() # only this rank needs to say it
-        try: pickle.loads(pickle.dumps(e)); return None,e
-        except Exception: error = RuntimeError(f"{type(e).__name__}: {e}"); error.said_by = e.said_by; return None,error
+    except Exception as e: error = e
+    # an error that cannot be pickled is sent as its text
+    try: pickle.loads(pickle.dumps(error))
+    except Exception: error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.said_by = this_rank() # only this rank needs to print it
+    return None,error
 
 def on_rank0(func, *args, **kwargs):
     "Call `func` on rank 0 only; its result, or its error, on all ranks"
-    result = share(_attempt(func, *args, **kwargs) if this_rank()==0 else None)
-    if result[1] is not None: raise result[1]
-    return result[0]
+    result,error = share(_attempt(func, *args, **kwargs) if this_rank()==0 else None)
+    if error is not None: raise error
+    return result
 
 # %% ../nbs/32_distributed.ipynb #124b6a76
 _LOST = ('connection closed by peer', 'connection reset', 'connection refused', 'broken pipe', 'remote process exited', 'timed out')
-
-def _lost(e)->bool: return isinstance(e, RuntimeError) and any(s in str(e).lower() for s in _LOST)
 
 @contextlib.contextmanager
 def say_if_lost():
     "Turn the error of a broken connection between ranks into one that says what it means"
     try: yield
     except RuntimeError as e:
-        if n_ranks()==1 or not _lost(e): raise
-        raise ConnectionError(f"rank {this_rank()} lost the connection to another one, which has ended or hangs; its own message says why") from e
+        if n_ranks()==1 or not any(s in str(e).lower() for s in _LOST): raise
+        raise ConnectionError(f"rank {this_rank()} lost the connection to another one, which has ended or hangs; "
+                              "its own message says why") from e
 
+# %% ../nbs/32_distributed.ipynb #p8201686
 @contextlib.contextmanager
 def ranks(
     timeout:float=1800., # how long a rank waits for the others, seconds
 ):
     "Connect the processes that a launcher started for as long as the block lasts; only rank 0 prints and warns"
-    if start_ranks(timeout) is None: yield; return
+    if start_ranks(timeout) is None:
+        yield
+        return
     with contextlib.ExitStack() as stack:
         stack.enter_context(say_if_lost())
         if this_rank():
@@ -132,21 +149,25 @@ def rank_places(
 class _OfRank:
     "Mixed into a loader's class by `rank_loader`"
     def get_idxs(self):
-        idxs = list(self._drawn() if self._drawn else super().get_idxs())
+        idxs = list(self._own_idxs() if self._own_idxs else super().get_idxs())
+        # a random order is rank 0's
         if self.rank_of[1]>1: idxs = share(idxs)
         return np.asarray(idxs, dtype=np.int64)[self._places(len(idxs))].tolist()
 
     def _places(self, n): return rank_places(n, self.bs, *self.rank_of, drop_last=self.drop_last, equal=self._equal)
     def __len__(self): return -(-len(self._places(getattr(self, 'max_n', None) or self.n))//self.bs)
-    def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, gather=False) # metrics are gathered once, at the end
+    # metrics are gathered once, at the end
+    def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, gather=False)
     def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls or self._whole_class, **kwargs)
 
 def copy_loader(dl):
     "A loader like `dl` that shares its data"
     new,old = copy.copy(dl),dl.fake_l
-    new.fake_l = _FakeLoader(new, old.pin_memory, old.num_workers, old.timeout, persistent_workers=old.persistent_workers, pin_memory_device=old.pin_memory_device)
+    new.fake_l = _FakeLoader(new, old.pin_memory, old.num_workers, old.timeout, persistent_workers=old.persistent_workers,
+                             pin_memory_device=old.pin_memory_device)
     return new
 
+# %% ../nbs/32_distributed.ipynb #p1822804
 def rank_loader(
     dl, # fastai loader
     rank:int=None, # None takes this process's
@@ -155,22 +176,29 @@ def rank_loader(
     equal:bool=True, # the same number of batches on all ranks; False for validation
 ): # a loader of the same class that gives this rank's images
     "A rank's part of a loader"
-    rank,ranks = this_rank() if rank is None else rank, n_ranks() if ranks is None else ranks
+    rank = this_rank() if rank is None else rank
+    ranks = n_ranks() if ranks is None else ranks
     if hasattr(dl, 'on_rank'): return dl.on_rank(rank, ranks, equal=equal)
     if dl.bs is None: raise ValueError("a loader without batch size cannot be divided over ranks; give bs")
     new,cls = copy_loader(dl),type(dl)
     new.__class__ = type(cls.__name__, (_OfRank, cls), {})
-    new.rank_of,new._equal,new._whole_class,new._drawn = (rank, ranks),equal,cls,vars(new).pop('get_idxs', None)
-    if ranks>1 and equal and not len(new): raise ValueError(f"{dl.n} images are too few for one batch of {dl.bs} on each of {ranks} ranks; give a bs of at most {dl.n//ranks}")
+    new.rank_of,new._equal,new._whole_class = (rank, ranks),equal,cls
+    # an order that was given to the loader itself, as fastai's `get_preds` does
+    new._own_idxs = vars(new).pop('get_idxs', None)
+    if ranks>1 and equal and not len(new):
+        raise ValueError(f"{dl.n} images are too few for one batch of {dl.bs} on each of {ranks} ranks; "
+                         f"give a bs of at most {dl.n//ranks}")
     return new
 
 # %% ../nbs/32_distributed.ipynb #e0ddf188
 _KNOWN_STATES = {AvgMetric: ('total', 'count'), AvgLoss: ('total', 'count'), AccumMetric: ('preds', 'targs')}
 
 def _state_names(metric)->tuple:
+    "The attributes of a metric that hold its sums, counts or lists"
     names = getattr(metric, 'rank_state', None) or next((s for c,s in _KNOWN_STATES.items() if isinstance(metric, c)), None)
-    if names is None: raise TypeError(f"the metric {type(metric).__name__} cannot be put together over ranks; give it an attribute rank_state, the names of the attributes that hold its sums, counts or lists")
-    return tuple(names)
+    if names is not None: return tuple(names)
+    raise TypeError(f"the metric {type(metric).__name__} cannot be put together over ranks; give it an attribute rank_state, "
+                    "the names of the attributes that hold its sums, counts or lists")
 
 def _merged(values):
     "One value of the ranks': sums of numbers, joined lists, the first of anything else"
@@ -180,6 +208,7 @@ def _merged(values):
     if isinstance(values[0], (int, float, torch.Tensor, np.ndarray, np.number)): return sum(values[1:], start=values[0])
     return values[0]
 
+# %% ../nbs/32_distributed.ipynb #p6438848
 def merge_metric(
     metric, # fastai `Metric`
     states:list=None, # a dict of the attributes in `rank_state` for each rank; None gathers them
@@ -190,24 +219,14 @@ def merge_metric(
     for k in names: setattr(metric, k, _merged([s[k] for s in states]))
 
 # %% ../nbs/32_distributed.ipynb #04618c69
-class DistributedTraining(Callback):
-    "Train on this rank's part of the data with averaged gradients; added by `distributed`"
-    order = 11
-    def __init__(self,
-        device:torch.device, # of this rank
-        sync_bn:bool=False, # BatchNorm over all ranks
-        find_unused_parameters:bool=False, # for networks of which parts do not take part in every step
-    ):
-        if sync_bn and device.type!='cuda': raise ValueError(f"sync_bn=True needs GPUs, PyTorch's SyncBatchNorm has no form for {device.type}; train with sync_bn=False")
-        self.device,self.sync_bn,self.find_unused_parameters = device,sync_bn,find_unused_parameters
-        self.ddp,self.whole,self.norms,self.muted = None,None,{},[]
-
-    def before_fit(self):
-        self.restore()
-        if hasattr(self.learn, 'gather_preds'): return
-        if hasattr(self.learn, 'lr_finder'): raise ValueError("lr_find does not run in several processes: run it in one, or give the learning rate")
+class _WholeLearner(Callback):
+    "The part of `DistributedTraining` that takes a learner apart and puts it together again"
+    def _take_apart(self):
+        "Give the learner this rank's loaders, and let only rank 0 write"
         for cb in self.learn.cbs:
-            if isinstance(cb, ResumeCallback): _prepare_resume(cb); self.muted.append(cb)
+            if isinstance(cb, ResumeCallback):
+                _prepare_resume(cb)
+                self.muted.append(cb)
             if isinstance(cb, CSVLogger) and this_rank(): cb.run = False # until after this fit
         if self.sync_bn: self.norms = synchronise_norms(self.learn.model)
         self.whole = list(self.dls.loaders)
@@ -217,41 +236,62 @@ class DistributedTraining(Callback):
         "Put everything back as it was before the fit; also after an error"
         if self.learn is None: return
         if isinstance(self.learn.model, DistributedDataParallel): self.learn.model = self.learn.model.module
-        self.ddp = None
         if self.whole is not None:
             for old,new in zip(self.whole, self.learn.dls.loaders): old.rng = new.rng
-            self.learn.dls.loaders,self.whole = self.whole,None
-        for cb in self.muted: vars(cb).pop('save', None)
+            self.learn.dls.loaders = self.whole
+        for cb in self.muted: _release_resume(cb)
         restore_norms(self.learn.model, self.norms)
-        self.norms,self.muted = {},[]
-
-    def after_fit(self): self.restore()
+        self.ddp,self.whole,self.norms,self.muted = None,None,{},[]
 
 # %% ../nbs/32_distributed.ipynb #fdc08f67
-@patch
-def before_train(self:DistributedTraining):
-    if self.ddp is None:
-        ids = [self.device.index] if self.device.type=='cuda' else None
-        self.ddp = DistributedDataParallel(self.learn.model, device_ids=ids, find_unused_parameters=self.find_unused_parameters)
-    self.learn.model = self.ddp
+class _AverageGradients(_WholeLearner):
+    "The part of `DistributedTraining` around training and validation"
+    def before_train(self):
+        if self.ddp is None:
+            ids = [self.device.index] if self.device.type=='cuda' else None
+            self.ddp = DistributedDataParallel(self.learn.model, device_ids=ids,
+                                               find_unused_parameters=self.find_unused_parameters)
+        self.learn.model = self.ddp
 
-@patch
-def after_train(self:DistributedTraining):
-    self.learn.model = self.ddp.module
-    if getattr(self.recorder, 'train_metrics', False) and not getattr(self.recorder, 'cancel_train', False):
+    def after_train(self):
+        self.learn.model = self.ddp.module
+        if not getattr(self.recorder, 'train_metrics', False) or getattr(self.recorder, 'cancel_train', False): return
         for m in self.learn.metrics: merge_metric(m)
 
-@patch
-def before_validate(self:DistributedTraining):
-    if hasattr(self.learn, 'gather_preds'): self.learn.dl = rank_loader(self.learn.dl, 0, 1, equal=False) # all images
-    else:
+    def before_validate(self):
+        if hasattr(self.learn, 'gather_preds'): # all images, on every rank that asks
+            self.learn.dl = rank_loader(self.learn.dl, 0, 1, equal=False)
+            return
         if not hasattr(self.learn.dl, 'rank_of'): self.learn.dl = rank_loader(self.learn.dl, equal=False)
         for b in self.learn.model.buffers(): dist.broadcast(b, src=0)
 
-@patch
-def after_validate(self:DistributedTraining):
-    if hasattr(self.learn, 'gather_preds') or getattr(self.recorder, 'cancel_valid', False): return
-    for m in [self.recorder.loss, *self.learn.metrics]: merge_metric(m)
+    def after_validate(self):
+        if hasattr(self.learn, 'gather_preds') or getattr(self.recorder, 'cancel_valid', False): return
+        for m in [self.recorder.loss, *self.learn.metrics]: merge_metric(m)
+
+# %% ../nbs/32_distributed.ipynb #p0614340
+class DistributedTraining(_AverageGradients):
+    "Train on this rank's part of the data with averaged gradients; added by `distributed`"
+    order = 11
+    def __init__(self,
+        device:torch.device, # of this rank
+        sync_bn:bool=False, # BatchNorm over all ranks
+        find_unused_parameters:bool=False, # for networks of which parts do not take part in every step
+    ):
+        if sync_bn and device.type!='cuda':
+            raise ValueError(f"sync_bn=True needs GPUs, PyTorch's SyncBatchNorm has no form for {device.type}; "
+                             "train with sync_bn=False")
+        self.device,self.sync_bn,self.find_unused_parameters = device,sync_bn,find_unused_parameters
+        self.ddp,self.whole,self.norms,self.muted = None,None,{},[]
+
+    def before_fit(self):
+        self.restore()
+        if hasattr(self.learn, 'gather_preds'): return
+        if hasattr(self.learn, 'lr_finder'):
+            raise ValueError("lr_find does not run in several processes: run it in one, or give the learning rate")
+        self._take_apart()
+
+    def after_fit(self): self.restore()
 
 # %% ../nbs/32_distributed.ipynb #63fb46b3
 def _put(net, name, m):
@@ -279,26 +319,28 @@ def restore_norms(
 
 # %% ../nbs/32_distributed.ipynb #014fcc4d
 class RankSeeds(Callback):
-    "Other random numbers on each rank, from rank 0's; and ranks that go on from one state"
+    "Other random numbers on each rank, from rank 0's"
     order = 96 # after `ResumeCallback`
-    def before_fit(self):
-        if hasattr(self.learn, 'gather_preds'): return
-        for cb in self.learn.cbs:
-            if not isinstance(cb, ResumeCallback): continue
-            found = gather(None if cb.todo is None else cb.todo[0]['epoch'])
-            if len(set(found))>1: raise ValueError(f"the ranks found different states in {cb.folder} (next epoch {found}); ResumeCallback needs a folder that all of them see")
-
     def before_train(self):
         seed = share(int(torch.randint(2**31, (1,))))
         if this_rank(): set_seed((seed+this_rank())%2**32)
 
+def _check_one_state(cb, state):
+    "Raise where the ranks go on from different states"
+    epochs = gather(None if state is None else state[0]['epoch'])
+    if len(set(epochs))>1:
+        raise ValueError(f"the ranks found different states in {cb.folder} (next epoch {epochs}); "
+                         "ResumeCallback needs a folder that all of them see")
+
 def _prepare_resume(cb):
-    "Let rank 0 alone write the state"
-    if cb.minutes is not None: raise ValueError("in several processes the state is written after epochs only; use ResumeCallback(folder) without minutes")
+    "Let rank 0 alone write the state, and compare what the ranks find"
+    if cb.minutes is not None:
+        raise ValueError("in several processes the state is written after epochs only; use ResumeCallback(folder) without minutes")
+    cb.found = lambda state: _check_one_state(cb, state)
     if this_rank(): cb.save = noop
-    elif cb.folder.is_dir():
-        for f in cb.folder.glob('.*-*.safetensors'): f.unlink(missing_ok=True) # half-written when the process was killed
-    dist.barrier()
+
+def _release_resume(cb):
+    for name in ('save', 'found'): vars(cb).pop(name, None)
 
 # %% ../nbs/32_distributed.ipynb #87f1401e
 @contextlib.contextmanager
@@ -309,9 +351,11 @@ def distributed(
     find_unused_parameters:bool=False, # for networks of which parts do not take part in every step
     timeout:float=1800., # how long a rank waits for the others, seconds
 ):
-    "Let `fit`, `validate` and `get_preds` in the block work over the processes that a launcher started; nothing changes in a single process"
+    "Let `fit`, `validate` and `get_preds` in the block work over the processes of a launcher; a single process stays as it is"
     device = start_ranks(timeout)
-    if device is None: yield learn; return
+    if device is None:
+        yield learn
+        return
     cbs = [DistributedTraining(device, sync_bn, find_unused_parameters), RankSeeds()]
     learn.dls.to(device)
     silent = [cb for cb in learn.cbs if isinstance(cb, ProgressCallback)] if this_rank() else []
@@ -329,7 +373,7 @@ def over_ranks(
     func, # frame -> frame with a row for each of its rows, in their order
     frame:pd.DataFrame, # the whole one, on every rank
 )->pd.DataFrame: # what `func` would return for the whole frame, on every rank
-    "Apply a function to a frame, a share on each rank"
+    "Apply a function to a frame, a part of it on each rank"
     places = [np.arange(len(frame))[r::n_ranks()] for r in range(n_ranks())]
     mine = frame.iloc[places[this_rank()]].reset_index(drop=True)
     parts = gather(_attempt(func, mine) if len(mine) or n_ranks()==1 else (None, None))

@@ -31,7 +31,7 @@ from safetensors.torch import load, save
 from .core import CODES, atomic_path, check_columns, unknown_name
 from .patient import PATIENT_COLUMNS
 from .data import class_weights, ham10000_dataloaders, lesion_augmentation
-from .dataset import read_metadata
+from .readers import read_metadata
 from .distill import Distill
 from .evaluate import _divide, _labelled, _lesions, _two_sided, _unit_draws, _unit_sums, average_recall_interval, class_scores, scores
 from .networks import create_body

@@ -316,7 +316,7 @@ def learner(self:Predictor)->Learner:
     inputs,getters = [ImageBlock],[get_image]
     frame = pd.DataFrame({'path': [Image.new('RGB', (64, 64))]*2, 'dx': list(CODES[:2]), 'is_valid': [False, True]}) # a DataBlock wants items; these are never used
     if self.patient is not None:
-        from skin_lesions.patient import EncodePatient
+        from skin_lesions.data import EncodePatient
         inputs,getters = [*inputs, TransformBlock(type_tfms=[EncodePatient(self.patient)])],[*getters, noop]
         for c in self.patient.columns: frame[c] = None
     block = DataBlock(blocks=[*inputs, CategoryBlock(vocab=self.classes, sort=False)], getters=[*getters, get_dx], n_inp=len(inputs), splitter=ColSplitter('is_valid'),

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException
 from fastai.callback.tracker import TrackerCallback
-from fastcore.basics import GetAttr, noop, patch
+from fastcore.basics import GetAttr, noop
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .architectures import check_tensors
 from .core import atomic_path
 
 # %% ../nbs/23_resume.ipynb #582c8395
@@ -26,7 +27,8 @@ def _rng_state(dls)->tuple:
     name,keys,*rest = np.random.get_state()
     plain = dict(python=random.getstate(), numpy=[name, *rest], loaders=[dl.rng.getstate() for dl in dls.loaders])
     tensors = {'rng.torch': torch.get_rng_state(), 'rng.numpy': torch.from_numpy(keys.astype(np.int64))}
-    if torch.cuda.is_available(): tensors |= {f'rng.cuda.{i}': s for i,s in enumerate(torch.cuda.get_rng_state_all())}
+    if torch.cuda.is_available():
+        tensors |= {f'rng.cuda.{i}': s for i,s in enumerate(torch.cuda.get_rng_state_all())}
     return plain,tensors
 
 def _python_state(s): return (s[0], tuple(s[1]), s[2])
@@ -37,16 +39,23 @@ def _set_rng_state(dls, plain, tensors):
     name,*rest = plain['numpy']
     np.random.set_state((name, tensors['rng.numpy'].numpy().astype(np.uint32), *rest))
     torch.set_rng_state(tensors['rng.torch'])
-    for dl,s in zip(dls.loaders, plain['loaders']): dl.rng = random.Random(); dl.rng.setstate(_python_state(s))
-    if torch.cuda.is_available(): torch.cuda.set_rng_state_all([tensors[f'rng.cuda.{i}'] for i in range(torch.cuda.device_count()) if f'rng.cuda.{i}' in tensors])
+    for dl,s in zip(dls.loaders, plain['loaders']):
+        dl.rng = random.Random()
+        dl.rng.setstate(_python_state(s))
+    states = [tensors.get(f'rng.cuda.{i}') for i in range(torch.cuda.device_count())]
+    if states: torch.cuda.set_rng_state_all([s for s in states if s is not None])
 
 # %% ../nbs/23_resume.ipynb #3eb0b5f3
 FORMAT = 1
 STATE,PREVIOUS = 'state.safetensors','previous.safetensors'
 
 def _checksum(plain:str, tensors)->str:
+    "Over the JSON and the bytes of all tensors"
     h = hashlib.sha256(plain.encode())
-    for k in sorted(tensors): h.update(k.encode()); h.update(tensors[k].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensors[k].numel() else b'')
+    for name in sorted(tensors):
+        h.update(name.encode())
+        # an empty tensor cannot be viewed as bytes
+        if tensors[name].numel(): h.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
 def _second_name(file, other):
@@ -55,6 +64,7 @@ def _second_name(file, other):
     try: os.link(file, other)
     except OSError: shutil.copyfile(file, other)
 
+# %% ../nbs/23_resume.ipynb #p3179567
 def write_state(
     folder, # made if it is not there
     plain:dict, # what JSON can hold
@@ -62,31 +72,41 @@ def write_state(
 )->Path: # the file
     "Write a state atomically and keep the one before"
     folder = Path(folder)
-    tensors = {k: v.detach().cpu().contiguous().clone() for k,v in tensors.items()} # safetensors wants no shared memory
-    text = json.dumps(dict(format=FORMAT, **plain))
     state = folder/STATE
+    # safetensors wants no shared memory
+    tensors = {k: v.detach().cpu().contiguous().clone() for k,v in tensors.items()}
+    text = json.dumps(dict(format=FORMAT, **plain))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(state) as tmp:
-            tmp.write_bytes(save(tensors, metadata=dict(state=text, sha256=_checksum(text, tensors)))) # `save_file` would leave files of its own behind when killed
+            # `save_file` would leave files of its own behind when killed
+            tmp.write_bytes(save(tensors, metadata=dict(state=text, sha256=_checksum(text, tensors))))
             if state.is_file():
                 with atomic_path(folder/PREVIOUS) as old: _second_name(state, old)
     except (OSError, SafetensorError) as e:
-        raise OSError(f"the training's state cannot be written to {folder} ({e}); the state before it is intact. Free some space, or give ResumeCallback a folder that can be written") from e
+        raise OSError(f"the training's state cannot be written to {folder} ({e}); the state before it is intact. "
+                      "Free some space, or give ResumeCallback a folder that can be written") from e
     return state
 
+# %% ../nbs/23_resume.ipynb #p2996215
 def _read(file)->tuple:
+    "What JSON held and the tensors of a file, checked"
+    incomplete = f"{file} is no complete state of a training"
     try:
         with safe_open(file, framework='pt') as f:
             meta,tensors = f.metadata() or {},{k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError) as e: raise ValueError(f"{file} is no complete state of a training ({e})") from e
-    if 'state' not in meta or _checksum(meta['state'], tensors)!=meta.get('sha256'): raise ValueError(f"{file} is damaged: its checksum does not fit")
+    except (SafetensorError, OSError) as e: raise ValueError(f"{incomplete} ({e})") from e
+    if 'state' not in meta or _checksum(meta['state'], tensors)!=meta.get('sha256'):
+        raise ValueError(f"{file} is damaged: its checksum does not fit")
     try: plain = json.loads(meta['state'])
-    except (ValueError, RecursionError) as e: raise ValueError(f"{file} is no complete state of a training: its header is no JSON ({e})") from e
-    if not isinstance(plain, dict) or type(plain.get('format')) is not int: raise ValueError(f"{file} is no complete state of a training: its header has no number of a format")
-    if plain['format']>FORMAT: raise ValueError(f"{file} has format {plain['format']}, this version of skin_lesions reads up to {FORMAT}; update it")
+    except (ValueError, RecursionError) as e: raise ValueError(f"{incomplete}: its header is no JSON ({e})") from e
+    if not isinstance(plain, dict) or type(plain.get('format')) is not int:
+        raise ValueError(f"{incomplete}: its header has no number of a format")
+    if plain['format']>FORMAT:
+        raise ValueError(f"{file} has format {plain['format']}, this version of skin_lesions reads up to {FORMAT}; update it")
     return plain,tensors
 
+# %% ../nbs/23_resume.ipynb #p3708390
 def read_state(
     folder, # as given to `write_state`
 ): # what JSON held and tensors by name; None where there is no state
@@ -102,12 +122,14 @@ def read_state(
 # %% ../nbs/23_resume.ipynb #e7c0349f
 def _opt_state(opt)->tuple:
     "Of fastai's optimiser: what JSON can hold, and tensors by name"
-    sd = opt.state_dict()
-    tensors = {f'opt.{i}.{k}': v for i,s in enumerate(sd['state']) for k,v in s.items() if isinstance(v, Tensor)}
-    plain = [{k: v for k,v in s.items() if not isinstance(v, Tensor)} for s in sd['state']]
-    return dict(state=plain, hypers=[{k: v if v is None or isinstance(v, (bool, int, str)) else float(v) for k,v in h.items()} for h in sd['hypers']]),tensors
+    state = opt.state_dict()
+    tensors = {f'opt.{i}.{k}': v for i,s in enumerate(state['state']) for k,v in s.items() if isinstance(v, Tensor)}
+    plain = [{k: v for k,v in s.items() if not isinstance(v, Tensor)} for s in state['state']]
+    number = lambda v: v if v is None or isinstance(v, (bool, int, str)) else float(v)
+    return dict(state=plain, hypers=[{k: number(v) for k,v in h.items()} for h in state['hypers']]),tensors
 
 def _load_opt(opt, plain, tensors, device):
+    "Put an optimiser back"
     state = [dict(s) for s in plain['state']]
     for name,v in tensors.items():
         if name.startswith('opt.'):
@@ -115,176 +137,110 @@ def _load_opt(opt, plain, tensors, device):
             state[int(i)][key] = v.to(device)
     opt.load_state_dict(dict(state=state, hypers=[dict(h) for h in plain['hypers']]))
 
+# %% ../nbs/23_resume.ipynb #p1361724
 def _numbers(row): return [None if v is None else float(v) for v in row]
 
-def _recorder_state(r): return dict(lrs=_numbers(r.lrs), losses=_numbers(r.losses), iters=list(r.iters), values=[_numbers(v) for v in r.values], smooth=[r.smooth_loss.count, float(r.smooth_loss.val)])
+def _recorder_state(r)->dict:
+    "The history of a training"
+    return dict(lrs=_numbers(r.lrs), losses=_numbers(r.losses), iters=list(r.iters), values=[_numbers(v) for v in r.values],
+                smooth=[r.smooth_loss.count, float(r.smooth_loss.val)])
 
-def _load_recorder(r, s):
-    r.lrs,r.iters = list(s['lrs']),list(s['iters'])
-    r.losses,r.values = [torch.tensor(v) for v in s['losses']],[type(r.log)(v) for v in s['values']]
-    r.smooth_loss.count,r.smooth_loss.val = s['smooth'][0],torch.tensor(s['smooth'][1], device=getattr(r.smooth_loss.val, 'device', None))
+def _load_recorder(r, state):
+    "Put the history back"
+    r.lrs,r.iters = list(state['lrs']),list(state['iters'])
+    r.losses = [torch.tensor(v) for v in state['losses']]
+    r.values = [type(r.log)(v) for v in state['values']]
+    count,value = state['smooth']
+    r.smooth_loss.count = count
+    r.smooth_loss.val = torch.tensor(value, device=getattr(r.smooth_loss.val, 'device', None))
 
+# %% ../nbs/23_resume.ipynb #p2967165
+def _trackers(cbs)->list: return [c for c in cbs if isinstance(c, TrackerCallback)]
+
+def _tracker_states(cbs)->list:
+    "Name of each tracker, its best value and how many epochs it has waited"
+    number = lambda v: v if isinstance(v, int) else float(v)
+    numbers = lambda c: {k: number(getattr(c, k)) for k in ('best', 'wait') if getattr(c, k, None) is not None}
+    return [[type(c).__name__, numbers(c)] for c in _trackers(cbs)]
+
+def _load_trackers(cbs, states, folder):
+    "Put the trackers back"
+    here,there = [type(c).__name__ for c in _trackers(cbs)],[name for name,_ in states]
+    if here!=there:
+        raise ValueError(f"{folder} has the state of a training with the trackers {', '.join(there) or 'none'}, and here are "
+                         f"{', '.join(here) or 'none'}; call fit with the same callbacks")
+    for tracker,(_,numbers) in zip(_trackers(cbs), states):
+        for k,v in numbers.items(): setattr(tracker, k, v)
+
+# %% ../nbs/23_resume.ipynb #p6394109
 def _own_states(cbs)->tuple:
     "Of the callbacks that keep something of their own: what JSON can hold and tensors, by the callback's name"
-    found = {type(c).__name__: c.training_state() for c in cbs if hasattr(type(c), 'training_state')}
-    return {k: plain for k,(plain,_) in found.items()},{f'callback.{k}.{name}': t for k,(_,tensors) in found.items() for name,t in tensors.items()}
+    states = {type(c).__name__: c.training_state() for c in cbs if hasattr(type(c), 'training_state')}
+    tensors = {f'callback.{name}.{k}': t for name,(_,own) in states.items() for k,t in own.items()}
+    return {name: plain for name,(plain,_) in states.items()},tensors
+
+def _part(tensors, prefix)->dict:
+    "The tensors whose names begin so, without it"
+    return {k.removeprefix(prefix): t for k,t in tensors.items() if k.startswith(prefix)}
 
 def _load_own_states(cbs, plain, tensors, folder):
+    "Put these callbacks back"
     cbs = {type(c).__name__: c for c in cbs if hasattr(type(c), 'load_training_state')}
-    if set(cbs)!=set(plain): raise ValueError(f"{folder} has the state of a training with the callbacks {', '.join(plain) or 'none'} that keep a state, and here are {', '.join(cbs) or 'none'}; call fit with the same callbacks")
-    for k,c in cbs.items(): c.load_training_state(plain[k], {name.removeprefix(f'callback.{k}.'): t for name,t in tensors.items() if name.startswith(f'callback.{k}.')})
+    if set(cbs)!=set(plain):
+        raise ValueError(f"{folder} has the state of a training with the callbacks {', '.join(plain) or 'none'} that keep a "
+                         f"state, and here are {', '.join(cbs) or 'none'}; call fit with the same callbacks")
+    for name,c in cbs.items(): c.load_training_state(plain[name], _part(tensors, f'callback.{name}.'))
 
-def _trained_weights(learn): return next((c.trained_weights() for c in learn.cbs if hasattr(type(c), 'trained_weights')), learn.model.state_dict())
+# %% ../nbs/23_resume.ipynb #p5735119
+def _description(learn)->dict:
+    "What must be alike for a training to go on"
+    return dict(n_epoch=learn.n_epoch, n_iter=len(learn.dls.train), model=type(learn.model).__name__)
 
+def _trained_weights(learn)->dict:
+    "The weights that the next step changes"
+    return next((c.trained_weights() for c in learn.cbs if hasattr(type(c), 'trained_weights')), learn.model.state_dict())
 
-# %% ../nbs/23_resume.ipynb #dc4788f2
-class ResumeCallback(Callback):
-    "Write the training's state after every epoch, and go on from it when `fit` is called again with the same arguments"
-    order = 95
-    def __init__(self,
-        folder, # of the state; a training of its own needs a folder of its own
-        minutes:float=None, # also within an epoch, every so many minutes; None only after epochs
-    ):
-        if minutes is not None and not minutes>=0: raise ValueError(f"minutes must be a number >= 0 or None, got {minutes}")
-        self.folder,self.minutes = Path(folder),minutes
-        self.todo,self.active,self.trained,self.skip = None,False,False,0 # `todo`: the state to go on from, until it has been taken over
+def _training_state(learn)->tuple:
+    "The state of a training: what JSON can hold, and tensors by name"
+    rng,rng_tensors = _rng_state(learn.dls)
+    opt,opt_tensors = _opt_state(learn.opt)
+    own,own_tensors = _own_states(learn.cbs)
+    scaler = getattr(learn, 'scaler', None)
+    plain = dict(what=_description(learn), rng=rng, opt=opt, callbacks=own, trackers=_tracker_states(learn.cbs),
+                 recorder=_recorder_state(learn.recorder), scaler=None if scaler is None else scaler.state_dict())
+    weights = {f'model.{k}': v for k,v in _trained_weights(learn).items()}
+    return plain, weights | rng_tensors | opt_tensors | own_tensors
 
-    def _what(self): return dict(n_epoch=self.n_epoch, n_iter=len(self.dls.train), model=type(self.learn.model).__name__)
+# %% ../nbs/23_resume.ipynb #p7379584
+def _load_training(learn, plain, tensors, folder):
+    "Put a training back, but for history and random numbers"
+    here = _description(learn)
+    if plain['what']!=here:
+        differ = ', '.join(f'{k} {v} there and {here[k]} here' for k,v in plain['what'].items() if v!=here[k])
+        raise ValueError(f"{folder} has the state of another training ({differ}); call fit with the same arguments, "
+                         "or give ResumeCallback a new folder")
+    weights = _part(tensors, 'model.')
+    check_tensors(weights, learn.model.state_dict(), f"{folder} has the state of another network")
+    _load_own_states(learn.cbs, plain['callbacks'], tensors, folder)
+    _load_trackers(learn.cbs, plain['trackers'], folder)
+    learn.model.load_state_dict(weights)
+    _load_opt(learn.opt, plain['opt'], tensors, next(learn.model.parameters()).device)
+    scaler = getattr(learn, 'scaler', None)
+    if scaler is not None and plain['scaler'] is not None: scaler.load_state_dict(plain['scaler'])
 
-    def save(self,
-        batches:int=0, # of the epoch that are done
-        epoch:int=None, # the next one to train
-    ):
-        "Write the state now"
-        rng,tensors = _rng_state(self.dls)
-        opt,more = _opt_state(self.learn.opt)
-        own,others = _own_states(self.learn.cbs)
-        tensors = {f'model.{k}': v for k,v in _trained_weights(self.learn).items()} | tensors | more | others
-        first = {f'first.{k}': v for k,v in self.first[1].items()} if batches else {}
-        scaler = getattr(self.learn, 'scaler', None)
-        plain = dict(what=self._what(), epoch=self.epoch if epoch is None else epoch, batches=batches, callbacks=own, rng=rng, first=self.first[0] if batches else None, opt=opt, recorder=_recorder_state(self.recorder),
-                     best={type(c).__name__: float(c.best) for c in self.learn.cbs if isinstance(c, TrackerCallback) and hasattr(c, 'best')}, scaler=None if scaler is None else scaler.state_dict())
-        write_state(self.folder, plain, tensors | first)
-        self.saved = time.monotonic()
-
-# %% ../nbs/23_resume.ipynb #b22b4c87
-@patch
-def before_fit(self:ResumeCallback):
-    "Load the state, if there is one"
-    self.saved,self.todo,self.skip,self.trained = time.monotonic(),None,0,False
-    self.active = not (hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'))
-    if not self.active: return
-    self.learn.remove_cbs([c for c in self.learn.cbs if isinstance(c, _SkipBatches)]) # of a fit that crashed
-    self.learn.add_cb(_SkipBatches(self))
-    for name in (STATE, PREVIOUS):
-        for f in self.folder.glob(f'.{Path(name).stem}-*.safetensors'): f.unlink() # half-written when the process was killed
-    found = read_state(self.folder)
-    if found is None: return
-    plain,tensors = found
-    if plain['what']!=self._what():
-        differ = ', '.join(f'{k} {v} there and {self._what()[k]} here' for k,v in plain['what'].items() if v!=self._what()[k])
-        raise ValueError(f"{self.folder} has the state of another training ({differ}); call fit with the same arguments, or give ResumeCallback a new folder")
-    net = self.learn.model
-    state = {k.removeprefix('model.'): v for k,v in tensors.items() if k.startswith('model.')}
-    own = net.state_dict()
-    wrong = [k for k in {**own, **state} if k not in own or k not in state or own[k].shape!=state[k].shape]
-    if wrong: raise ValueError(f"{self.folder} has the state of another network: {len(wrong)} tensors do not fit, the first is {sorted(wrong)[0]}")
-    _load_own_states(self.learn.cbs, plain.get('callbacks', {}), tensors, self.folder)
-    net.load_state_dict(state)
-    _load_opt(self.learn.opt, plain['opt'], tensors, next(net.parameters()).device)
-    if plain['scaler'] is not None and getattr(self.learn, 'scaler', None) is not None: self.learn.scaler.load_state_dict(plain['scaler'])
-    for c in self.learn.cbs:
-        if type(c).__name__ in plain['best']: c.best = plain['best'][type(c).__name__]
-    self.todo,self.kept_logger = (plain, tensors),self.learn.logger
-    self.learn.logger = noop # nothing of the skipped epochs is logged as theirs
-
-@patch
-def before_epoch(self:ResumeCallback):
-    "Skip what is done; begin the first epoch to do with its random numbers"
-    if not self.active: return
-    if self.todo is not None:
-        plain,tensors = self.todo
-        if self.epoch<plain['epoch']: raise CancelEpochException()
-        self._begin(plain, tensors)
-    self.first = _rng_state(self.dls)
-
-@patch
-def _begin(self:ResumeCallback, plain, tensors):
-    self.learn.logger = self.kept_logger
-    log,self.skip = self.recorder.log,plain['batches']
-    _load_recorder(self.recorder, plain['recorder'])
-    for i,row in enumerate(self.recorder.values): self.learn.logger(type(log)([i, *row]) + (['-'] if self.recorder.add_time else []))
-    first = {k.removeprefix('first.'): v for k,v in tensors.items() if k.startswith('first.')}
-    _set_rng_state(self.dls, plain['first'] if self.skip else plain['rng'], first if self.skip else tensors)
-    if not self.skip: self.todo = None
-
-# %% ../nbs/23_resume.ipynb #b2ad9df9
-class _Reading(GetAttr):
-    "A loader; when it cannot read a file, the error says where the training's state is"
-    _default = 'dl'
-    def __init__(self, dl, resume): self.dl,self.resume = dl,resume
-    def __len__(self): return len(self.dl)
-    def __iter__(self):
-        try: yield from self.dl
-        except (OSError, ValueError) as e: # of a worker, it comes with the worker's traceback
-            why = str(e).strip().splitlines()[-1:] or [type(e).__name__]
-            raise (OSError if isinstance(e, OSError) else ValueError)(f"{why[0]}; a file of epoch {self.resume.epoch} could not be read. {self.resume._where()}; put the data back and call fit again with the same arguments (in the shell: the same command and --resume)") from e
-
-class _SkipBatches(Callback):
-    "Cancel the batches that a resumed epoch has done; first of all callbacks"
-    order,run_valid = -100,False
-    def __init__(self, resume): self.resume = resume
-    def before_batch(self):
-        if self.iter<self.resume.skip: raise CancelBatchException()
-
-@patch
-def before_train(self:ResumeCallback):
-    self.trained = self.active # `validate` has epochs too, without training
-    if self.active: self.learn.dl = _Reading(self.dl, self)
-
-@patch
-def before_validate(self:ResumeCallback):
-    if self.active: self.learn.dl = _Reading(self.dl, self)
-
-@patch
-def after_batch(self:ResumeCallback):
-    if not self.active or not self.training: return
-    done = self.iter+1
-    if done<self.skip: return
-    if done==self.skip: # everything as it was after this batch
-        plain,tensors = self.todo
-        _load_recorder(self.recorder, plain['recorder'])
-        self.learn.smooth_loss = self.recorder.smooth_loss.value
-        _set_rng_state(self.dls, plain['rng'], tensors)
-        self.todo,self.skip = None,0
-    elif self.minutes is not None and done<self.n_iter and time.monotonic()-self.saved>=60*self.minutes: self.save(done)
-
-@patch
-def after_epoch(self:ResumeCallback):
-    if self.trained: self.save(epoch=self.epoch+1)
-    elif self.active and self.todo is not None and self.epoch+1==self.n_epoch: # everything was done
-        self._begin(*self.todo)
-        self.todo = None
-    self.trained = False
-
-@patch
-def _where(self:ResumeCallback)->str:
+# %% ../nbs/23_resume.ipynb #p0740754
+def _where(folder)->str:
     "Where the training can go on from, as a sentence"
-    if not (self.folder/STATE).is_file(): return f"No state has been written to {self.folder} yet"
-    return f"The last good state is in {self.folder}"
+    if not (folder/STATE).is_file(): return f"No state has been written to {folder} yet"
+    return f"The last good state is in {folder}"
 
-@patch
-def after_fit(self:ResumeCallback):
-    self.learn.remove_cbs([c for c in self.learn.cbs if isinstance(c, _SkipBatches)])
-    self.active = False
-
-# %% ../nbs/23_resume.ipynb #dca173db
-@patch
-def after_loss(self:ResumeCallback):
-    "Stop before a step with a loss that is no number"
-    if not self.active or not self.training or bool(torch.isfinite(self.learn.loss_grad).all()): return
-    raise FloatingPointError(f"the loss is {self.learn.loss_grad.detach().float().mean().item()} in epoch {self.epoch}, batch {self.iter}; the weights have not been touched by it. {self._where()}; "
-                             f"train again with a lower learning rate, or look at the images of the batch: {', '.join(_batch_items(self.learn))}")
+def _unreadable(error, resume):
+    "The error of a file that cannot be read"
+    # the message of a data-loading worker comes with its traceback, the reason is its last line
+    reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+    kind = OSError if isinstance(error, OSError) else ValueError
+    return kind(f"{reason[0]}; a file of epoch {resume.epoch} could not be read. {_where(resume.folder)}; put the data back "
+                "and call fit again with the same arguments (in the shell: the same command and --resume)")
 
 def _batch_items(learn)->list:
     "Names of the images of the current batch"
@@ -295,3 +251,150 @@ def _batch_items(learn)->list:
     rows = [items.iloc[p] if hasattr(items, 'iloc') else items[p] for p in places]
     return [str(getattr(r, 'image_id', getattr(r, 'path', r))) for r in rows]
 
+# %% ../nbs/23_resume.ipynb #dc4788f2
+class _First(Callback):
+    "The part of `ResumeCallback` that comes before all other callbacks: it cancels what is done"
+    order,run_valid = -100,False
+    def __init__(self, resume): self.resume = resume
+    def before_train(self):
+        if not self.resume.fitting: self.resume.start()
+        todo = self.resume.todo
+        if todo is not None and self.epoch<todo[0]['epoch']: raise CancelEpochException()
+
+    def before_batch(self):
+        if self.iter<self.resume.skip: raise CancelBatchException()
+
+class _Reading(GetAttr):
+    "A loader; when it cannot read a file, the error says where the training's state is"
+    _default = 'dl'
+    def __init__(self, dl, resume): self.dl,self.resume = dl,resume
+    def __len__(self): return len(self.dl)
+    def __iter__(self):
+        try: yield from self.dl
+        except (OSError, ValueError) as e: raise _unreadable(e, self.resume) from e
+
+# %% ../nbs/23_resume.ipynb #b22b4c87
+class _WritesState(Callback):
+    "The part of `ResumeCallback` that writes"
+    order = 95
+    fitting,trained,first,saved = False,False,None,0. # is this a training? did this epoch train? generators at its beginning
+    def save(self,
+        batches:int=0, # of the epoch that are done
+        epoch:int=None, # the next one to train; None is the current one
+    ):
+        "Write the state now"
+        plain,tensors = _training_state(self.learn)
+        plain |= dict(epoch=self.epoch if epoch is None else epoch, batches=batches, first=None)
+        if batches:
+            plain['first'],generators = self.first
+            tensors |= {f'first.{k}': v for k,v in generators.items()}
+        write_state(self.folder, plain, tensors)
+        self.saved = time.monotonic()
+
+    def after_loss(self):
+        "Stop before a step with a loss that is no number"
+        if not self.fitting or not self.training or bool(torch.isfinite(self.learn.loss_grad).all()): return
+        loss = self.learn.loss_grad.detach().float().mean().item()
+        raise FloatingPointError(f"the loss is {loss} in epoch {self.epoch}, batch {self.iter}; the weights have not been touched by it. "
+                                 f"{_where(self.folder)}; train again with a lower learning rate, or look at the images of the batch: "
+                                 f"{', '.join(_batch_items(self.learn))}")
+
+# %% ../nbs/23_resume.ipynb #b2ad9df9
+class _ReadsState(_WritesState):
+    "The part of `ResumeCallback` that takes a state over"
+    def found(self, state): "Called with the state in the folder before it is used; `distributed` compares it over the processes"
+
+    def start(self):
+        "Load the state, if there is one; this is a training"
+        self.fitting,self.saved = True,time.monotonic()
+        for name in (STATE, PREVIOUS): # half-written when the process was killed
+            for f in self.folder.glob(f'.{Path(name).stem}-*.safetensors'): f.unlink(missing_ok=True)
+        self.todo = read_state(self.folder)
+        self.found(self.todo)
+        if self.todo is None: return
+        _load_training(self.learn, *self.todo, self.folder)
+        # nothing of the skipped epochs is logged as theirs, and trackers do not look at them
+        self.logger_of_fit,self.learn.logger = self.learn.logger,noop
+        self.paused = [c for c in _trackers(self.learn.cbs) if c.run]
+        for c in self.paused: c.run = False
+
+    def _set_generators(self, part:str):
+        "Put the generators back as they were at the state, or at the beginning of its epoch"
+        plain,tensors = self.todo
+        _set_rng_state(self.dls, plain[part], tensors if part=='rng' else _part(tensors, 'first.'))
+
+# %% ../nbs/23_resume.ipynb #p9099745
+class _GoesOn(_ReadsState):
+    "The part of `ResumeCallback` that goes on where a state ends"
+    def _begin(self):
+        "The skipped epochs are over: log them, and go on with history, trackers and random numbers"
+        plain,_ = self.todo
+        self.learn.logger = self.logger_of_fit
+        row_type = type(self.recorder.log)
+        _load_recorder(self.recorder, plain['recorder'])
+        for i,row in enumerate(self.recorder.values):
+            self.learn.logger(row_type([i, *row]) + (['-'] if self.recorder.add_time else []))
+        for c in self.paused: c.run = True
+        self.skip = plain['batches']
+        self._set_generators('first' if self.skip else 'rng')
+        if not self.skip: self.todo = None
+
+    def _catch_up(self):
+        "The skipped batches are over: everything as it was after the last of them"
+        plain,_ = self.todo
+        _load_recorder(self.recorder, plain['recorder'])
+        self.learn.smooth_loss = self.recorder.smooth_loss.value
+        self._set_generators('rng')
+        self.todo,self.skip = None,0
+
+# %% ../nbs/23_resume.ipynb #p7733090
+class _Epochs(_GoesOn):
+    "The events of `ResumeCallback` around an epoch"
+    def before_fit(self):
+        self.todo,self.skip,self.fitting,self.trained = None,0,False,False
+        self.learn.remove_cbs([c for c in self.learn.cbs if isinstance(c, _First)]) # of a fit that crashed
+        if not hasattr(self.learn, 'lr_finder'): self.learn.add_cb(_First(self))
+
+    def before_epoch(self):
+        "Skip what is done; begin the first epoch to do with its random numbers"
+        if self.todo is None: return
+        if self.epoch<self.todo[0]['epoch']: raise CancelEpochException()
+        if not self.todo[0]['batches']: self._begin()
+
+    def after_epoch(self):
+        if self.trained: self.save(epoch=self.epoch+1)
+        elif self.todo is not None and self.epoch+1==self.n_epoch: # everything was done
+            self._begin()
+            self.todo = None
+        self.trained = False
+
+    def after_fit(self):
+        self.learn.remove_cbs([c for c in self.learn.cbs if isinstance(c, _First)])
+        self.fitting = False
+
+# %% ../nbs/23_resume.ipynb #p0293610
+class ResumeCallback(_Epochs):
+    "Write the training's state after every epoch, and go on from it when `fit` is called again with the same arguments"
+    def __init__(self,
+        folder, # of the state; a training of its own needs a folder of its own
+        minutes:float=None, # also within an epoch, every so many minutes; None only after epochs
+    ):
+        if minutes is not None and not minutes>=0: raise ValueError(f"minutes must be a number >= 0 or None, got {minutes}")
+        self.folder,self.minutes = Path(folder),minutes
+        self.todo,self.skip = None,0 # the state to go on from until it is taken over; batches of its epoch that are done
+
+    def before_train(self):
+        if not self.fitting: return
+        if self.todo is not None and self.todo[0]['batches']: self._begin()
+        self.trained,self.first = True,_rng_state(self.dls)
+        self.learn.dl = _Reading(self.dl, self)
+
+    def before_validate(self):
+        if self.fitting: self.learn.dl = _Reading(self.dl, self)
+
+    def after_batch(self):
+        if not self.fitting or not self.training: return
+        done = self.iter+1
+        if self.skip and done==self.skip: self._catch_up()
+        elif done<self.skip or self.minutes is None or done==self.n_iter: return
+        elif time.monotonic()-self.saved>=60*self.minutes: self.save(done)

@@ -23,14 +23,15 @@ def _check_meta(meta, why):
     check_columns(meta, needed, why=why)
     if len(meta)==0: raise ValueError(f"meta has no rows; {why}")
     for column in needed:
-        n_missing = int(meta[column].isna().sum())
-        if n_missing: raise ValueError(f"column {column!r} of meta is missing in {n_missing} of {len(meta)} rows; {why}")
+        n = int(meta[column].isna().sum())
+        if n: raise ValueError(f"column {column!r} of meta is missing in {n} of {len(meta)} rows; {why}")
     repeated = meta.image_id[meta.image_id.duplicated()]
     if len(repeated): raise ValueError(f"meta has image_id {repeated.iloc[0]!r} more than once")
 
 def _check_number(k):
     "A number of folds"
-    if isinstance(k, bool) or int(k)!=k or k<2: raise ValueError(f"k must be a whole number of folds, at least 2, got {k}")
+    if isinstance(k, bool) or int(k)!=k or k<2:
+        raise ValueError(f"k must be a whole number of folds, at least 2, got {k}")
 
 def _check_lesions(meta, k):
     "Each class needs a group for each fold"
@@ -152,11 +153,11 @@ def _codes_in(meta)->list:
     known = classes_of(meta).codes if seen else ()
     return [c for c in known if c in seen] + sorted(seen-set(known))
 
-# %% ../nbs/12_split.ipynb #0880ec2f
+# %% ../nbs/12_split.ipynb #350240fa
 def leak_report(
     meta:pd.DataFrame, # with `dx`, `group` and a boolean `is_valid`
     show:bool=True, # print the table and one sentence
-)->pd.DataFrame: # a row a class, then 'all': n_valid, n_leaked (images), leaked (fraction from 0 to 1, NaN without images)
+)->pd.DataFrame: # a row a class, then 'all': n_valid, n_leaked (images), leaked (fraction, NaN without images)
     "Which fraction of the validation images shows a lesion that is also in training"
     check_columns(meta, ['dx', 'group', 'is_valid'], why='leak_report compares the groups of the two sides')
     leaked = leaked_images(meta)
@@ -172,10 +173,11 @@ def _print_leaks(report):
     "Print a leak report for people"
     total = report.loc['all']
     print(report.to_string(formatters={'leaked': lambda x: 'no images' if np.isnan(x) else f'{x:.1%}'}))
-    if total.n_valid==0: print("No image validates.")
-    elif total.n_leaked==0: print(f"None of the {total.n_valid:.0f} validation images shows a lesion that is in training.")
-    else: print(f"{total.n_leaked:.0f} of {total.n_valid:.0f} validation images ({total.leaked:.1%}) show a lesion "
-                "that is in training: scores on this split are too good. split_by_lesion avoids it.")
+    n,n_leaked = int(total.n_valid),int(total.n_leaked)
+    if n==0: print("No image validates.")
+    elif n_leaked==0: print(f"None of the {n} validation images shows a lesion that is in training.")
+    else: print(f"{n_leaked} of {n} validation images ({total.leaked:.1%}) show a lesion that is in training: "
+                "scores on this split are too good. split_by_lesion avoids it.")
 
 # %% ../nbs/12_split.ipynb #39fa9043
 def _counts(meta)->dict:
@@ -199,7 +201,7 @@ def describe_split(
         train_counts=_counts(train), valid_counts=_counts(valid),
         valid_fraction_with_group_in_training=None if leaked is None else round(float(leaked.mean()), 4))
 
-# %% ../nbs/12_split.ipynb #0fc800cb
+# %% ../nbs/12_split.ipynb #2a2ff3fa
 def warn_if_leaking(
     meta:pd.DataFrame, # with `group` and a boolean `is_valid`
     *,
@@ -211,8 +213,9 @@ def warn_if_leaking(
     leaked = leaked_images(meta)
     if not leaked.any(): return
     unit,examples = _unit(meta),first_few(meta.image_id[leaked.index[leaked]])
-    warnings.warn(f"{leaked.sum()} of {len(leaked)} validation images show a {unit} that is also in training ({examples}): "
-                  "scores on this split are too good; split_by_lesion makes one without", stacklevel=stacklevel)
+    warnings.warn(f"{leaked.sum()} of {len(leaked)} validation images show a {unit} that is also in training "
+                  f"({examples}): scores on this split are too good; split_by_lesion makes one without",
+                  stacklevel=stacklevel)
 
 # %% ../nbs/12_split.ipynb #0222474a
 def _check_nothing_shared(meta, valid_meta):

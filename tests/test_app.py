@@ -11,7 +11,7 @@ pytest.importorskip('gradio', reason="the app is an extra: pip install 'skin-les
 from skin_lesions.app import launch_app
 from skin_lesions.core import CODES, NOTICE, full_name
 from skin_lesions.data import ham10000_dataloaders
-from skin_lesions.dataset import read_metadata
+from skin_lesions.readers import read_metadata
 from skin_lesions.decide import Referral, fit_calibration, fit_referral
 from skin_lesions.learner import two_stage_learner
 from skin_lesions.ood import draw_non_lesion, fit_ood

@@ -81,7 +81,7 @@ def test_check_images_says_the_same(files, read):
 
 @pytest.fixture(scope='module')
 def learn(sample):
-    from skin_lesions.dataset import read_metadata
+    from skin_lesions.readers import read_metadata
     meta = read_metadata(sample)
     meta = pd.concat([g.head(4) for _, g in meta.groupby('dx')], ignore_index=True)
     dls = ham10000_dataloaders(meta.assign(is_valid=[i % 4 == 0 for i in range(len(meta))]), 32, bs=7, arch='test_efficientnet', num_workers=0, device='cpu')

@@ -13,7 +13,7 @@ from PIL import Image
 
 from skin_lesions.core import CODES
 from skin_lesions.data import ham10000_dataloaders
-from skin_lesions.dataset import read_metadata
+from skin_lesions.readers import read_metadata
 from skin_lesions.learner import lesion_learner, two_stage_learner
 from skin_lesions.onnx import ONNX_PACKAGES
 from skin_lesions.onnx import export_onnx

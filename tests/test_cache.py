@@ -9,7 +9,7 @@ import skin_lesions.cache
 from skin_lesions.cache import PixelStore, resize_cache
 from skin_lesions.core import read_image
 from skin_lesions.data import ham10000_dataloaders
-from skin_lesions.dataset import read_metadata
+from skin_lesions.readers import read_metadata
 from skin_lesions.split import split_by_lesion
 from skin_lesions.synthetic import synthetic_ham10000
 

@@ -45,7 +45,7 @@ def run_ranks(func, *args, n=2, timeout=240):
 @pytest.fixture(scope='module')
 def lesions(tmp_path_factory):
     import accelerate, fastai.callback.schedule # before the forks
-    from skin_lesions.dataset import read_metadata
+    from skin_lesions.readers import read_metadata
     from skin_lesions.split import split_by_lesion
     from skin_lesions.synthetic import synthetic_ham10000
     root = synthetic_ham10000(tmp_path_factory.mktemp('distributed')/'sample', 75, size=(96, 72), show=False)

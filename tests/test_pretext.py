@@ -10,7 +10,7 @@ TINY = 'test_efficientnet'
 
 @pytest.fixture(scope='module')
 def lesions(tmp_path_factory):
-    from skin_lesions.dataset import read_metadata
+    from skin_lesions.readers import read_metadata
     from skin_lesions.split import split_by_lesion
     from skin_lesions.synthetic import synthetic_ham10000
     root = synthetic_ham10000(tmp_path_factory.mktemp('pretext')/'sample', 70, size=(96, 72), show=False)

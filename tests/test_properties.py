@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image
 
 from skin_lesions.core import CODES, ISIC_COLUMNS
-from skin_lesions.dataset import read_challenge, read_metadata
+from skin_lesions.dataset import read_challenge
+from skin_lesions.readers import read_metadata
 from skin_lesions.evaluate import html_report, scores
 from skin_lesions.predictions import check_predictions, isic_submission, read_isic_submission, read_predictions, save_predictions
 

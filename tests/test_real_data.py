@@ -7,7 +7,7 @@ COUNTS = dict(nv=6705, mel=1113, bkl=1099, bcc=514, akiec=327, vasc=142, df=115)
 
 @pytest.fixture(scope='module')
 def meta(real):
-    from skin_lesions.dataset import read_metadata
+    from skin_lesions.readers import read_metadata
     return read_metadata(real)
 
 

@@ -13,7 +13,8 @@ from skin_lesions.cli import _patient_table, _read_split, main, open_run
 from skin_lesions.cache import resize_cache
 from skin_lesions.core import CODES
 from skin_lesions.data import ham10000_dataloaders
-from skin_lesions.dataset import _unzip, read_metadata
+from skin_lesions.dataset import _unzip
+from skin_lesions.readers import read_metadata
 from skin_lesions.evaluate import html_report
 from skin_lesions.experiments import compare_pretraining
 from skin_lesions.gradcam import gradcam_folder

