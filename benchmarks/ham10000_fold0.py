@@ -90,7 +90,7 @@ def row_of(name, folder, prior):
 
 def collect(args):
     "Build the results file from the runs that are there"
-    from skin_lesions.cli import versions
+    from skin_lesions.core import versions
     from skin_lesions.readers import read_metadata
     from skin_lesions.split import split_by_lesion
     meta = split_by_lesion(read_metadata(args.data))

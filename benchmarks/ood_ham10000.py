@@ -35,7 +35,8 @@ CHANGES = {'as they are': lambda x: x, 'JPEG of quality 20': lambda x: jpeg(x, 2
 def main(args):
     from skin_lesions.core import read_image
     from skin_lesions.readers import read_metadata
-    from skin_lesions.ood import NON_LESIONS, detection, draw_non_lesion, energy_score, fit_ood, get_features, keep_features, neighbour_score, probability_score
+    from skin_lesions.synthetic import NON_LESIONS, draw_non_lesion
+    from skin_lesions.ood import detection, energy_score, fit_ood, get_features, keep_features, neighbour_score, probability_score
     from skin_lesions.predict import load_predictor
     from skin_lesions.speed import reuse_memory
     from skin_lesions.split import split_by_lesion

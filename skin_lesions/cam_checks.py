@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .core import check_columns
-from .gradcam import (GradCAM, class_numbers, codes_of, evaluating, extra_inputs, find_network, layer_shapes,
-                                  prepare_batch, resize_cams, scoring_network, stream_cams)
+from .gradcam import (GradCAM, class_numbers, codes_of, evaluating, extra_inputs, find_network,
+                                  layer_shapes, prepare_batch, resize_cams, scoring_network, stream_cams)
 
 # %% ../nbs/51_cam_checks.ipynb #858db70d
 def lesion_overlap(
@@ -32,7 +32,8 @@ def lesion_overlap(
 )->dict: # lesion_area, energy, pointing
     "How much of a map lies on the lesion"
     cam,mask = np.asarray(cam, dtype=float),np.asarray(mask)>0
-    if cam.ndim!=2 or mask.ndim!=2: raise ValueError(f"expected one map and one mask [h, w], got {cam.shape} and {mask.shape}")
+    if cam.ndim!=2 or mask.ndim!=2:
+        raise ValueError(f"expected one map and one mask [h, w], got {cam.shape} and {mask.shape}")
     if mask.shape!=cam.shape: mask = np.asarray(Image.fromarray(mask).resize(cam.shape[::-1], Image.NEAREST))
     if not cam.max()>0: return dict(lesion_area=mask.mean(), energy=np.nan, pointing=np.nan)
     return dict(lesion_area=mask.mean(), energy=(cam*mask).sum()/cam.sum(), pointing=mask[cam==cam.max()].mean())
@@ -57,7 +58,8 @@ def _learner_mask(learn, mask:Image.Image)->np.ndarray:
 def _predictor_mask(predictor, mask:Image.Image)->np.ndarray:
     "A mask through a predictor's crop"
     if predictor.record.get('preprocess'):
-        raise ValueError("this predictor changes the colours of its images before the crop, and a mask cannot go the same way; give the Learner")
+        raise ValueError("this predictor changes the colours of its images before the crop, "
+                         "and a mask cannot go the same way; give the Learner")
     return predictor.prepare(mask.convert('RGB'))[0].numpy()
 
 def mask_view(
@@ -75,7 +77,8 @@ def _mask_file(masks, image_id)->Path: return Path(masks)/f'{image_id}_segmentat
 
 def _has_mask(meta, masks)->np.ndarray:
     "Which images have a mask [n]; an error where none has"
-    if not Path(masks).is_dir(): raise FileNotFoundError(f"no folder of masks at {masks}; HAM10000's are named <image_id>_segmentation.png")
+    if not Path(masks).is_dir():
+        raise FileNotFoundError(f"no folder of masks at {masks}; HAM10000's are named <image_id>_segmentation.png")
     has = np.array([_mask_file(masks, i).is_file() for i in meta.image_id], dtype=bool)
     if has.any(): return has
     first = _mask_file(masks, meta.image_id.iloc[0]).name
@@ -100,7 +103,7 @@ def overlap_table(
     masks, # folder with <image_id>_segmentation.png
     **kwargs,
 )->pd.DataFrame: # a row an image that has a mask; `attrs['no_mask']` and `attrs['unreadable']` name the others
-    "Overlap of each image's map with the mask of its lesion, beside a centred Gaussian's; a uniform map's energy and pointing are `lesion_area`"
+    "Overlap of each image's map with its lesion's mask, beside a centred Gaussian's; a uniform map's is `lesion_area`"
     check_columns(meta, ['image_id', 'path', 'dx'], why='overlap_table compares each map with the mask of its image')
     has,codes = _has_mask(meta, masks),codes_of(source)
     rows,unreadable = [],{}
@@ -126,7 +129,7 @@ def _mean_overlap(part)->dict:
 
 def overlap_summary(
     table:pd.DataFrame, # as from `overlap_table`
-)->pd.DataFrame: # rows: all, right, wrong, and each class; columns: images, no_map (of them all zero), and the mean of each measure over the others
+)->pd.DataFrame: # rows: all, right, wrong, each class; columns: images, no_map (all zero), means over the others
     "Mean overlap over all images, over right and wrong predictions, and by true class"
     check_columns(table, [*_MEASURES, 'dx', 'right'], name='the overlap table', why='overlap_summary averages them')
     right = table.right.astype(bool)
@@ -139,7 +142,7 @@ def _ratio(sums, counts):
     with np.errstate(invalid='ignore', divide='ignore'): return sums/counts
 
 def _difference(sums, counts)->np.ndarray:
-    "Right minus wrong within each class, averaged over the wrong images; sums and counts are [..., classes, 2], wrong before right"
+    "Right minus wrong within each class, averaged over the wrong images, of [..., classes, wrong and right]"
     means,wrong = _ratio(sums, counts),counts[...,0]
     difference = means[...,1]-means[...,0]
     # a class without right ones has no difference, and takes no part in the average
@@ -168,15 +171,17 @@ def right_wrong_difference(
     check_columns(table, [measure, 'dx', 'right'], name='the overlap table', why='right_wrong_difference compares them')
     table = table[table[measure].notna()]
     right = table.right.to_numpy(dtype=int)
-    if not 0<right.sum()<len(right): raise ValueError(f"{right.sum()} of {len(right)} predictions are right; a difference needs both kinds")
+    n_right,n_wrong = int(right.sum()),int((1-right).sum())
+    if not n_right*n_wrong: raise ValueError(f"{n_right} of {len(right)} predictions are right; both kinds are needed")
     unit = 'group' if 'group' in table else 'image_id'
     classes = pd.factorize(table.dx)[0] if by_class else np.zeros(len(table), int)
     sums,counts = _cell_sums(pd.factorize(table[unit])[0], classes, right, table[measure].to_numpy(float))
     drawn = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1/len(sums)), size=n).astype(float)
     differences = _difference(np.tensordot(drawn, sums, 1), np.tensordot(drawn, counts, 1))
     low,high = np.nanquantile(differences, [(1-level)/2, (1+level)/2])
-    return dict(value=float(_difference(sums.sum(0), counts.sum(0))), low=float(low), high=float(high), n_right=int(right.sum()),
-                n_wrong=int((1-right).sum()), n_units=len(sums), unit='lesions' if unit=='group' else 'images')
+    value = float(_difference(sums.sum(0), counts.sum(0)))
+    return dict(value=value, low=float(low), high=float(high), n_right=n_right, n_wrong=n_wrong, n_units=len(sums),
+                unit='lesions' if unit=='group' else 'images')
 
 # %% ../nbs/51_cam_checks.ipynb #98316d4e
 def _leaf_order(net, x, patient=None)->list:
@@ -208,17 +213,16 @@ def randomization_check(
     method:str='gradcam', # one of `METHODS` of `skin_lesions.gradcam`
     patient:Tensor=None, # [bs, n], for a network with patient data
     seed:int=42, # of the new weights
-)->pd.DataFrame: # a row a step: layers (randomised so far), down_to (the lowest of them), similarity (mean rank correlation with the intact network's maps, -1 to 1)
+)->pd.DataFrame: # a row a step: layers (randomised so far), down_to (the lowest), similarity (rank correlation)
     "Destroy the weights from the top down and compare the maps with those of the intact network"
     if steps<1: raise ValueError(f"steps must be 1 or more, got {steps}")
-    net,x = deepcopy(find_network(source)),prepare_batch(source, xb)
-    explain,generator = GradCAM(net, layer, method=method, classes=codes_of(source)),torch.Generator().manual_seed(seed)
+    net,x,generator = deepcopy(find_network(source)),prepare_batch(source, xb),torch.Generator().manual_seed(seed)
+    explain = GradCAM(net, layer, method=method, classes=codes_of(source))
     def maps(classes): return explain.cam(x, classes, patient=patient, resize=False).cpu()
-    intact = maps(target)
-    numbers = explain.target
-    order = _leaf_order(net, x[:1], None if patient is None else patient[:1])[::-1]
+    intact,numbers = maps(target),explain.target
+    order = np.array(_leaf_order(net, x[:1], None if patient is None else patient[:1])[::-1], dtype=object)
     rows = [dict(layers=0, down_to='(intact)', similarity=1.)]
-    for part in np.array_split(np.array(order, dtype=object), min(steps, len(order))):
+    for part in np.array_split(order, min(steps, len(order))):
         for name in part: _randomize(net.get_submodule(name), generator)
         similarity = np.mean([_rank_correlation(a, b) for a,b in zip(intact, maps(numbers))])
         rows.append(dict(layers=rows[-1]['layers']+len(part), down_to=part[-1], similarity=float(similarity)))
@@ -233,6 +237,11 @@ def _random_maps(x, cells, seed)->Tensor:
     "Random values on a coarse grid, interpolated as maps are [bs, h, w]"
     values = torch.rand(len(x), cells, cells, generator=torch.Generator().manual_seed(seed))
     return resize_cams(values, x.shape[2:]).to(x.device)
+
+def _explained(source, out, target)->Tensor:
+    "The classes explained [bs]: the predicted ones without a target"
+    if target is None: return out.argmax(1)
+    return class_numbers(target, out.shape[1], len(out), codes_of(source)).to(out.device)
 
 def _curve(probability, start, end, maps, steps)->np.ndarray:
     "Mean probability while pixels of `end` replace those of `start`, highest first [steps+1]"
@@ -253,7 +262,7 @@ def deletion_insertion(
     patient:Tensor=None, # [bs, n], for a network with patient data
     cells:int=4, # grain of the random order: values on a `cells` x `cells` grid
     seed:int=42, # of the random order
-)->pd.DataFrame: # index: fraction of the pixels replaced; columns: deletion, insertion, deletion_random, insertion_random, mean probability of the class
+)->pd.DataFrame: # index: fraction of the pixels replaced; columns: deletion, insertion, and the same of a random order
     "The class's probability while the positions that a map marks are deleted, or inserted"
     net,x = scoring_network(source),xb.as_subclass(Tensor)
     if cams.shape!=(len(x), *x.shape[2:]):
@@ -261,8 +270,7 @@ def deletion_insertion(
     def scores(images): return net(images, *extra_inputs(patient, x.device)).float()
     def probability(images): return scores(images).softmax(1).gather(1, numbers[:,None]).mean().item()
     with torch.no_grad(), evaluating(net):
-        out,blurred,curves = scores(x),_blurred(x),{}
-        numbers = out.argmax(1) if target is None else class_numbers(target, out.shape[1], len(x), codes_of(source)).to(x.device)
+        numbers,blurred,curves = _explained(source, scores(x), target),_blurred(x),{}
         for suffix,maps in (('', cams.to(x.device)), ('_random', _random_maps(x, cells, seed))):
             curves['deletion'+suffix] = _curve(probability, x, blurred, maps, steps)
             curves['insertion'+suffix] = _curve(probability, blurred, x, maps, steps)

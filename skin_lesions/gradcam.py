@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.meta import delegates
-from fastcore.xml import H1, H2, B, Body, Br, Figcaption, Figure, Head, Html, Img, Li, Main, Meta, P, Style, Title, Ul, to_xml
+from fastcore.xml import (H1, H2, B, Body, Br, Figcaption, Figure, Head, Html, Img, Li, Main, Meta, P, Style, Title, Ul,
+                          to_xml)
 from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
@@ -159,8 +160,8 @@ def _check_layout(name, module, shape, size):
     "Raise where a layer does not return [bs, channels, h, w]"
     if len(shape)==4 and not _channels_last(shape, size): return
     layout = f'tokens of shape {shape}' if len(shape)==3 else f'{shape}, channels last,'
-    raise ValueError(f"the last spatial layer, {name!r} ({type(module).__name__}), returns {layout} and not [bs, channels, h, w]; "
-                     "use a convolutional network, or give a layer by name")
+    raise ValueError(f"the last spatial layer, {name!r} ({type(module).__name__}), returns {layout} "
+                     "and not [bs, channels, h, w]; use a convolutional network, or give a layer by name")
 
 # %% ../nbs/50_gradcam.ipynb #fb1b0675
 def last_spatial_layer(
@@ -172,7 +173,8 @@ def last_spatial_layer(
     "The last layer that returns [bs, channels, h, w] with more than one position"
     spatial = [layer for layer in layer_shapes(net, x, prefix, patient) if _is_spatial(*layer[1:])]
     if not spatial:
-        raise ValueError(f"{type(net).__name__} has no layer with more than one spatial position for images of {x.shape[2]}x{x.shape[3]} pixels; "
+        raise ValueError(f"{type(net).__name__} has no layer with more than one spatial position for images of "
+                         f"{x.shape[2]}x{x.shape[3]} pixels; "
                          "Grad-CAM needs a convolutional network, and images larger than its stride")
     _check_layout(*spatial[-1], x.shape[2:])
     return spatial[-1][0]
@@ -188,15 +190,15 @@ def _class_number(target, n, codes)->int:
         return codes.index(target)
     if isinstance(target, (bool, float)) or not hasattr(target, '__index__'):
         raise TypeError(f"a class is a code or a whole number, got {target!r}")
-    if not 0<=int(target)<n: raise ValueError(f"there is no class {int(target)}: the network has {n}, numbered from 0 to {n-1}")
-    return int(target)
+    if 0<=int(target)<n: return int(target)
+    raise ValueError(f"there is no class {int(target)}: the network has {n}, numbered from 0 to {n-1}")
 
 def _for_each(target, bs)->list:
     "One target for each image"
     if isinstance(target, (Tensor, np.ndarray)): target = target.tolist()
     if isinstance(target, str) or not hasattr(target, '__iter__'): target = [target]*bs
-    if len(list(target))!=bs: raise ValueError(f"{len(target)} targets for {bs} images; give one for all, or one for each")
-    return list(target)
+    if len(list(target))==bs: return list(target)
+    raise ValueError(f"{len(target)} targets for {bs} images; give one for all, or one for each")
 
 # %% ../nbs/50_gradcam.ipynb #8799415f
 def class_numbers(
@@ -223,8 +225,8 @@ def _answer(net, x, patient)->_Answer:
     "Run a network"
     if not isinstance(net, TwoStageNet):
         out = net(x, *extra_inputs(patient, x.device))
-        if not isinstance(out, Tensor) or out.ndim!=2: raise ValueError(f"the network returns {_shape(out)}, expected [bs, classes]")
-        return _Answer(out, out)
+        if isinstance(out, Tensor) and out.ndim==2: return _Answer(out, out)
+        raise ValueError(f"the network returns {_shape(out)}, expected [bs, classes]")
     s,z = net.stages(x, *extra_inputs(patient, x.device))
     # double precision, see above; mps has none
     if s.device.type!='mps': s,z = s.double(),z.double()
@@ -252,7 +254,8 @@ def _stage_two_score(z, target, first, n, codes)->tuple:
     else:
         numbers = class_numbers(target, n, len(z), codes).to(z.device)
         at = (numbers==first).nonzero()
-        if len(at): raise ValueError(f"stage two does not know the first class (image {int(at[0])} of the batch); use stage='one' or None for it")
+        if len(at): raise ValueError(f"stage two does not know the first class (image {int(at[0])} of the batch); "
+                                     "use stage='one' or None for it")
         column = numbers-(numbers>first).long()
     return column+(column>=first).long(),z.gather(1, column[:,None])[:,0]
 
@@ -263,7 +266,8 @@ def _kept(module, name):
     kept = []
     def keep(m, _, out):
         if not isinstance(out, Tensor) or out.ndim!=4:
-            raise ValueError(f"layer {name!r} ({type(m).__name__}) returns {_shape(out)}, expected [bs, channels, h, w]")
+            found = f"layer {name!r} ({type(m).__name__}) returns {_shape(out)}"
+            raise ValueError(f"{found}, expected [bs, channels, h, w]")
         # stays on until the surrounding no_grad block ends
         torch.set_grad_enabled(True)
         kept.append(out.detach().requires_grad_())
@@ -279,7 +283,7 @@ def _layer_name(net, layer)->str:
     modules = dict(net.named_modules())
     names = [n for n,m in modules.items() if n and (m is layer or n==layer)]
     if names: return names[0]
-    if isinstance(layer, nn.Module): raise ValueError(f"the layer given ({type(layer).__name__}) is not a part of the network")
+    if isinstance(layer, nn.Module): raise ValueError(f"the {type(layer).__name__} given is not a part of the network")
     raise ValueError(unknown_name('layer', layer, [n for n in modules if n]))
 
 def _body_of_stage(net, stage)->str:
@@ -293,14 +297,16 @@ def _gradient(score, activation, name, stage)->Tensor:
     if score.requires_grad: gradient, = torch.autograd.grad(score.sum(), activation, allow_unused=True)
     if gradient is not None: return gradient
     of_stage = '' if stage is None else f' of stage {stage}'
-    raise ValueError(f"the score{of_stage} does not depend on layer {name!r}; give another layer, or None for the last spatial one")
+    raise ValueError(f"the score{of_stage} does not depend on layer {name!r}; "
+                     "give another layer, or None for the last spatial one")
 
 # %% ../nbs/50_gradcam.ipynb #ce02e9fe
 STAGES = ('one', 'two')
 
 def _check_batch(xb, net, stage):
     "Raise where there is nothing to explain"
-    if not isinstance(xb, Tensor) or xb.ndim!=4: raise ValueError(f"xb must be a batch of images [bs, 3, h, w], got {_shape(xb)}")
+    if not isinstance(xb, Tensor) or xb.ndim!=4:
+        raise ValueError(f"xb must be a batch of images [bs, 3, h, w], got {_shape(xb)}")
     if stage is None: return
     if stage not in STAGES: raise ValueError(unknown_name('stage', stage, STAGES))
     if not isinstance(net, TwoStageNet): raise ValueError(f"{type(net).__name__} has no stages; use stage=None")
@@ -319,14 +325,15 @@ class GradCAM:
         layer=None, # layer by name or as a module; None takes the last spatial one
         *,
         method:str='gradcam', # one of `METHODS`
-        classes=None, # as for `class_set`; None takes those of the learner or predictor, and a plain network then knows numbers only
+        classes=None, # as for `class_set`; None takes the source's, and numbers only for a plain network
     ):
         if method not in METHODS: raise ValueError(unknown_name('method', method, METHODS))
         self.whole,self.net,self.method = whole_network(source),find_network(source),method
         self.codes = codes_of(source) if classes is None else list(class_set(classes))
         self.layer = None if layer is None else _layer_name(self.net, layer)
         self.layers = {} # default layers, by part of the network and image size
-        self.output = self.target = None # of the last batch: what the network returned [bs, n], the classes explained [bs]
+        # of the last batch: what the network returned [bs, n], the classes explained [bs]
+        self.output = self.target = None
         self._blocks = []
 
     def __enter__(self)->'GradCAM':
@@ -365,7 +372,7 @@ class GradCAM:
         raw:bool=False, # leave the values as they are instead of dividing each map by its maximum
         resize:bool=True, # to the size of the images; False keeps the layer's size
     )->Tensor: # [bs, h, w], >= 0, float32 at least; a map without anything positive is all 0
-        "The maps of a batch; `output` and `target` then hold what the network returned and which classes were explained"
+        "The maps of a batch; `output` and `target` then hold the network's answer and the classes explained"
         _check_batch(xb, self.net, stage)
         target = _explained_classes(target, yb)
         with torch.inference_mode(False), torch.no_grad(), evaluating(self.whole):
@@ -456,13 +463,16 @@ class CamBatch:
     probabilities:np.ndarray=None # [bs, n]
     decided:np.ndarray=None # [bs], number of the decided, else most probable, class
     target:np.ndarray=None # [bs], number of the class explained, -1 for the rest
-    ood:np.ndarray=None # [bs], whether the image does not look like a dermatoscopic one; all False where nothing says so
+    ood:np.ndarray=None # [bs], whether the image does not look like a dermatoscopic one
 
+# %% ../nbs/50_gradcam.ipynb #a0f22d24
 def _table_answers(predictions, n, codes)->tuple:
-    "Probabilities [n, classes], decided classes [n] and out-of-distribution flags [n] of a predictions table; NaN and 0 where it has a problem"
+    "Probabilities [n, classes], decided classes [n] and out-of-distribution flags [n] of a predictions table"
     check_columns(predictions, codes, name='predictions', why='their probabilities are shown')
-    if len(predictions)!=n: raise ValueError(f"{len(predictions)} predictions for {n} images; give a row for each image, in the same order")
+    if len(predictions)!=n:
+        raise ValueError(f"{len(predictions)} predictions for {n} images; give a row for each image, in the same order")
     p = predictions[codes].to_numpy(float)
+    # NaN where the table has a problem
     decided = np.nan_to_num(p, nan=-1.).argmax(1)
     if 'decision' in predictions:
         has = predictions.decision.notna().to_numpy()
@@ -494,13 +504,14 @@ def stream_cams(
     layer=None, # layer by name; None takes the last spatial one
     bs:int=32, # images in memory at a time
     show:bool=False, # progress bar
-    predictions:pd.DataFrame=None, # predictions table with a row for each image in the same order, e.g. calibrated; None takes the network's own probabilities
+    predictions:pd.DataFrame=None, # table with a row for each image in the same order; None takes the network's answers
 ): # yields a `CamBatch` for each batch
     "Go through images batch by batch; memory stays flat, files that cannot be read are passed over and named"
     if bs<1: raise ValueError(f"bs must be 1 or more, got {bs}")
     frame,explain = image_frame(items),GradCAM(source, layer, method=method)
     answers = None if predictions is None else _table_answers(predictions, len(frame), explain.codes)
-    if isinstance(target, str) and target=='true': check_columns(frame, ['dx'], name='items', why="target='true' explains that class")
+    if isinstance(target, str) and target=='true':
+        check_columns(frame, ['dx'], name='items', why="target='true' explains that class")
     for start in progress(range(0, len(frame), bs), 'Grad-CAM', show=show):
         rows,inputs,unreadable = _readable_inputs(source, frame[start:start+bs])
         part = None if answers is None else [a[rows.index] for a in answers]
@@ -518,7 +529,8 @@ def overlay_cam(
 )->np.ndarray: # [h, w, 3], 0 to 1
     "The map over the image; where the map is 0 the image shows unchanged"
     if not 0<=alpha<=1: raise ValueError(f"alpha must be in [0,1], got {alpha}")
-    if image.shape[:2]!=cam.shape: raise ValueError(f"the image is {image.shape[:2]} and the map {cam.shape}; resize_cams changes the map's size")
+    if image.shape[:2]!=cam.shape:
+        raise ValueError(f"the image is {image.shape[:2]} and the map {cam.shape}; resize_cams changes the map's size")
     weight = alpha*cam[...,None]
     return image*(1-weight) + colormaps[cmap](cam)[...,:3]*weight
 
@@ -577,11 +589,12 @@ def plot_gradcam(
 ):
     "Image as the network sees it, map over it and probabilities, a row an image; returns the figure"
     frame,codes = image_frame(items),codes_of(source)
-    if len(frame)>50: raise ValueError(f"{len(frame)} images are too many for one figure; give 50 or fewer, or use gradcam_folder")
+    if len(frame)>50: raise ValueError(f"a figure holds 50 images, got {len(frame)}; give fewer, or use gradcam_folder")
     fig = plt.figure(figsize=(width, .29*width*len(frame)), layout='constrained')
     bands = iter(np.atleast_1d(fig.subfigures(len(frame), 1)))
     for batch in stream_cams(source, frame, stage=stage, **kwargs):
-        if batch.unreadable: raise ValueError(f"{len(batch.unreadable)} images cannot be read: {_first_reasons(batch.unreadable)}")
+        bad = batch.unreadable
+        if bad: raise ValueError(f"{len(bad)} images cannot be read: {_first_reasons(bad)}")
         for i in range(len(batch.frame)): _draw_row(next(bands), batch, i, codes, stage)
     return fig
 
@@ -668,10 +681,12 @@ def _unreadable_list(unreadable, most=100):
 # %% ../nbs/50_gradcam.ipynb #cae2ed79
 def _gallery_text(n_figures, n, target, stage, method)->str:
     "What the gallery shows, in words"
-    count = f"{n:,} images." if n==n_figures else f"The first {n_figures:,} of {n:,} images; the PNG files beside this page show all of them."
+    count = f"{n:,} images."
+    if n>n_figures: count = f"The first {n_figures:,} of {n:,} images; the PNG files beside this page show all of them."
     what = {None: 'the predicted class', 'true': 'the true class'}.get(target, f'class {target}')
     if stage is not None: what += f', stage {stage}'
-    return f"{count} Left: the image as the network sees it. Right: the map of {what} ({method}) over it, yellow where it is largest."
+    return (f"{count} Left: the image as the network sees it. "
+            f"Right: the map of {what} ({method}) over it, yellow where it is largest.")
 
 def _write_gallery(path, figures, text, unreadable):
     "The gallery as one file"
@@ -722,8 +737,7 @@ def gradcam_folder(
     out.mkdir(parents=True, exist_ok=True)
     n,unreadable,figures = 0,{},[]
     for batch in stream_cams(source, frame, target=target, method=method, stage=stage, show=show, **kwargs):
-        unreadable |= batch.unreadable
-        n += len(batch.frame)
+        unreadable,n = unreadable | batch.unreadable,n+len(batch.frame)
         figures += _write_batch(batch, out, codes_of(source), stage)[:limit-len(figures)]
     if not n: raise ValueError(f"none of the {len(frame)} images can be read; first: {_first_reasons(unreadable)}")
     _write_gallery(out/'gallery.html', figures, _gallery_text(len(figures), n, target, stage, method), unreadable)

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from .core import CODES, NOTICE, full_name
-from .bundle import BUNDLE_FILES, MOST_BYTES, _load_network, _read_files, _read_record, read_bundle
+from .bundle import BUNDLE_FILES, MOST_BYTES, network_of, open_files, read_bundle, read_files
 from .predict import Predictor, load_predictor
 
 # %% ../nbs/69_hub.ipynb #11788617
@@ -60,7 +60,7 @@ def _card_text(record, found, dataset, license, name):
     lines = [f"| {_METRICS[k][1]} | {v:.3f}" + (" ({:.3f} to {:.3f})".format(*found['interval']) if k=='average_recall' and found['interval'] else '') + ' |' for k,v in (found or dict(values={}))['values'].items()]
     told = (f"On {dataset}: {found['where']}. In brackets the 95 % interval, where there is one.\n\n| score | value |\n|---|---|\n" + '\n'.join(lines)) if found else 'Not measured.'
     trained = f"Trained on {split['train_images']:,} images" + (f" of {split['train_lesions']:,} lesions" if split.get('train_lesions') else '') + '.' if split.get('train_images') else 'What it was trained on is not recorded.'
-    leaks = split.get('valid_share_with_lesion_in_training')
+    leaks = split.get('valid_fraction_with_group_in_training')
     if leaks: trained += f" **{leaks:.0%} of the validation images show a lesion that is in training too: the scores are too good.**"
     ham = "\nHAM10000 (ViDIR Group, Department of Dermatology, Medical University of Vienna; Tschandl, Rosendahl, Kittler 2018, doi:10.7910/DVN/DBW86T) is CC BY-NC 4.0: with attribution, not for commercial use. Weights made from it are given under the same licence." if dataset=='HAM10000' else ''
     return f"""# Seven diagnoses of dermatoscopic images: {n.get('arch', n['network'])}
@@ -120,8 +120,8 @@ def push_to_hub(
     repo,revision = hub_name(name)
     if revision: raise ValueError(f"{name!r} names a revision; an upload makes a new commit: give {repo!r}")
     api = _api(token)
-    weights,data,where = _read_files(path)
-    _load_network(_read_record(data, where), weights, where) # or its error
+    weights,data,where = read_files(path)
+    network_of(*open_files(weights, data, where), where) # or its error
     card = str(hub_card(path, dataset=dataset, license=license, name=repo))
     from huggingface_hub import CommitOperationAdd
     api.create_repo(repo, private=private, exist_ok=True)

@@ -45,7 +45,10 @@ def cli():
     return run
 
 
-SMALL = ('--arch', 'test_efficientnet', '--no-pretrained', '--size', '64', '--bs', '16', '--workers', '0', '--quiet')
+def settings(**changes): return tuple(a for name, value in changes.items() for a in ('--set', f'{name}={value}'))
+
+
+SMALL = ('--recipe', 'quick', *settings(arch='test_efficientnet', pretrained='no', size=64, bs=16), '--cache', 'none', '--workers', '0', '--quiet')
 
 
 @pytest.fixture(scope='session')
@@ -58,6 +61,6 @@ def small():
 def finished_run(tmp_path_factory, sample, cli):
     "A run folder as `skin_lesions train` leaves it; not to be changed"
     folder = tmp_path_factory.mktemp('train')
-    done = cli('train', '--data', sample, '--out', 'run', '--epochs', 2, *SMALL, cwd=folder)
+    done = cli('train', '--data', sample, '--out', 'run', *SMALL, *settings(epochs=2), cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder/'run'

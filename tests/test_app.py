@@ -14,7 +14,8 @@ from skin_lesions.data import ham10000_dataloaders
 from skin_lesions.readers import read_metadata
 from skin_lesions.decide import Referral, fit_calibration, fit_referral
 from skin_lesions.learner import two_stage_learner
-from skin_lesions.ood import draw_non_lesion, fit_ood
+from skin_lesions.synthetic import draw_non_lesion
+from skin_lesions.ood import fit_ood
 from skin_lesions.predict import load_predictor
 from skin_lesions.bundle import save_bundle
 from skin_lesions.predictions import get_predictions

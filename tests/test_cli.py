@@ -1,0 +1,451 @@
+"The command line as a user meets it: a process, files, exit codes, errors."
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+CODES = ['akiec', 'bcc', 'bkl', 'df', 'mel', 'nv', 'vasc']
+RUN_FILES = {'model.safetensors', 'bundle.json', 'run.json', 'split.csv', 'history.csv', 'predictions.csv', 'report.html'}
+
+
+@pytest.fixture
+def call(capsys):
+    "Run `skin_lesions ...` in this process: quick; returns exit status, standard output and error stream"
+    def run(*args):
+        from skin_lesions.cli import main
+        try: status = main([str(a) for a in args])
+        except SystemExit as stop: status = stop.code
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+    return run
+
+
+# ---- the parser
+
+def test_help_and_wrong_arguments_load_nothing_heavy(python, tmp_path):
+    (tmp_path/'table.csv').write_text('image_id\n')
+    done = python('''
+import contextlib, io, sys
+from skin_lesions.cli import COMMANDS, main
+commands = [func.__name__.replace('_', '-') for func in COMMANDS]
+calls = [['--help'], ['--version'], *([c, '--help'] for c in commands), ['trian'], ['train', '--out'], ['paper', '--list'], ['predict'],
+         ['train', '--out', 'run', '--recipe', 'bst'], ['train', '--out', 'run', '--set', 'size'], ['evaluate', 'table.csv', '--data', '.'],
+         ['evaluate', 'table.csv', '--part', 'test'], ['ensemble', 'a', 'a', '--out', 'b'], ['ensemble', 'a', 'b', '--out', 'c', '--greedy', '--out-of-fold']]
+for call in calls:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as error:
+        try: status = main(call)
+        except SystemExit as stop: status = stop.code
+    expected = 0 if call[-1] in ('--help', '--version', '--list') else 2
+    assert status==expected, (call, status, error.getvalue())
+    heavy = {'torch', 'fastai', 'timm', 'matplotlib', 'sklearn'} & set(sys.modules)
+    assert not heavy, (call, heavy)
+''', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_one_flag_has_one_meaning():
+    "A parameter of one name has one text in all commands that take it, but for what a value of it stands for"
+    import inspect
+    from fastcore.docments import docments
+    from skin_lesions.cli import COMMANDS
+    by_name = {}
+    for func in COMMANDS:
+        for name, param in inspect.signature(func).parameters.items():
+            if param.kind is param.KEYWORD_ONLY: by_name.setdefault(name, {}).setdefault(str(param.annotation).replace('tuple[', '').replace(', ...]', ''), []).append(func.__name__)
+    assert {name: kinds for name, kinds in by_name.items() if len(kinds) > 1} == {}
+    for name in ('views', 'patients', 'bundle', 'device', 'n_folds', 'set_', 'csv', 'part'):
+        texts = {docments(func)[name].split(';')[0] for func in COMMANDS if name in inspect.signature(func).parameters}
+        assert len(texts) == 1, (name, texts)
+
+
+def test_choices_are_the_library_s():
+    from typing import get_args
+    from skin_lesions import cli
+    from skin_lesions.gradcam import METHODS, STAGES
+    from skin_lesions.recipes import CHOICES, SCALES
+    from skin_lesions.views import VIEWS
+    kinds = cli.gradcam.__annotations__
+    assert get_args(cli.Views) == tuple(VIEWS) and get_args(cli.Scale) == tuple(SCALES) and get_args(cli.Rule) == CHOICES['rule']
+    assert get_args(kinds['method']) == METHODS and get_args(kinds['stage']) == STAGES
+
+
+def test_an_abbreviated_flag_is_refused(call):
+    status, _, error = call('train', '--ou', 'run')
+    assert status == 2 and '--out' in error
+
+
+def test_the_paper_s_recipes_are_listed(call):
+    status, listed, _ = call('paper', '--recipe', 'all', '--list')
+    assert status == 0 and 'two_stage_efficientnet_mixup' in listed and listed.splitlines()[0].startswith('best ')
+
+
+# ---- train
+
+def test_train_writes_a_complete_run(finished_run):
+    assert {p.name for p in finished_run.iterdir() if not p.name.startswith('.')} == RUN_FILES
+    record = json.loads((finished_run/'run.json').read_text())
+    table, split = pd.read_csv(finished_run/'predictions.csv'), pd.read_csv(finished_run/'split.csv')
+    assert set(table.image_id) == set(split.image_id[split.is_valid])
+    np.testing.assert_allclose(table[CODES].sum(axis=1), 1, atol=1e-5)
+    by_hand = np.mean([(table[table.dx == c][CODES].to_numpy().argmax(1) == CODES.index(c)).mean() for c in CODES])
+    assert record['scores']['average_recall'] == pytest.approx(by_hand, abs=1e-9)
+    assert not set(split.group[split.is_valid]) & set(split.group[~split.is_valid])
+    assert len(pd.read_csv(finished_run/'history.csv')) == 2
+    assert record['versions']['torch'] and record['complete'] and record['recipe']['arch'] == 'test_efficientnet'
+
+
+def test_report_needs_no_other_file_and_no_network(finished_run):
+    text = (finished_run/'report.html').read_text()
+    assert 'not a medical device' in text
+    assert 'by lesion, fold 0 of 5' in text and '&quot;rule&quot;' not in text and '"rule"' not in text
+    assert 'src="data:image/png;base64,' in text or '<svg' in text
+    for outside in ('src="http', "src='http", '<link', '@import', '<script src'): assert outside not in text
+
+
+def test_same_seed_same_result(sample, finished_run, call, small, tmp_path):
+    assert call('train', '--data', sample, '--out', tmp_path/'again', *small, '--set', 'epochs=2')[0] == 0
+    a, b = pd.read_csv(finished_run/'predictions.csv'), pd.read_csv(tmp_path/'again'/'predictions.csv')
+    pd.testing.assert_frame_equal(a, b, rtol=1e-5, atol=1e-6)
+
+
+def deaf_no_more():
+    "A shell's background job ignores Ctrl-C and hands that on to its children; the command under test must hear it"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_ctrl_c_keeps_what_was_learnt(sample, cli, small, tmp_path):
+    command = [sys.executable, '-W', 'ignore', '-m', 'skin_lesions.cli', 'train', '--data', sample, '--out', 'run', *small, '--set', 'epochs=400']
+    with open(tmp_path/'log', 'w') as log: process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=log, stderr=log, preexec_fn=deaf_no_more)
+    for _ in range(1200):
+        histories = list((tmp_path/'run').rglob('*.csv'))
+        if process.poll() is not None or any(len(f.read_text().splitlines()) > 2 for f in histories): break
+        time.sleep(.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130, (tmp_path/'log').read_text()
+    log = (tmp_path/'log').read_text()
+    assert 'what was learnt so far is in' in log and 'Traceback' not in log
+    record = json.loads((tmp_path/'run'/'run.json').read_text())
+    assert not record['complete'] and record['epochs_done'] >= 2
+
+
+@pytest.mark.parametrize('change, expected', [
+    ('gamma=-1', 'gamma'),
+    ('arch=efficientnet_lite_O', 'did you mean'),
+    ('epochs=0', 'epochs'),
+    ('mixup=1.5', 'mixup'),
+    ('size=0', 'size'),
+    ('bs=0', 'bs'),
+    ('stages=3', 'stages'),
+    ('archh=x', "did you mean 'arch'"),
+    ('size', 'FIELD=VALUE'),
+])
+def test_a_wrong_recipe_gets_one_clear_line(change, expected, sample, call, small, tmp_path):
+    status, _, error = call('train', '--data', sample, '--out', tmp_path/'run', '--no-check', *small, '--set', change)
+    assert status == 2 and expected in error and error.count('\n') == 1, error
+
+
+@pytest.mark.parametrize('flags, expected', [
+    (('--fold', '9'), 'fold'),
+    (('--pretrained-weights', 'nowhere.pth'), 'no weights at'),
+    (('--csv', 'x.csv'), '--csv'),
+    (('--part', 'tset'), 'tset'),
+])
+def test_wrong_options_get_one_clear_line(flags, expected, sample, call, small, tmp_path):
+    status, _, error = call('train', '--data', sample, '--out', tmp_path/'run', '--no-check', *small, *flags)
+    assert status == 2 and expected in error and error.count('\n') == 1, error
+
+
+def test_an_error_in_a_real_process_is_no_traceback(sample, cli, small, tmp_path):
+    done = cli('train', '--data', sample, '--out', 'run', *small, '--set', 'gamma=-1', cwd=tmp_path)
+    assert done.returncode == 2 and 'gamma' in done.stderr and 'Traceback' not in done.stderr, done.stderr
+
+
+def test_bad_folders(call, small, sample, tmp_path):
+    (tmp_path/'empty').mkdir()
+    status, _, error = call('train', '--data', tmp_path/'empty', '--out', tmp_path/'run', *small)
+    assert status == 2 and str(tmp_path/'empty') in error
+    (tmp_path/'full').mkdir(); (tmp_path/'full'/'thesis.txt').write_text('mine')
+    status, _, error = call('train', '--data', sample, '--out', tmp_path/'full', *small)
+    assert status == 2 and '--overwrite' in error
+    assert (tmp_path/'full'/'thesis.txt').read_text() == 'mine'
+
+
+def test_a_text_file_named_jpg(call, small, sample, finished_run, tmp_path):
+    data = tmp_path/'data'
+    shutil.copytree(sample, data)
+    bad = next(data.rglob('*.jpg'))
+    bad.write_text('not an image')
+    status, _, error = call('train', '--data', data, '--out', tmp_path/'run', *small)
+    assert status == 2 and bad.name in error, error
+    status, _, error = call('predict', bad, '--bundle', finished_run)
+    assert status == 2 and bad.name in error, error
+    assert call('train', '--data', data, '--out', tmp_path/'run2', '--drop-bad', *small, '--set', 'epochs=1')[0] == 0
+    assert bad.stem not in set(pd.read_csv(tmp_path/'run2'/'split.csv').image_id)
+
+
+def test_a_table_of_one_s_own_trains_and_is_scored(sample, call, small, tmp_path):
+    "Eight classes of another set, the table's own column of folds"
+    from skin_lesions.readers import read_metadata
+    meta = read_metadata(sample)
+    own = pd.DataFrame(dict(file=meta.path, label=meta.dx.map({'akiec': 'ak'}).fillna(meta.dx), patient=meta.group, fold=pd.factorize(meta.group)[0] % 3))
+    own.to_csv(tmp_path/'own.csv', index=False)
+    columns = ('--csv', tmp_path/'own.csv', '--image-col', 'file', '--label-col', 'label', '--group-col', 'patient', '--classes', 'ISIC2019')
+    status, printed, error = call('train', *columns, '--fold-col', 'fold', '--fold', 1, '--out', tmp_path/'run', *small, '--set', 'epochs=1')
+    assert status == 0, error
+    record = json.loads((tmp_path/'run'/'run.json').read_text())
+    assert record['classes'] == ['ak', 'bcc', 'bkl', 'df', 'mel', 'nv', 'scc', 'vasc']
+    split = pd.read_csv(tmp_path/'run'/'split.csv')
+    assert split.is_valid.sum() == (own.fold == 1).sum()
+    status, again, error = call('evaluate', tmp_path/'run', *columns, '--quiet')
+    assert status == 0 and again.splitlines()[0] == printed.splitlines()[0], error
+
+
+# ---- evaluate
+
+def test_evaluate_prints_what_train_printed(finished_run, call, tmp_path):
+    record = json.loads((finished_run/'run.json').read_text())
+    status, printed, error = call('evaluate', finished_run, '--out', tmp_path/'r.html')
+    assert (status, error) == (0, '')
+    assert f"average recall {record['scores']['average_recall']:.3f}" in printed
+    assert (tmp_path/'r.html').stat().st_size > 10_000
+    status, table_printed, _ = call('evaluate', finished_run/'predictions.csv', '--out', tmp_path/'t.html')
+    assert status == 0 and table_printed.splitlines()[:2] == printed.splitlines()[:2]
+
+
+def test_evaluate_leaves_out_what_was_trained_on(sample, finished_run, call, tmp_path):
+    status, printed, error = call('evaluate', finished_run, '--data', sample, '--out', tmp_path/'r.html', '--quiet')
+    split = pd.read_csv(finished_run/'split.csv')
+    assert status == 0 and f'{(~split.is_valid).sum()} of {len(split)} images left out' in error, error
+    # the same for a bundle that was copied alone
+    (tmp_path/'b').mkdir()
+    for name in ('model.safetensors', 'bundle.json'): shutil.copy(finished_run/name, tmp_path/'b')
+    status, alone, error = call('evaluate', tmp_path/'b', '--data', sample, '--out', tmp_path/'r.html', '--quiet')
+    assert status == 0 and alone == printed and 'images left out' in error
+
+
+def test_evaluate_with_views_predicts_the_validation_images(finished_run, call, tmp_path):
+    status, printed, error = call('evaluate', finished_run, '--views', 'dihedral', '--out', tmp_path/'r.html', '--quiet')
+    assert status == 0 and f"{len(pd.read_csv(finished_run/'predictions.csv'))} images" in printed, error
+
+
+# ---- predict
+
+def test_predict_gives_the_run_s_own_probabilities(sample, finished_run, call, tmp_path):
+    table = pd.read_csv(finished_run/'predictions.csv').set_index('image_id')
+    (tmp_path/'new').mkdir()
+    ids = list(table.index[:5])
+    for i in ids: shutil.copy(next(sample.rglob(f'{i}.jpg')), tmp_path/'new')
+    status, printed, error = call('predict', tmp_path/'new', '--bundle', finished_run, '--out', tmp_path/'out.csv')
+    assert status == 0 and 'not a medical device' in error and 'not a medical device' not in printed, error
+    found = pd.read_csv(tmp_path/'out.csv').set_index('image_id')
+    np.testing.assert_allclose(found.loc[ids, CODES], table.loc[ids, CODES], atol=1e-5)
+    files = sorted((tmp_path/'new').iterdir())
+    status, one, error = call('predict', files[0], '--bundle', finished_run)
+    assert one.count('%') == 7 and 'melanoma' in one and 'FutureWarning' not in error
+    assert call('predict', *files, '--bundle', finished_run, '--out', tmp_path/'files.csv')[0] == 0
+    assert (tmp_path/'files.csv').read_text() == (tmp_path/'out.csv').read_text()
+
+
+def test_an_out_of_distribution_image_is_named(sample, finished_run, call, tmp_path):
+    from PIL import Image
+    from skin_lesions.synthetic import draw_non_lesion
+    (tmp_path/'new').mkdir()
+    for kind in ('noise', 'text'): Image.fromarray(draw_non_lesion(kind, 0, size=(300, 225))).save(tmp_path/'new'/f'{kind}.png')
+    lesion = pd.read_csv(finished_run/'predictions.csv').image_id[0]
+    shutil.copy(next(sample.rglob(f'{lesion}.jpg')), tmp_path/'new')
+    status, _, error = call('predict', tmp_path/'new', '--bundle', finished_run, '--out', tmp_path/'out.csv', '--gradcam', tmp_path/'maps', '--quiet')
+    assert status == 0 and '2 of 3 images do not look like dermatoscopic images, their probabilities mean nothing: noise, text' in error, error
+    assert {p.name for p in (tmp_path/'maps').iterdir()} == {'gallery.html', 'noise_gradcam.png', 'text_gradcam.png', f'{lesion}_gradcam.png'}
+    gallery = (tmp_path/'maps'/'gallery.html').read_text()
+    assert gallery.count('does not look like a dermatoscopic image') == 2
+    table = pd.read_csv(tmp_path/'out.csv').set_index('image_id')
+    assert table.ood.to_dict() == {'noise': True, 'text': True, lesion: False}
+    status, printed, error = call('predict', tmp_path/'new'/'noise.png') # the network of the package, which decides and refers
+    assert status == 0 and 'noise does not look like a dermatoscopic image, its probabilities mean nothing' in error, error
+    assert 'decision' not in printed and 'referral' not in printed
+
+
+def test_predict_names_unreadable_files_and_goes_on(sample, call, finished_run, tmp_path):
+    (tmp_path/'in').mkdir()
+    shutil.copy(next(sample.rglob('*.jpg')), tmp_path/'in'); (tmp_path/'in'/'bad.jpg').write_text('not an image')
+    status, _, error = call('predict', tmp_path/'in', '--bundle', finished_run, '--out', tmp_path/'o.csv', '--quiet')
+    assert status == 0 and '1 of 2 images left out: bad.jpg: not an image' in error, error
+    assert len(pd.read_csv(tmp_path/'o.csv')) == 1
+
+
+def test_an_empty_name_is_not_the_folder_one_is_in(finished_run, call, monkeypatch, sample):
+    monkeypatch.chdir(sample)
+    for args in (('predict', '', '--bundle', finished_run), ('predict', ''), ('gradcam', '', '--bundle', finished_run, '--out', 'maps')):
+        status, _, error = call(*args)
+        assert status == 2 and 'is empty' in error, error
+    assert not (sample/'maps').exists()
+
+
+def test_a_bundle_that_cannot_be_used(call, finished_run, sample, tmp_path):
+    image = next(sample.rglob('*.jpg'))
+    (tmp_path/'x').mkdir()
+    status, _, error = call('predict', image, '--bundle', tmp_path/'x')
+    assert status == 2 and 'bundle.json' in error, error
+    broken = Path(shutil.copytree(finished_run, tmp_path/'broken'))
+    (broken/'bundle.json').write_text('{"format":')
+    status, _, error = call('predict', image, '--bundle', broken)
+    assert status == 2 and 'damaged' in error, error
+    other = Path(shutil.copytree(finished_run, tmp_path/'other'))
+    record = json.loads((other/'bundle.json').read_text())
+    record['network']['arch'] = 'test_resnet'
+    (other/'bundle.json').write_text(json.dumps(record))
+    status, _, error = call('predict', image, '--bundle', other)
+    assert status == 2 and 'not fit' in error, error
+
+
+@pytest.mark.parametrize('name', ['ham10000', 'hf://owner/name'])
+def test_a_registered_name_is_not_a_path(name, call, finished_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished_run, tmp_path/'ham10000')
+    before = (tmp_path/'ham10000'/'bundle.json').read_bytes()
+    status, _, error = call('calibrate', name, '--table', finished_run/'predictions.csv')
+    assert status == 2 and 'registered name' in error, error
+    assert (tmp_path/'ham10000'/'bundle.json').read_bytes() == before
+
+
+def test_the_bundle_of_a_run_can_be_copied_alone(sample, call, finished_run, tmp_path):
+    (tmp_path/'b').mkdir()
+    for name in ('model.safetensors', 'bundle.json'): shutil.copy(finished_run/name, tmp_path/'b')
+    bundle, record = json.loads((tmp_path/'b'/'bundle.json').read_text()), json.loads((finished_run/'run.json').read_text())
+    assert bundle['scores']['average_recall'] == record['scores']['average_recall'] and bundle['split']['rule'] == record['split']['rule']
+    image = next(sample.rglob('*.jpg'))
+    for run, out in ((finished_run, 'a.csv'), (tmp_path/'b', 'b.csv')): assert call('predict', image, '--bundle', run, '--out', tmp_path/out)[0] == 0
+    assert (tmp_path/'a.csv').read_text() == (tmp_path/'b.csv').read_text()
+
+
+# ---- Grad-CAM
+
+def test_the_map_s_caption_says_what_predict_prints(sample, finished_run, call, tmp_path):
+    "Calibrated probabilities, and a rule's decision that is not the most probable class"
+    from skin_lesions.bundle import update_bundle
+    from skin_lesions.decide import Calibration, decision_rule
+    from skin_lesions.predict import load_predictor
+    run, image = Path(shutil.copytree(finished_run, tmp_path/'run')), sorted(sample.rglob('*.jpg'))[0]
+    own = load_predictor(run).predict(image, progress=False)[CODES].astype(float).to_numpy()[0]
+    calibration = Calibration('vector', (4.,), CODES, bias=tuple(3.*(c == 'vasc') for c in CODES))
+    rule = decision_rule('prior', classes='HAM10000', prior={c: .97 if c == 'vasc' else .005 for c in CODES}, t=1.)
+    update_bundle(run, calibration=calibration, rule=rule)
+    table = load_predictor(run).predict(image, progress=False)
+    decision, p = table.decision[0], table[CODES].astype(float).iloc[0]
+    assert decision != p.idxmax() and abs(p.to_numpy() - own).max() > .1 # else the test would not show the difference
+    for command, flag in (('predict', '--gradcam'), ('gradcam', '--out')):
+        status, printed, error = call(command, image, '--bundle', run, flag, tmp_path/command, '--quiet')
+        assert status == 0, error
+        gallery = (tmp_path/command/'gallery.html').read_text()
+        assert f'predicted {decision} ({p[decision]:.1%}); map: {decision}' in gallery
+        if command == 'predict': assert f'{p[decision]:7.1%}  {decision}' in printed and f'decision: {decision}' in printed
+
+
+def test_gradcam_writes_images_and_a_gallery(sample, finished_run, call, tmp_path):
+    images = sorted(sample.rglob('*.jpg'))[:3]
+    (tmp_path/'in').mkdir()
+    for p in images: shutil.copy(p, tmp_path/'in')
+    (tmp_path/'in'/'broken.jpg').write_text('not an image')
+    status, _, error = call('gradcam', tmp_path/'in', '--bundle', finished_run, '--out', tmp_path/'maps', '--quiet')
+    assert status == 0 and 'broken.jpg' in error, error
+    assert len(list((tmp_path/'maps').rglob('*.png'))) == 3
+    gallery = (tmp_path/'maps'/'gallery.html').read_text()
+    assert 'not a medical device' in gallery and 'src="http' not in gallery
+    status, _, error = call('gradcam', tmp_path/'in', '--bundle', finished_run, '--out', tmp_path/'maps')
+    assert status == 2 and '--overwrite' in error
+    status, _, error = call('gradcam', images[0], '--bundle', finished_run, '--out', tmp_path/'other', '--target', 'mell', '--quiet')
+    assert status == 2 and "did you mean 'mel'" in error
+
+
+# ---- calibrate, ensemble, submit, ONNX
+
+def test_calibrate_then_predict(sample, call, finished_run, tmp_path):
+    from skin_lesions.decide import from_dict
+    from skin_lesions.predictions import read_predictions
+    run = Path(shutil.copytree(finished_run, tmp_path/'run'))
+    status, _, error = call('calibrate', run, '--rule', 'prior', '--refer', '.9')
+    assert status == 0 and 'not a medical device' in error, error
+    before, after = (json.loads((f/'bundle.json').read_text()) for f in (finished_run, run))
+    assert after['ood'] == before['ood'] is not None
+    calibration, rule, referral = (from_dict(after[k]) for k in ('calibration', 'rule', 'referral'))
+    assert calibration.method == 'stages_vector' and rule.name == 'prior'
+    split = pd.read_csv(run/'split.csv')
+    (tmp_path/'in').mkdir()
+    for i in split.image_id[~split.is_valid][:4]: shutil.copy(next(sample.rglob(f'{i}.jpg')), tmp_path/'in')
+    for bundle, out in ((run, 'new.csv'), (finished_run, 'raw.csv')): assert call('predict', tmp_path/'in', '--bundle', bundle, '--out', tmp_path/out, '--quiet')[0] == 0
+    new, by_hand = read_predictions(tmp_path/'new.csv'), calibration.calibrate(read_predictions(tmp_path/'raw.csv'))
+    np.testing.assert_allclose(new[CODES], by_hand[CODES], atol=1e-9)
+    lesions = ~new.ood.astype(bool).to_numpy()
+    assert lesions.any() and list(new.decision[lesions]) == list(np.asarray(rule.decide(by_hand))[lesions])
+    for name in ('model.safetensors', 'predictions.csv'): assert (run/name).read_bytes() == (finished_run/name).read_bytes()
+    assert call('calibrate', run, '--method', 'none', '--rule', 'argmax')[0] == 0
+    bundle = json.loads((run/'bundle.json').read_text())
+    assert bundle['calibration'] is None and bundle['referral'] is None and bundle['rule']['name'] == 'argmax'
+
+
+def test_calibrate_measures_cross_fitted(call, finished_run, tmp_path):
+    rng, n = np.random.default_rng(0), 700
+    z = rng.normal(size=(n, 7))
+    y = np.array([rng.choice(7, p=np.exp(r)/np.exp(r).sum()) for r in z])
+    p = np.exp(3*z)/np.exp(3*z).sum(1, keepdims=True) # three times too sure
+    table = pd.DataFrame(p, columns=CODES).assign(image_id=[f'i{i}' for i in range(n)], dx=np.array(CODES)[y], group=[f'l{i//2}' for i in range(n)])
+    table.to_csv(tmp_path/'valid.csv', index=False)
+    shutil.copytree(finished_run, tmp_path/'run')
+    status, printed, error = call('calibrate', tmp_path/'run', '--table', tmp_path/'valid.csv', '--method', 'temperature')
+    assert status == 0 and '5 parts' in printed and '350 lesions' in printed, printed + error
+    temperature = float(printed.split('temperature ')[1].splitlines()[0])
+    assert 2.5 < temperature < 3.5, printed
+    before, after = map(float, printed.split('calibration error ')[1].splitlines()[0].split(' -> '))
+    assert after < before/2, printed
+
+
+def test_ensemble_and_submit(sample, call, finished_run, tmp_path):
+    from skin_lesions.predictions import ensemble, read_isic_submission, read_predictions
+    a = read_predictions(finished_run/'predictions.csv')
+    b = a.assign(**{c: a[CODES[::-1][i]] for i, c in enumerate(CODES)}).sample(frac=1, random_state=1)
+    b.to_csv(tmp_path/'b.csv', index=False)
+    for how in ('arithmetic', 'geometric', 'rank'):
+        assert call('ensemble', finished_run, tmp_path/'b.csv', '--how', how, '--out', tmp_path/'e.csv')[0] == 0
+        np.testing.assert_allclose(read_predictions(tmp_path/'e.csv')[CODES], ensemble([a, b], how)[CODES], atol=1e-12)
+    assert call('ensemble', finished_run, tmp_path/'b.csv', '--table-weights', 1, 0, '--out', tmp_path/'e.csv')[0] == 0
+    np.testing.assert_allclose(read_predictions(tmp_path/'e.csv')[CODES], a[CODES], atol=1e-12)
+    status, _, error = call('ensemble', finished_run, tmp_path/'b.csv', '--greedy', '--out', tmp_path/'g.csv')
+    assert status == 0 and 'too good' in error
+    a.iloc[:10].to_csv(tmp_path/'f0.csv', index=False); a.iloc[10:].to_csv(tmp_path/'f1.csv', index=False)
+    assert call('ensemble', tmp_path/'f0.csv', tmp_path/'f1.csv', '--out', tmp_path/'f.csv')[0] == 2
+    if not set(a.group[:10]) & set(a.group[10:]):
+        assert call('ensemble', tmp_path/'f0.csv', tmp_path/'f1.csv', '--out-of-fold', '--out', tmp_path/'f.csv')[0] == 0
+        assert set(read_predictions(tmp_path/'f.csv').image_id) == set(a.image_id)
+    assert call('submit', finished_run, '--out', tmp_path/'s.csv')[0] == 0
+    np.testing.assert_allclose(read_isic_submission(tmp_path/'s.csv')[CODES], a[CODES], atol=1e-12)
+    (tmp_path/'in').mkdir(); shutil.copy(next(sample.rglob('*.jpg')), tmp_path/'in')
+    assert call('submit', tmp_path/'in', '--bundle', finished_run, '--out', tmp_path/'s.csv', '--views', 'dihedral', '--quiet')[0] == 0
+    assert len(read_isic_submission(tmp_path/'s.csv')) == 1
+    (tmp_path/'in'/'bad.jpg').write_text('not an image')
+    status, _, error = call('submit', tmp_path/'in', '--bundle', finished_run, '--out', tmp_path/'t.csv', '--quiet')
+    assert status == 2 and 'bad.jpg' in error and not (tmp_path/'t.csv').exists()
+
+
+def test_export_onnx(call, finished_run, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime', reason='needs onnx, onnxscript and onnxruntime')
+    pytest.importorskip('onnxscript', reason='needs onnx, onnxscript and onnxruntime')
+    status, _, error = call('export-onnx', finished_run, '--out', tmp_path/'net.onnx')
+    assert status == 0, error
+    session = onnxruntime.InferenceSession(str(tmp_path/'net.onnx'), providers=['CPUExecutionProvider'])
+    assert json.loads(session.get_modelmeta().custom_metadata_map['classes']) == CODES
+    status, _, error = call('export-onnx', finished_run, '--out', tmp_path/'net.onnx')
+    assert status == 2 and 'exists' in error
+
+
+# ---- demo
+
+def test_demo_from_nothing(cli, tmp_path):
+    "The README's main job, with fewer images"
+    done = cli('demo', '--out', 'demo', '--images', 64, '--epochs', 1, '--size', 64, '--quiet', cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path/'demo'/'run'/'report.html').is_file() and 'report: ' in done.stdout
+    assert done.stdout.count('%  ') == 7 and 'not a medical device' in done.stderr
+    again = cli('demo', '--out', 'demo', '--quiet', cwd=tmp_path)
+    assert again.returncode == 2 and '--overwrite' in again.stderr
