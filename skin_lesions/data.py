@@ -6,9 +6,9 @@
 __all__ = ['CROPS', 'WEIGHT_KINDS', 'TensorPatient', 'EncodePatient', 'ItemTransform', 'as_item_transforms', 'check_crop',
            'crop_transform', 'crop_side', 'OpenImage', 'QuickDihedral', 'lesion_augmentation', 'get_source',
            'get_image', 'get_dx', 'CategorizeDiagnosis', 'crop_box', 'scaled_part', 'stacked_targets', 'can_shorten',
-           'ImageBatches', 'cropped', 'LesionDL', 'WeightedLesionDL', 'ham10000_datablock', 'class_weights',
-           'checked_meta', 'sampling_weights', 'ham10000_dataloaders', 'warn_if_weighted_twice', 'plot_examples',
-           'plot_class_frequencies']
+           'cropped', 'ImageBatches', 'note_item', 'LesionDL', 'WeightedLesionDL', 'ham10000_datablock',
+           'class_weights', 'checked_meta', 'sampling_weights', 'ham10000_dataloaders', 'warn_if_weighted_twice',
+           'plot_examples', 'plot_class_frequencies']
 
 # %% ../nbs/14_data.ipynb #ad9ffd79
 import math, os, re, warnings
@@ -20,6 +20,18 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastcore.basics import noop
+from fastcore.foundation import L
+from PIL import Image
+
+from .core import check_columns, read_image, unknown_name
+from .classes import check_diagnoses, class_set, classes_of, with_classes
+from .architectures import normalization
+from .patient import PATIENT_COLUMNS, PatientEncoder
+from .readers import read_metadata
+from .split import split_by_fold, split_by_lesion, warn_if_leaking
+
+# %% ../nbs/14_data.ipynb #3d038de6
 from fastai.callback.data import WeightedDL
 from fastai.data.all import (Categorize, ColSplitter, DataBlock, DataLoaders, IntToFloatTensor, Normalize,
     TfmdDL, ToTensor, Transform, TransformBlock)
@@ -27,16 +39,6 @@ from fastai.torch_core import TensorBase, TensorCategory, TitledStr
 from fastai.vision.augment import (Brightness, Contrast, Dihedral, RandomCrop, RandomErasing, RandomResizedCrop,
     Resize, ResizeMethod, Rotate, Saturation, setup_aug_tfms)
 from fastai.vision.core import PILImage, TensorImage
-from fastcore.basics import noop
-from fastcore.foundation import L
-from PIL import Image
-
-from .core import check_columns, read_image, unknown_name
-from .classes import ClassSet, check_diagnoses, class_set, classes_of, with_classes
-from .architectures import normalization
-from .readers import read_metadata
-from .patient import PATIENT_COLUMNS, PatientEncoder
-from .split import split_by_fold, split_by_lesion, warn_if_leaking
 
 # %% ../nbs/14_data.ipynb #14f00002
 class TensorPatient(TensorBase):
@@ -155,9 +157,9 @@ def lesion_augmentation(
     p:float=.75, # probability of the rotation, of the light and of the saturation, each
     *,
     max_saturation:float=0., # largest change of saturation, 0 to 1
-    erase:float=0., # probability that a rectangle of at most a fifth of the image becomes noise, the same in all of a batch
+    erase:float=0., # probability that a rectangle of at most a fifth of the image becomes noise, one for a batch
 )->list: # fastai batch transforms
-    "Flips both ways, rotation by any angle, mild light: what leaves a diagnosis as it was; on request saturation and gaps as well"
+    "Flips both ways, rotation by any angle, mild light: what leaves a diagnosis as it was"
     tfms = [QuickDihedral(p=1.)]
     if max_rotate: tfms.append(Rotate(max_deg=max_rotate, p=p, pad_mode='reflection'))
     if max_lighting:
@@ -173,7 +175,7 @@ def get_source(item):
     return item['path'] if isinstance(item, (pd.Series, dict)) else getattr(item, 'path', item)
 
 def get_image(item):
-    "The image of an item: a row of `meta`, a path, or an image; a path is opened by `read_image`, whose error names the file"
+    "The image of an item: a row of `meta`, a path, or an image"
     source = get_source(item)
     return read_image(source) if isinstance(source, (str, Path)) else source
 
@@ -228,6 +230,7 @@ def stacked_targets(
     kind = type(values[0])
     return stacked.as_subclass(kind) if issubclass(kind, torch.Tensor) else stacked
 
+# %% ../nbs/14_data.ipynb #6e947ea9
 def can_shorten(
     dl, # `LesionDL`
 )->bool:
@@ -239,13 +242,22 @@ def can_shorten(
     return isinstance(dl.dataset.items, pd.DataFrame) and [_steps(tl) for tl in tls]==short
 
 # %% ../nbs/14_data.ipynb #940d607b
+def cropped(
+    image:np.ndarray, # uint8 [height, width, 3]
+    crop, # fastai's transform, as from `crop_transform`
+)->torch.Tensor: # uint8 [3, height, width]
+    "Part of a training image, by a loader's crop"
+    box = crop_box(crop, image.shape[1::-1])
+    if box is not None: return scaled_part(image, box, crop.size[::-1])
+    return torch.from_numpy(np.array(crop(PILImage.create(image), split_idx=0))).permute(2, 0, 1)
+
+# %% ../nbs/14_data.ipynb #ecb5ce6f
 class ImageBatches:
     "Makes the training batches of a `LesionDL` from its files, without fastai's pipelines around each image"
     def __init__(self,
         dl, # `LesionDL`
     ):
-        self.crop = dl.after_item.fs[0]
-        self.read_side = dl.read_side
+        self.crop,self.read_side = dl.after_item.fs[0],dl.read_side
         self.paths = dl.dataset.items.path.to_numpy(object)
         self.others = [stacked_targets(dl.dataset.tls[1])]
 
@@ -260,53 +272,56 @@ class ImageBatches:
     def batches(self, dl, samps):
         "The loader's batches, a tuple each"
         for idxs in dl.chunkify(samps):
-            yield (self.images(map(dl.note, idxs)), *(o[torch.as_tensor(idxs)] for o in self.others))
-
-def cropped(image, crop)->torch.Tensor: # uint8 [3, height, width]
-    "Part of an image, an array, by a loader's crop"
-    box = crop_box(crop, image.shape[1::-1])
-    if box is not None: return scaled_part(image, box, crop.size[::-1])
-    return torch.from_numpy(np.array(crop(PILImage.create(image), split_idx=0))).permute(2, 0, 1)
+            yield (self.images(note_item(dl, i) for i in idxs), *(o[torch.as_tensor(idxs)] for o in self.others))
 
 # %% ../nbs/14_data.ipynb #3c4eeb2a
+def note_item(
+    dl, # `LesionDL`
+    position, # of an item; None in data that are iterated
+): # the same position
+    "Write down what this data-loading worker reads next"
+    worker = torch.utils.data.get_worker_info()
+    if worker is not None and dl.reading is not None:
+        dl.reading.numpy()[worker.id] = os.getpid(),-1 if position is None else position
+    return position
+
 def _read_last(dl, message)->str:
     "What the workers that a message of PyTorch's names were reading; all workers where it names none"
     named = [int(i) for i in re.findall(r'\d+', message)]
     reading = [(pid, i) for pid,i in dl.reading.tolist() if i>=0]
-    places = [i for pid,i in reading if pid in named] or [i for _,i in reading]
+    positions = [i for pid,i in reading if pid in named] or [i for _,i in reading]
     items = dl.dataset.items
-    sources = [get_source(items.iloc[i] if isinstance(items, pd.DataFrame) else items[i]) for i in places]
+    sources = [get_source(items.iloc[i] if isinstance(items, pd.DataFrame) else items[i]) for i in positions]
     return ', '.join(map(str, sources)) or 'its first item'
 
+# %% ../nbs/14_data.ipynb #15e75506
 def _worker_died(dl, error)->RuntimeError:
     "An error that names the file"
-    return RuntimeError(f"a worker process of the DataLoader died while it was reading {_read_last(dl, str(error))}. "
-                        "Memory may have run out (use fewer workers: num_workers), or the file makes the decoder crash; "
-                        f"num_workers=0 shows more. PyTorch says: {error}")
+    return RuntimeError(
+        f"a worker process of the DataLoader died while it was reading {_read_last(dl, str(error))}. "
+        "Memory may have run out (use fewer workers: num_workers), or the file makes the decoder crash; "
+        f"num_workers=0 shows more. PyTorch says: {error}")
 
 def _crops_only(dl)->bool:
     "Whether a random crop is all that happens to an image before it is a tensor"
     kinds = [type(f) for f in dl.after_item.fs]
     return kinds==[RandomResizedCrop, ToTensor] and dl.after_item.split_idx==0
 
-# %% ../nbs/14_data.ipynb #ba07a514
+def _quick_item(dl, item):
+    "An item with patient data, or without a diagnosis: the quick crop alone"
+    image,*others = item
+    if not isinstance(image, Image.Image): return dl.after_item(item)
+    return TensorImage(cropped(np.array(image), dl.after_item.fs[0])),*others
+
+# %% ../nbs/14_data.ipynb #45162277
 class LesionDL(TfmdDL):
-    "fastai's `TfmdDL` that makes its batches in a shorter way, takes them from a cache, and names the file at which a worker died"
+    "fastai's `TfmdDL` with quicker batches, batches from a cache, and the name of the file at which a worker died"
     cached,direct,reading = None,None,None
 
-    def note(self, s):
-        worker = torch.utils.data.get_worker_info()
-        if worker is not None and self.reading is not None:
-            self.reading.numpy()[worker.id] = os.getpid(),-1 if s is None else s
-        return s
+    def create_item(self, s): return super().create_item(note_item(self, s))
 
-    def create_item(self, s): return super().create_item(self.note(s))
-
-    def do_item(self, s): # with patient data, or without a diagnosis, the quick crop alone
-        if not _crops_only(self): return super().do_item(s)
-        image,*others = self.create_item(s)
-        if not isinstance(image, Image.Image): return self.after_item((image, *others))
-        return TensorImage(cropped(np.array(image), self.after_item.fs[0])),*others
+    def do_item(self, s):
+        return _quick_item(self, self.create_item(s)) if _crops_only(self) else super().do_item(s)
 
     def create_batches(self, samps):
         source = self.cached or self.direct
@@ -324,6 +339,12 @@ class LesionDL(TfmdDL):
 class WeightedLesionDL(LesionDL, WeightedDL):
     "`LesionDL` that draws items by weight"
 
+# %% ../nbs/14_data.ipynb #2befc6e0
+def _batch_transforms(arch, augment, batch_tfms)->list:
+    "Augmentation, the user's own, normalisation"
+    augmentation = lesion_augmentation() if augment else []
+    return [*augmentation, *(batch_tfms or []), Normalize.from_stats(*normalization(arch))]
+
 # %% ../nbs/14_data.ipynb #038cf17f
 def ham10000_datablock(
     size:int=128, # side of the square that the network sees, pixels
@@ -338,15 +359,17 @@ def ham10000_datablock(
     patient:PatientEncoder=None, # gives batches a second input, patient data; None for images alone
 )->DataBlock: # its items are the rows of a frame with columns path, dx and is_valid
     "fastai's `DataBlock` for dermatoscopic images with a diagnosis"
-    crop_tfm = crop_transform(size, crop, min_scale)
-    tfms = [*(lesion_augmentation() if augment else []), *(batch_tfms or []), Normalize.from_stats(*normalization(arch))]
     # preprocessing needs every pixel
     read = OpenImage(None if item_tfms else crop_side(size, crop, min_scale))
-    blocks,getters = [TransformBlock(type_tfms=[read], batch_tfms=IntToFloatTensor)],[get_source]
-    if patient is not None: blocks,getters = [*blocks, TransformBlock(type_tfms=[EncodePatient(patient)])],[get_source, noop]
-    return DataBlock(blocks=[*blocks, TransformBlock(type_tfms=[CategorizeDiagnosis(classes)])], getters=[*getters, get_dx],
-                     n_inp=len(blocks), splitter=ColSplitter('is_valid'), dl_type=LesionDL,
-                     item_tfms=[*as_item_transforms(item_tfms), crop_tfm], batch_tfms=tfms)
+    blocks = [TransformBlock([read], batch_tfms=IntToFloatTensor), TransformBlock([CategorizeDiagnosis(classes)])]
+    getters = [get_source, get_dx]
+    if patient is not None:
+        blocks.insert(1, TransformBlock([EncodePatient(patient)]))
+        getters.insert(1, noop)
+    item_tfms = [*as_item_transforms(item_tfms), crop_transform(size, crop, min_scale)]
+    batch_tfms = _batch_transforms(arch, augment, batch_tfms)
+    return DataBlock(blocks=blocks, getters=getters, n_inp=len(blocks)-1, splitter=ColSplitter('is_valid'),
+                     dl_type=LesionDL, item_tfms=item_tfms, batch_tfms=batch_tfms)
 
 # %% ../nbs/14_data.ipynb #5f532569
 WEIGHT_KINDS = ('inverse', 'sqrt', 'effective')
@@ -383,8 +406,8 @@ def class_weights(
     factors = factors or {}
     _check_weights(kind, factors, beta, codes)
     n = _training_rows(meta).dx.value_counts().reindex(codes, fill_value=0)
-    absent = list(n.index[n==0])
-    if absent: raise ValueError(f"no training image of {', '.join(absent)}; class_weights needs at least one of each class")
+    absent = ', '.join(n.index[n==0])
+    if absent: raise ValueError(f"no training image of {absent}; class_weights needs at least one of each class")
     weight = _plain_weights(n, kind, beta)*pd.Series(factors, dtype=float).reindex(codes, fill_value=1.)
     return (weight*n.sum()/(weight*n).sum()).to_dict()
 
@@ -397,6 +420,13 @@ def _split_frame(meta)->pd.DataFrame:
         return meta
     return split_by_fold(meta, int(meta.fold.min())) if 'fold' in meta else split_by_lesion(meta)
 
+def _check_sides(meta):
+    "Raise unless some images train and some validate"
+    n = int((~meta.is_valid).sum())
+    if 0<n<len(meta): return
+    raise ValueError(f"{n} of {len(meta)} images are for training; column 'is_valid' must leave some on both sides")
+
+# %% ../nbs/14_data.ipynb #5d5e1973
 def checked_meta(
     path_or_meta, # folder of the data set, or the frame of a reader
     classes=None, # as for `skin_lesions.classes.class_set`; None for those of the frame
@@ -406,9 +436,8 @@ def checked_meta(
     check_columns(meta, ['path', 'dx'], why='ham10000_dataloaders reads images and diagnoses there')
     meta = with_classes(meta, check_diagnoses(meta, classes))
     meta = _split_frame(meta)
-    n = int((~meta.is_valid).sum())
-    if 0<n<len(meta): return meta
-    raise ValueError(f"{n} of {len(meta)} images are for training; column 'is_valid' must leave some on both sides")
+    _check_sides(meta)
+    return meta
 
 def sampling_weights(
     meta:pd.DataFrame, # with columns `dx` and `is_valid`
@@ -419,40 +448,48 @@ def sampling_weights(
     train = _training_rows(meta)
     return train.dx.map(_plain_weights(train.dx.value_counts(), kind, .999)).to_numpy(float)
 
+# %% ../nbs/14_data.ipynb #e1994cfb
+def _encoder(meta, patient):
+    "The encoder of the patient data that a user asks for, or None"
+    if patient is False or patient is None or isinstance(patient, PatientEncoder): return patient or None
+    return PatientEncoder.fit(meta, PATIENT_COLUMNS if patient is True else patient)
+
+def _loader_settings(meta, bs, sampling, cache, kwargs)->dict:
+    "What `DataBlock.dataloaders` is told: batch size, sampler, workers"
+    if bs<1: raise ValueError(f"bs must be 1 or more, got {bs}")
+    # a training set smaller than the batch would give fastai no batch at all
+    settings = dict(bs=min(bs, int((~meta.is_valid).sum())))
+    if sampling is not None:
+        weights = sampling_weights(meta, sampling)
+        settings.update(dl_type=WeightedLesionDL, dl_kwargs=(dict(wgts=weights), {}))
+    if cache is not None: settings['num_workers'] = cache.default_workers(kwargs.get('device'))
+    return settings | kwargs
+
 # %% ../nbs/14_data.ipynb #7a04ad73
 def ham10000_dataloaders(
-    path_or_meta, # folder of the data set, or a reader's frame; without a column `is_valid` it is split by lesion, fold 0 of 5
+    path_or_meta, # folder of the data set, or a reader's frame; without `is_valid` it is split by lesion, fold 0 of 5
     size:int=128, # side of the square that the network sees, pixels
     crop:str='random', # 'random', 'resize' or 'window', see `crop_transform`
     bs:int=64, # images in a batch; smaller if the training set is
     *,
     classes=None, # class set, as for `skin_lesions.classes.class_set`; None for that of the frame
-    sampling:str='sqrt', # draw training images by class weight: 'inverse', 'sqrt' or 'effective'; None takes each once an epoch
+    sampling:str='sqrt', # draw training images by class weight, one of `WEIGHT_KINDS`; None takes each once an epoch
     min_scale:float=.35, # `random` crops only: smallest part of the image's area, in (0,1]
     arch:str='tf_efficientnet_lite0', # timm architecture that the images are normalised for
     augment:bool=True, # flips, rotation and light in training
-    patient=False, # second input of patient data: True for `PATIENT_COLUMNS`, some of their names, or a `PatientEncoder`
+    patient=False, # second input: True for `PATIENT_COLUMNS`, some of their names, or a `PatientEncoder`
     item_tfms=None, # transforms of the whole image before the crop, one or a list, e.g. `RemoveHair()`
     batch_tfms=None, # further batch transforms
     cache=None, # decoded images, as from `skin_lesions.cache.resize_cache`; None reads the files in every epoch
     **kwargs, # for fastai's `DataBlock.dataloaders`: num_workers, device, val_bs, ...
-)->DataLoaders: # `dls.class_set` is its class set, `dls.vocab` the codes, `dls.patient` the `PatientEncoder` if there is one
+)->DataLoaders: # with `class_set`, `vocab` (its codes), and `patient`, the `PatientEncoder` if there is one
     "fastai's `DataLoaders` for HAM10000 or a data set like it"
-    if bs<1: raise ValueError(f"bs must be 1 or more, got {bs}")
     meta = checked_meta(path_or_meta, classes)
-    if cache is not None:
-        cache.check(size, crop, min_scale, item_tfms)
-        kwargs = {'num_workers': cache.default_workers(kwargs.get('device')), **kwargs}
-    if sampling is not None: kwargs.update(dl_type=WeightedLesionDL, dl_kwargs=(dict(wgts=sampling_weights(meta, sampling)), {}))
+    if cache is not None: cache.check(size, crop, min_scale, item_tfms)
     block = ham10000_datablock(size, crop, classes=classes_of(meta), min_scale=min_scale, arch=arch, augment=augment,
                                item_tfms=item_tfms, batch_tfms=batch_tfms, patient=_encoder(meta, patient))
-    dls = block.dataloaders(meta, bs=min(bs, int((~meta.is_valid).sum())), **kwargs)
+    dls = block.dataloaders(meta, **_loader_settings(meta, bs, sampling, cache, kwargs))
     return dls if cache is None else cache.attach(dls)
-
-def _encoder(meta, patient):
-    "The encoder of the patient data that a user asks for, or None"
-    if patient is False or patient is None or isinstance(patient, PatientEncoder): return patient or None
-    return PatientEncoder.fit(meta, PATIENT_COLUMNS if patient is True else patient)
 
 # %% ../nbs/14_data.ipynb #3c311b7e
 def warn_if_weighted_twice(
@@ -461,8 +498,8 @@ def warn_if_weighted_twice(
 ):
     "Warn when a weighted sampler meets a weighted loss"
     if alpha is None or not isinstance(dls.train, WeightedDL): return
-    warnings.warn("dls draws images by class weight and the loss has class weights (alpha) too: rare classes count twice; "
-                  "use ham10000_dataloaders(sampling=None) or alpha=None", stacklevel=3)
+    warnings.warn("dls draws images by class weight and the loss has class weights (alpha) too: "
+                  "rare classes count twice; use ham10000_dataloaders(sampling=None) or alpha=None", stacklevel=3)
 
 # %% ../nbs/14_data.ipynb #bc58a9cd
 def _title(classes, code):

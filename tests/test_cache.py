@@ -115,7 +115,7 @@ def test_nothing_is_unpickled(meta, tmp_path):
     class Evil:
         def __reduce__(self): return (Path(tmp_path/'owned').touch, ())
     cache = resize_cache(meta.iloc[:10], 32, folder=tmp_path/'cache', show=False)
-    for store in (cache.pictures, cache.squares):
+    for store in (cache.images, cache.squares):
         store.index_file.write_bytes(pickle.dumps(Evil()) + b'\n'); store.pixels_file.write_bytes(pickle.dumps(Evil()))
     again = resize_cache(meta.iloc[:10], 32, folder=tmp_path/'cache', show=False)
     assert len(again) + len(again.squares) == 10 and not (tmp_path/'owned').exists()

@@ -134,12 +134,12 @@ def test_a_pytorch_with_a_known_hole_is_named(version, warned, tmp_path, monkeyp
 def test_a_cache_from_a_stranger_is_made_anew(file, plant, sample, tmp_path):
     meta = read_metadata(sample).iloc[:4]
     honest = resize_cache(meta, 32, folder=tmp_path/'cache', show=False)
-    right, folder = [np.array(honest.pictures[p]) for p in meta.path], honest.pictures.folder
+    right, folder = [np.array(honest.images[p]) for p in meta.path], honest.images.folder
     if plant is None: (folder/file).write_text('\n'.join(json.dumps(dict(path=str(p), size=1, mtime=1, digest='0', at=at, h=h, w=2, crc=0)) for p, at, h in zip(meta.path, (-1, 10**15, 0, 0), (1, 1, -3, 10**12))) + '\n')
     else: plant(tmp_path/'mark', folder/file)
     again = resize_cache(meta, 32, folder=tmp_path/'cache', show=False, verify=True)
     assert not (tmp_path/'mark').exists()
-    for p, pixels in zip(meta.path, right): np.testing.assert_array_equal(again.pictures[p], pixels)
+    for p, pixels in zip(meta.path, right): np.testing.assert_array_equal(again.images[p], pixels)
 
 
 def calls(tree):
