@@ -11,7 +11,8 @@ import pandas as pd
 
 from .core import unknown_name
 from .decide import RULES, crossfit, decision_rule
-from .experiments import compare_tables, current_runs, run_folder
+from .bootstrap import compare_tables
+from .experiments import current_runs, run_folder
 from .predict import load_predictor
 from .predictions import ENSEMBLES, TTA, ensemble, read_predictions, save_predictions
 

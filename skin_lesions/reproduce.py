@@ -18,7 +18,12 @@ from fastai.torch_core import set_seed
 from .core import CODES, NOTICE, atomic_path, full_name
 from .decide import crossfit, decision_rule, expected_calibration_error, fit_calibration, fit_referral
 from .evaluate import scores, scores_by
-from .experiments import FOLDS, ROWS, SPLIT_SEED, Row, _cache, _data_of, _fingerprint, _interval, _lock, _recalls, _share_right, _unit_counts, find_row, row_learner, scaled_row, training_config
+from .train import FOLDS, SPLIT_SEED
+from .experiments import ROWS, Row, _cache, _data_of, _interval, _share_right, _unit_counts, find_row, row_learner, scaled_row
+from .decide import _fingerprint
+from .ood import _lock
+from .metrics import _recalls
+from .recipes import training_config
 from .evaluate import _divide, _unit_draws
 from .ood import false_alarm_threshold, fit_ood, get_features
 from .predict import half_difference, load_predictor
