@@ -38,7 +38,7 @@ def main(args):
     from skin_lesions.synthetic import NON_LESIONS, draw_non_lesion
     from skin_lesions.ood import detection, energy_score, fit_ood, get_features, keep_features, neighbour_score, probability_score
     from skin_lesions.predict import load_predictor
-    from skin_lesions.speed import reuse_memory
+    from skin_lesions.core import reuse_memory
     from skin_lesions.split import split_by_lesion
     reuse_memory()
     meta = split_by_lesion(read_metadata(os.environ['HAM10000_DIR']), fold=args.fold)

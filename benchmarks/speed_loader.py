@@ -37,7 +37,7 @@ def plain(folder, n, augment=False):
 def ours(folder, n, augment=False, cache=None):
     from skin_lesions.cache import resize_cache
     from skin_lesions.data import ham10000_dataloaders
-    from skin_lesions.speed import reuse_memory
+    from skin_lesions.core import reuse_memory
     meta = frame(folder, n)
     if cache is None: return epoch(ham10000_dataloaders(meta, 128, augment=augment, num_workers=2).train)
     reuse_memory() # as in a training

@@ -55,7 +55,7 @@ def predictions(folder, n, two_stage):
     "A function that predicts a batch and returns images/s"
     import torch
     from skin_lesions.learner import lesion_learner, two_stage_learner
-    from skin_lesions.speed import reuse_memory
+    from skin_lesions.core import reuse_memory
     reuse_memory()
     net = (two_stage_learner if two_stage else lesion_learner)(loaders(folder, n), pretrained=False).model.eval()
     x = torch.randn(64, 3, 128, 128)

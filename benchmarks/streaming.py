@@ -50,7 +50,7 @@ def memory(a, kind, root):
     stream.open_picture = opened
     start = rss()
     if kind == 'frame':
-        pretext.open_image = opened
+        pretext.open_unlabelled = opened
     dls = loaders(a, kind, root)
     made = rss()
     batches, done = iter(dls.train), 0

@@ -6,10 +6,10 @@
 __all__ = ['IMAGE_SUFFIXES', 'IMAGE_FORMATS', 'MAX_PIXELS', 'NOTICE', 'LESION_CLASSES', 'CODES', 'NEVUS', 'MALIGNANT',
            'ISIC_COLUMNS', 'unknown_name', 'first_few', 'check_columns', 'table_text', 'atomic_path', 'json_value',
            'write_json', 'read_json', 'file_lock', 'image_files', 'ImageError', 'read_image', 'why_unreadable',
-           'unreadable_files', 'progress', 'versions', 'LesionClass', 'full_name']
+           'unreadable_files', 'progress', 'versions', 'reuse_memory', 'LesionClass', 'full_name']
 
 # %% ../nbs/00_core.ipynb #b4449989
-import contextlib, csv, difflib, io, json, math, os, platform, stat, sys, tempfile
+import contextlib, csv, ctypes, difflib, io, json, math, os, platform, stat, sys, tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -367,6 +367,17 @@ def versions()->dict: # by package name
 # %% ../nbs/00_core.ipynb #911663d6
 NOTICE = ("Research software, not a medical device: it must not be used to diagnose or to decide about treatment. "
           "Have a suspicious lesion seen by a dermatologist.")
+
+# %% ../nbs/00_core.ipynb #0c0de016
+_TRIM_THRESHOLD,_MMAP_THRESHOLD = -1,-3 # of glibc's malloc.h
+
+def reuse_memory()->bool: # whether the C library is one that can be told
+    "Let this process keep the memory of large tensors for the next ones, instead of returning it each time"
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError): return False # other systems and C libraries
+    # older versions take 32 MB at most
+    mapped = any(mallopt(_MMAP_THRESHOLD, n) for n in (1<<30, 32<<20))
+    return bool(mapped and mallopt(_TRIM_THRESHOLD, (1<<31)-1))
 
 # %% ../nbs/00_core.ipynb #9f46adfc
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ __all__ = ['CALIBRATIONS', 'OVERLAP', 'RULES', 'REFERRALS', 'ADVICE', 'NOT_DERMA
            'expected_calibration_error', 'brier_score', 'negative_log_likelihood', 'FittedOn', 'Calibration',
            'fit_calibration', 'calibration_report', 'plot_reliability', 'cost_matrix', 'DecisionRule', 'decision_rule',
            'compare_rules', 'crossfit', 'Referral', 'fit_referral', 'advise', 'referral_report', 'risk_coverage',
-           'plot_risk_coverage', 'decide_table', 'from_dict']
+           'plot_risk_coverage', 'decide_table', 'from_dict', 'Decisions', 'fit_decisions']
 
 # %% ../nbs/63_decide.ipynb #88db536c
 import hashlib, math, warnings
@@ -20,9 +20,11 @@ import pandas as pd
 from scipy.optimize import minimize
 from scipy.special import log_softmax, logsumexp, softmax
 
+from .bootstrap import (average_recall_interval, class_recall_intervals, fraction_right,
+                                    rank_curve, rank_scores)
 from .classes import class_set, classes_of
 from .core import NOTICE, check_columns, unknown_name
-from .predictions import check_predictions
+from .predictions import check_predictions, without_decisions
 
 # %% ../nbs/63_decide.ipynb #6e8a116d
 _TINY = 1e-38 # a probability of 0 counts as this much in log space
@@ -50,14 +52,14 @@ def _malignant_columns(classes)->list:
     "Places of the malignant classes; a `ValueError` where malignancy is unknown"
     if classes.knows_malignancy: return [classes.index(c) for c in classes.malignant]
     raise ValueError(f"it is not known which diagnoses of {classes.name} are malignant ({', '.join(classes.codes)}); "
-                     "make the class set with ClassSet.from_codes(codes, malignant=[...]) and give it with with_classes(table, ...)")
+                     "make the class set with ClassSet.from_codes(codes, malignant=[...]) and use with_classes")
 
 def _is_malignant(y, classes)->np.ndarray:
     "Whether classes by number are malignant [n]"
     return np.isin(y, _malignant_columns(classes))
 
 def _event(table, of, why)->tuple:
-    "Predicted probability of an event and whether it happened [n]: the top class is right, or the image is of class or group `of`"
+    "Predicted probability of an event and whether it happened [n]: the top class is right, or the class is `of`"
     p,y = _labelled(table, why)
     if of is None: return p.max(1), p.argmax(1)==y
     classes = classes_of(table)
@@ -68,9 +70,9 @@ def _event(table, of, why)->tuple:
 # %% ../nbs/63_decide.ipynb #0b5fa711
 def reliability(
     table:pd.DataFrame, # predictions table with dx
-    of:str=None, # a code, or 'malignant' for all malignant ones together; None takes the most probable class and whether it is right
+    of:str=None, # a code, or 'malignant' for all malignant ones; None: the most probable class, and whether it is right
     n_bins:int=15, # bins of equal width from 0 to 1
-)->pd.DataFrame: # a row a bin that holds images: low, high, n, predicted (mean probability), observed (fraction for which it was so)
+)->pd.DataFrame: # a row a bin with images: low, high, n, predicted (mean probability), observed (fraction that was so)
     "What was predicted and what was observed, by predicted probability"
     if n_bins<1: raise ValueError(f"n_bins must be 1 or more, got {n_bins}")
     predicted,happened = _event(table, of, "reliability compares the probabilities with it")
@@ -82,6 +84,7 @@ def reliability(
     mean = lambda x: np.bincount(number, weights=x, minlength=n_bins)[n>0]/n[n>0]
     return bins.assign(predicted=mean(predicted), observed=mean(happened))
 
+# %% ../nbs/63_decide.ipynb #p2935029
 def expected_calibration_error(
     table:pd.DataFrame, # predictions table with dx
     n_bins:int=15, # bins of equal width from 0 to 1
@@ -132,7 +135,8 @@ def _first_class(first, classes)->str:
     "The code of stage one's class: as given, else that of the class set"
     first = classes.first if first is None else first
     if first is None:
-        raise ValueError(f"which class does stage one tell from the rest? Give first, one of {', '.join(classes.codes)}")
+        raise ValueError("which class does stage one tell from the rest? "
+                         f"Give first, one of {', '.join(classes.codes)}")
     classes.index(first)
     return first
 
@@ -154,8 +158,8 @@ def _minimum(
         q,mean = means(w)
         squares = np.einsum('nc,nck,ncl->kl', q, x, x, optimize=True)
         return (squares-mean.T@mean)/len(y) + np.diag(penalty)
-    start = np.zeros(x.shape[2])
-    return minimize(loss, start, jac=gradient, hess=hessian, method='trust-exact', options=dict(gtol=1e-9, maxiter=200)).x
+    start,options = np.zeros(x.shape[2]),dict(gtol=1e-8, maxiter=200)
+    return minimize(loss, start, jac=gradient, hess=hessian, method='trust-exact', options=options).x
 
 # %% ../nbs/63_decide.ipynb #p4521507
 _COLDEST,_HOTTEST = .01,100. # temperatures beyond these say that the table cannot settle one
@@ -163,8 +167,9 @@ _COLDEST,_HOTTEST = .01,100. # temperatures beyond these say that the table cann
 def _all_right(logits, y, fitted_name)->bool:
     "Whether the likelihood has no best temperature because every image is right; warns if so"
     if not (logits.argmax(1)==y).all(): return False
-    warnings.warn(f"every one of the {len(y)} images here is right, so they cannot settle {fitted_name} and the probabilities "
-                  "stay as they are; are they images that the network was trained on, or too few?", stacklevel=4)
+    message = (f"every one of the {len(y)} images here is right, so they cannot settle {fitted_name} and the probabilities "
+               "stay as they are; are they images that the network was trained on, or too few?")
+    warnings.warn(message, stacklevel=4)
     return True
 
 def _temperature(logs, y, fitted_name)->float:
@@ -196,7 +201,6 @@ def _fit_vector(logs, y, codes, fitted_name)->tuple:
 
 # %% ../nbs/63_decide.ipynb #8239e5b6
 def _fingerprint(name)->str: return hashlib.blake2b(str(name).encode(), digest_size=6).hexdigest()
-
 def _fingerprints(column)->frozenset: return frozenset(map(_fingerprint, column.dropna()))
 
 @dataclass(frozen=True)
@@ -211,13 +215,24 @@ class FittedOn:
         lesions = _fingerprints(table.group) if 'group' in table else frozenset()
         return cls(_fingerprints(table.image_id), lesions)
 
-    def overlap(self, table)->int:
-        "How many images of a table were seen, or show a lesion that was"
+    def seen(self, table)->np.ndarray:
+        "Whether each image of a table was seen, or shows a lesion that was [n]"
         seen = table.image_id.map(_fingerprint).isin(self.images)
         if 'group' in table: seen |= table.group.notna() & table.group.map(_fingerprint).isin(self.lesions)
-        return int(seen.sum())
+        return seen.to_numpy(dtype=bool)
 
     def as_dict(self)->dict: return dict(images=sorted(self.images), lesions=sorted(self.lesions))
+
+# %% ../nbs/63_decide.ipynb #p8586168
+def _plain(value):
+    "Tuples as lists, what was seen as a dict: as JSON holds it"
+    if isinstance(value, FittedOn): return value.as_dict()
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+def _as_dict(kind, fitted, **changes)->dict:
+    "The fields of a fitted object as JSON can hold them"
+    fields = {name: _plain(getattr(fitted, name)) for name in fitted.__dataclass_fields__}
+    return dict(kind=kind) | fields | changes
 
 # %% ../nbs/63_decide.ipynb #p9138002
 OVERLAP = ('raise', 'warn', 'ignore')
@@ -226,7 +241,7 @@ def _check_overlap(fitted, table, overlap, object_name):
     "Complain if a table shares lesions with what something was fitted on"
     if overlap not in OVERLAP: raise ValueError(unknown_name('treatment of overlap', overlap, OVERLAP))
     if fitted.fitted_on is None or overlap=='ignore': return
-    n = fitted.fitted_on.overlap(table)
+    n = int(fitted.fitted_on.seen(table).sum())
     if not n: return
     message = (f"{n} of {len(table)} images are of lesions that {object_name} was fitted on: what is measured on them "
                "is too good; report on other lesions, or cross-fit with crossfit")
@@ -237,7 +252,8 @@ def _probabilities_for(fitted, table, object_name)->np.ndarray:
     "Probabilities of a table in the order of an object's classes"
     present = classes_of(table).codes
     if set(present)!=set(fitted.codes):
-        raise ValueError(f"{object_name} is for the classes {', '.join(fitted.codes)}; the table has {', '.join(present)}")
+        raise ValueError(f"{object_name} is for the classes {', '.join(fitted.codes)}; "
+                         f"the table has {', '.join(present)}")
     return _probabilities(table, fitted.codes)
 
 # %% ../nbs/63_decide.ipynb #p5817889
@@ -247,7 +263,8 @@ def _check_calibration(c):
     staged,biased = c.method.startswith('stages'),c.method.endswith('vector')
     n = 2 if staged else 1
     if len(c.temperatures)!=n or not all(math.isfinite(t) and t>0 for t in c.temperatures):
-        raise ValueError(f"calibration {c.method!r} needs {n} temperature{'s' if n>1 else ''} > 0, got {list(c.temperatures)}")
+        raise ValueError(f"calibration {c.method!r} needs {n} temperature{'s' if n>1 else ''} > 0, "
+                         f"got {list(c.temperatures)}")
     if biased!=(c.bias is not None):
         raise ValueError(f"a bias belongs to 'vector' and 'stages_vector' only, got {c.bias} with {c.method!r}")
     if biased and (len(c.bias)!=len(c.codes) or not all(map(math.isfinite, c.bias))):
@@ -256,46 +273,46 @@ def _check_calibration(c):
         raise ValueError(f"first belongs to 'stages' and 'stages_vector' only, got {c.first} with {c.method!r}")
     if staged and c.first not in c.codes: raise ValueError(unknown_name('first class', c.first, c.codes))
 
-def _seen_dict(fitted): return None if fitted.fitted_on is None else fitted.fitted_on.as_dict()
-
 # %% ../nbs/63_decide.ipynb #441374aa
+def _bias_of(calibration)->np.ndarray:
+    "The bias of each class, 0 where there is none"
+    return np.zeros(len(calibration.codes)) if calibration.bias is None else np.array(calibration.bias)
+
+def _calibrated(calibration, p)->np.ndarray:
+    "Calibrated log-probabilities [n, classes] of probabilities [n, classes]"
+    temperatures,bias = calibration.temperatures,_bias_of(calibration)
+    if calibration.first is None: return log_softmax(_logs(p)/temperatures[0] + bias, axis=1)
+    i = calibration.codes.index(calibration.first)
+    one,two = _split_stages(p, i)
+    one = one/temperatures[0] + [bias[i], 0]
+    two = two/temperatures[1] + np.delete(bias, i)
+    return _join_stages(log_softmax(one, axis=1), log_softmax(two, axis=1), i)
+
+# %% ../nbs/63_decide.ipynb #p9465860
 @dataclass(frozen=True)
 class Calibration:
     "Fitted temperatures and biases; `calibrate` applies them to a table"
     method:str # one of `CALIBRATIONS`
     temperatures:tuple # one, or stage one's and stage two's
     codes:tuple # of the classes
-    bias:tuple = None # a number a class in the order of `codes`; with stages the first class's is added to stage one's logit, the others in stage two
+    bias:tuple = None # a number a class; with stages the first class's is of stage one, the others of stage two
     first:str = None # class of stage one; of 'stages' and 'stages_vector'
     fitted_on:FittedOn = field(default=None, repr=False) # what it has seen; None where unknown
 
     def __post_init__(self): _check_calibration(self)
-
-    def log_probabilities(self, p:np.ndarray)->np.ndarray:
-        "Calibrated log-probabilities [n, classes] of probabilities [n, classes] in the order of `codes`"
-        bias = np.zeros(len(self.codes)) if self.bias is None else np.array(self.bias)
-        if self.first is None: return log_softmax(_logs(p)/self.temperatures[0] + bias, axis=1)
-        i = self.codes.index(self.first)
-        one,two = _split_stages(p, i)
-        one = one/self.temperatures[0] + [bias[i], 0]
-        two = two/self.temperatures[1] + np.delete(bias, i)
-        return _join_stages(log_softmax(one, axis=1), log_softmax(two, axis=1), i)
-
     def calibrate(self,
         table:pd.DataFrame, # predictions table of the network that it was fitted for
         *,
         overlap:str='warn', # if the table shares lesions with the fit: 'warn', 'raise' or 'ignore'
-    )->pd.DataFrame: # the same table with calibrated probabilities
+    )->pd.DataFrame: # the same table with calibrated probabilities, without earlier decisions
         "Calibrate a table"
-        p = np.exp(self.log_probabilities(_probabilities_for(self, table, 'this calibration')))
+        p = np.exp(_calibrated(self, _probabilities_for(self, table, 'this calibration')))
         _check_overlap(self, table, overlap, 'this calibration')
-        return table.assign(**{c: p[:,i] for i,c in enumerate(self.codes)})
+        return without_decisions(table).assign(**{c: p[:,i] for i,c in enumerate(self.codes)})
 
-    def as_dict(self)->dict:
-        "As JSON can hold it; `from_dict` reads it"
+    def as_dict(self)->dict: # as JSON can hold it; `from_dict` reads it
         bias = None if self.bias is None else dict(zip(self.codes, self.bias))
-        return dict(kind='calibration', method=self.method, temperatures=list(self.temperatures), codes=list(self.codes),
-                    bias=bias, first=self.first, fitted_on=_seen_dict(self))
+        return _as_dict('calibration', self, bias=bias)
 
 # %% ../nbs/63_decide.ipynb #6ac88ea8
 def _fit_stages(p, y, codes, first, biases:bool)->tuple:
@@ -303,8 +320,8 @@ def _fit_stages(p, y, codes, first, biases:bool)->tuple:
     i = codes.index(first)
     rest = y!=i
     if rest.all() or not rest.any():
-        raise ValueError(f"calibration by stages needs images of {first} and of other classes, got {int((~rest).sum())} "
-                         f"and {int(rest.sum())}; use method='temperature'")
+        raise ValueError(f"calibration by stages needs images of {first} and of other classes, "
+                         f"got {int((~rest).sum())} and {int(rest.sum())}; use method='temperature'")
     one,two = _split_stages(p, i)
     # numbers above the first class move down by one
     y1,y2 = rest.astype(int),(y-(y>i))[rest]
@@ -344,7 +361,8 @@ def _average_recall(y, predicted)->float:
 def _calibration_row(table, n_bins)->dict:
     "Scores of the probabilities of a table; those of malignancy where it is known"
     p,y = _labelled(table, "the report compares the probabilities with it")
-    row = dict(nll=negative_log_likelihood(table), brier=brier_score(table), ece=expected_calibration_error(table, n_bins))
+    row = dict(nll=negative_log_likelihood(table), brier=brier_score(table),
+               ece=expected_calibration_error(table, n_bins))
     if classes_of(table).knows_malignancy:
         row['brier_malignant'] = brier_score(table, of='malignant')
         row['ece_malignant'] = expected_calibration_error(table, n_bins, of='malignant')
@@ -357,7 +375,7 @@ def calibration_report(
     n_bins:int=15, # bins of the expected calibration errors
     *,
     overlap:str='raise', # if the table shares lesions with the fit: 'raise', 'warn' or 'ignore'
-)->pd.DataFrame: # rows before and after: nll, brier, ece; brier_malignant, ece_malignant; accuracy and average_recall of the most probable class
+)->pd.DataFrame: # rows before and after: nll, brier, ece, those of malignancy; accuracy and average_recall
     "What a calibration does to a table"
     _check_overlap(calibration, table, overlap, 'this calibration')
     after = calibration.calibrate(table, overlap='ignore')
@@ -418,7 +436,8 @@ def cost_matrix(
     across = np.where(malignant[:,None], missed, false_alarm)
     costs = np.where(malignant[:,None]==malignant, confusion, across).astype(float)
     np.fill_diagonal(costs, 0)
-    return pd.DataFrame(costs, index=pd.Index(classes.codes, name='true'), columns=pd.Index(classes.codes, name='decided'))
+    true,decided = (pd.Index(classes.codes, name=name) for name in ('true', 'decided'))
+    return pd.DataFrame(costs, index=true, columns=decided)
 
 # %% ../nbs/63_decide.ipynb #p4264327
 def _check_prior(prior, codes)->dict:
@@ -426,7 +445,8 @@ def _check_prior(prior, codes)->dict:
     prior = prior.to_dict() if isinstance(prior, pd.Series) else dict(prior)
     if set(prior)!=set(codes):
         raise ValueError(f"prior must have a fraction for each of {', '.join(codes)}, got {', '.join(map(str, prior))}")
-    if not all(math.isfinite(v) and v>0 for v in prior.values()): raise ValueError(f"fractions of the prior must be > 0, got {prior}")
+    if not all(math.isfinite(v) and v>0 for v in prior.values()):
+        raise ValueError(f"fractions of the prior must be > 0, got {prior}")
     return {c: float(prior[c]/sum(prior.values())) for c in codes}
 
 def _check_costs(costs, codes)->tuple:
@@ -438,7 +458,8 @@ def _check_costs(costs, codes)->tuple:
         costs = costs.loc[list(codes), list(codes)]
     costs = np.asarray(costs, dtype=np.float64)
     if costs.shape!=(len(codes),)*2 or not np.isfinite(costs).all() or (costs<0).any():
-        raise ValueError(f"costs must be {len(codes)} x {len(codes)} numbers >= 0, rows true, columns decided; got shape {costs.shape}")
+        raise ValueError(f"costs must be {len(codes)} x {len(codes)} numbers >= 0, rows true, columns decided; "
+                         f"got shape {costs.shape}")
     return tuple(map(tuple, costs.tolist()))
 
 # %% ../nbs/63_decide.ipynb #p0223564
@@ -452,7 +473,8 @@ def _check_rule(rule):
         if (getattr(rule, part) is not None)!=(part in needed):
             expected = ' and '.join(needed) or 'no parameters'
             raise ValueError(f"rule {rule.name!r} takes {expected}; {part} is {getattr(rule, part)}")
-    if rule.codes is None and rule.name in ('prior', 'cost'): raise ValueError(f"rule {rule.name!r} needs codes, those of the classes")
+    if rule.codes is None and rule.name in ('prior', 'cost'):
+        raise ValueError(f"rule {rule.name!r} needs codes, those of the classes")
     if rule.t is not None and not math.isfinite(rule.t): raise ValueError(f"t must be a finite number, got {rule.t}")
     if rule.codes is not None and rule.first is not None and rule.first not in rule.codes:
         raise ValueError(unknown_name('first class', rule.first, rule.codes))
@@ -484,7 +506,6 @@ class DecisionRule:
     fitted_on:FittedOn = field(default=None, repr=False) # what `t` was fitted on; None for nothing
 
     def __post_init__(self): _check_rule(self)
-
     def decide(self,
         table:pd.DataFrame, # predictions table
         *,
@@ -492,15 +513,11 @@ class DecisionRule:
     )->np.ndarray: # [n], a code an image
         "The diagnosis of each image; of equal ones the first in the order of the classes"
         codes = self.codes or classes_of(table).codes
-        p = _probabilities(table, codes) if self.codes is None else _probabilities_for(self, table, 'this rule')
+        p = _probabilities(table) if self.codes is None else _probabilities_for(self, table, 'this rule')
         _check_overlap(self, table, overlap, 'this rule')
         return np.array(codes, dtype=object)[_rule_scores(self, p, codes).argmax(1)]
 
-    def as_dict(self)->dict:
-        "As JSON can hold it; `from_dict` reads it"
-        costs = None if self.costs is None else [list(row) for row in self.costs]
-        return dict(kind='rule', name=self.name, codes=None if self.codes is None else list(self.codes), prior=self.prior,
-                    t=self.t, costs=costs, first=self.first, fitted_on=_seen_dict(self))
+    def as_dict(self)->dict: return _as_dict('rule', self) # as JSON can hold it; `from_dict` reads it
 
 # %% ../nbs/63_decide.ipynb #eb9f26c3
 _T_GRID = np.round(np.arange(-.5, 2.001, .05), 2)
@@ -519,27 +536,30 @@ def _counted_prior(table)->dict:
     codes = classes_of(table).codes
     n = np.bincount(y, minlength=len(codes))
     absent = [c for c,k in zip(codes, n) if k==0]
-    if absent: raise ValueError(f"no image of {', '.join(absent)} in the table; give prior, the fractions of the classes in training")
+    if absent:
+        raise ValueError(f"no image of {', '.join(absent)} in the table; "
+                         "give prior, the fractions of the classes in training")
     return dict(zip(codes, n/n.sum()))
 
 # %% ../nbs/63_decide.ipynb #p5564236
 def _prior_rule(table, prior, t, codes)->DecisionRule:
     "The rule 'prior', counted and fitted where something is not given"
     if table is None and (prior is None or t is None):
-        raise ValueError("rule 'prior' needs validation predictions to count the classes and fit t, or both prior and t")
+        raise ValueError("rule 'prior' needs validation predictions to count the classes and fit t, or prior and t")
     prior = _counted_prior(table) if prior is None else prior
     codes = tuple(prior.keys()) if codes is None else codes
     if t is not None: return DecisionRule('prior', codes, prior, float(t))
     return DecisionRule('prior', codes, prior, _fit_t(table, _check_prior(prior, codes)), fitted_on=FittedOn.of(table))
 
+# %% ../nbs/63_decide.ipynb #p7245935
 def decision_rule(
     name:str, # 'argmax', 'prior', 'cost' or 'paper'
-    valid_table:pd.DataFrame=None, # rule 'prior': validation predictions with dx, calibrated if the rule shall be applied to calibrated ones
+    valid_table:pd.DataFrame=None, # rule 'prior': validation predictions with dx, calibrated if the rule is for such
     *,
     classes=None, # as for `class_set`; None takes those of `valid_table`, where there is one
     prior=None, # rule 'prior': fraction of each class in training, by code; None counts `valid_table`
     t:float=None, # rule 'prior': exponent; None fits it on `valid_table`
-    costs=None, # rule 'cost': [classes, classes] costs >= 0, rows true, columns decided; None takes those of `cost_matrix`
+    costs=None, # rule 'cost': [classes, classes] >= 0, rows true, columns decided; None takes those of `cost_matrix`
     first:str=None, # rule 'paper': class of stage one; None takes that of the class set
 )->DecisionRule:
     "A decision rule by name, fitted where it has something to fit"
@@ -547,7 +567,8 @@ def decision_rule(
     classes = _known_classes(valid_table, classes, costs)
     codes = None if classes is None else classes.codes
     if name=='prior': return _prior_rule(valid_table, prior, t, codes)
-    if classes is None and name!='argmax': raise ValueError(f"rule {name!r} needs to know the classes; give classes or valid_table")
+    if classes is None and name!='argmax':
+        raise ValueError(f"rule {name!r} needs to know the classes; give classes or valid_table")
     if name=='cost' and costs is None: costs = cost_matrix(classes)
     if name=='paper': first = _first_class(first, classes)
     return DecisionRule(name, codes, prior, t, costs, first)
@@ -583,7 +604,7 @@ def compare_rules(
     rules, # `DecisionRule`s or arrays of decided codes: a list, or a dict by name
     *,
     overlap:str='raise', # if the table shares lesions with a fit: 'raise', 'warn' or 'ignore'
-)->pd.DataFrame: # a row a rule: accuracy, average_recall, and, where malignancy is known, sensitivity and specificity of malignant against benign
+)->pd.DataFrame: # a row a rule: accuracy, average_recall; where malignancy is known, sensitivity and specificity of it
     "What each decision rule does to the same table"
     _,y = _labelled(table, "compare_rules counts what is right")
     classes = classes_of(table)
@@ -603,15 +624,15 @@ def _applied(fitted, part):
 
 def crossfit(
     table:pd.DataFrame, # predictions table with dx and group
-    fit, # takes a table, returns a `Calibration`, a `DecisionRule`, or a function from a table to a table or to one value an image
+    fit, # takes a table, returns a `Calibration`, a `DecisionRule`, or a function: table to table or value an image
     k:int=5, # parts, from 2 to the number of lesions of the rarest class
     seed:int=42, # same seed, same parts
-): # what the fitted objects make of the images they have not seen, in the order of `table`: a predictions table, or a Series
+): # what the fitted objects make of images they have not seen, in the order of `table`: a table, or a Series
     "Fit on all lesions but one part and apply to that part, for each part"
     # imported here: whoever predicts needs no scikit-learn
     from skin_lesions.split import lesion_folds
     check_predictions(table)
-    check_columns(table, ['dx', 'group'], name='the predictions table', why='crossfit keeps the images of a lesion together')
+    check_columns(table, ['dx', 'group'], 'the predictions table', 'crossfit keeps the images of a lesion together')
     fold = lesion_folds(table, k, seed).fold.to_numpy()
     parts = [_applied(fit(table[fold!=i]), table[fold==i]).set_axis(np.flatnonzero(fold==i)) for i in range(k)]
     result = pd.concat(parts).sort_index().set_axis(table.index)
@@ -630,7 +651,8 @@ def _check_referral(r):
     "Raise where the parts of a `Referral` do not fit together"
     if r.by not in REFERRALS: raise ValueError(unknown_name('referral', r.by, REFERRALS))
     for name in ('threshold', 'sensitivity', 'reached'):
-        if not 0<=getattr(r, name)<=1: raise ValueError(f"{name} of a referral must lie between 0 and 1, got {getattr(r, name)}")
+        value = getattr(r, name)
+        if not 0<=value<=1: raise ValueError(f"{name} of a referral must lie between 0 and 1, got {value}")
     if not r.malignant: raise ValueError("a referral needs to know which classes are malignant; malignant is empty")
     for code in r.malignant:
         if code not in r.codes: raise ValueError(unknown_name('malignant code', code, r.codes))
@@ -656,14 +678,12 @@ class Referral:
         p = _probabilities_for(self, table, 'this referral')
         return _referral_score(p, self.by, [self.codes.index(c) for c in self.malignant])>=self.threshold
 
-    def as_dict(self)->dict:
-        "As JSON can hold it; `from_dict` reads it"
-        return dict(kind='referral', by=self.by, threshold=self.threshold, sensitivity=self.sensitivity, reached=self.reached,
-                    codes=list(self.codes), malignant=list(self.malignant), notice=NOTICE, fitted_on=_seen_dict(self))
+    def as_dict(self)->dict: # as JSON can hold it; `from_dict` reads it
+        return _as_dict('referral', self, notice=NOTICE)
 
 # %% ../nbs/63_decide.ipynb #p4833517
 def fit_referral(
-    valid_table:pd.DataFrame, # validation predictions with dx, calibrated if the referral shall be applied to calibrated ones
+    valid_table:pd.DataFrame, # validation predictions with dx, calibrated if the referral is for calibrated ones
     sensitivity:float=.95, # fraction of the malignant images to refer, in (0,1]
     by:str='risk', # 'risk' or 'uncertainty'
 )->Referral:
@@ -680,7 +700,8 @@ def fit_referral(
     # the score of the last image that must be referred; the small number guards against .95*20 = 19.000000000000004
     threshold = float(score[math.ceil(sensitivity*len(score)-1e-9)-1])
     reached = float((score>=threshold).mean())
-    return Referral(by, threshold, float(sensitivity), reached, classes.codes, classes.malignant, FittedOn.of(valid_table))
+    seen = FittedOn.of(valid_table)
+    return Referral(by, threshold, float(sensitivity), reached, classes.codes, classes.malignant, seen)
 
 # %% ../nbs/63_decide.ipynb #p4614978
 ADVICE = ('below the threshold of referral; no all-clear', 'refer to a dermatologist')
@@ -715,8 +736,9 @@ def _lesion_names(table)->np.ndarray:
 
 def _referral_counts(refer, malignant, wrong)->dict:
     "Fractions and numbers of a referral [n]"
-    return dict(specificity=float((~refer)[~malignant].mean()), referred=float(refer.mean()), missed=int((malignant&~refer).sum()),
-                error_not_referred=float(wrong[~refer].mean()) if (~refer).any() else float('nan'))
+    error = float(wrong[~refer].mean()) if (~refer).any() else float('nan')
+    return dict(specificity=float((~refer)[~malignant].mean()), referred=float(refer.mean()),
+                missed=int((malignant&~refer).sum()), error_not_referred=error)
 
 # %% ../nbs/63_decide.ipynb #p6521894
 def referral_report(
@@ -726,14 +748,15 @@ def referral_report(
     seed:int=42, # same seed, same interval
     *,
     overlap:str='raise', # if the table shares lesions with the fit: 'raise', 'warn' or 'ignore'
-)->pd.Series: # asked and reached sensitivity with its 95 % interval over lesions, that of each malignant class, specificity, referred fraction, missed images, error among those not referred
+)->pd.Series: # sensitivity with interval and by class, specificity, referred fraction, missed images, error of the rest
     "What a referral does to a table"
     _check_overlap(referral, table, overlap, 'this referral')
     p,y = _labelled(table, "the report counts what is referred")
     codes = classes_of(table).codes
     refer,malignant = referral.refer(table),np.isin(y, [codes.index(c) for c in referral.malignant])
     if not malignant.any() or malignant.all():
-        raise ValueError(f"the report needs malignant and benign images, got {int(malignant.sum())} and {int((~malignant).sum())}")
+        raise ValueError("the report needs malignant and benign images, "
+                         f"got {int(malignant.sum())} and {int((~malignant).sum())}")
     low,high = _sensitivity_interval(refer, malignant, _lesion_names(table), n, seed)
     report = dict(n_images=len(table), n_malignant=int(malignant.sum()), asked=referral.sensitivity,
                   sensitivity=float(refer[malignant].mean()), low=low, high=high)
@@ -751,9 +774,9 @@ def _missed(y, decided, classes)->np.ndarray:
 
 def risk_coverage(
     table:pd.DataFrame, # predictions table with dx
-    by:str='uncertainty', # what is referred first: the largest 'uncertainty' (one minus the largest probability), or the largest 'risk' of malignancy
+    by:str='uncertainty', # what is referred first: largest 'uncertainty' (one minus the top probability) or 'risk'
     rule:DecisionRule=None, # makes the diagnosis; None takes the most probable class
-)->pd.DataFrame: # a row a threshold, most confident first: threshold, coverage (fraction kept), error (of the kept), missed (malignant kept and called benign, of all malignant)
+)->pd.DataFrame: # a row a threshold: threshold, coverage (kept), error (of the kept), missed (of all malignant)
     "Errors among the images that are kept, by the fraction that is kept"
     if by not in REFERRALS: raise ValueError(unknown_name('referral', by, REFERRALS))
     p,y = _labelled(table, "the errors are counted")
@@ -763,8 +786,8 @@ def risk_coverage(
     order = np.argsort(score, kind='stable')
     last = np.append(np.diff(score[order])!=0, True) # equal scores are kept or referred together
     kept = np.arange(1, len(y)+1)[last]
-    return pd.DataFrame(dict(threshold=score[order][last], coverage=kept/len(y), error=np.cumsum((decided!=y)[order])[last]/kept,
-                             missed=np.cumsum(_missed(y, decided, classes)[order])[last]))
+    error,missed = (np.cumsum(x[order])[last] for x in (decided!=y, _missed(y, decided, classes)))
+    return pd.DataFrame(dict(threshold=score[order][last], coverage=kept/len(y), error=error/kept, missed=missed))
 
 # %% ../nbs/63_decide.ipynb #p6423763
 def plot_risk_coverage(
@@ -781,7 +804,8 @@ def plot_risk_coverage(
         prefix,style = '' if name is None else f'{name}: ',dict(color=color, linewidth=1.2+i)
         ax.plot(curve.coverage, curve.error, label=f'{prefix}wrong, of the kept', **style)
         if curve.missed.notna().all():
-            ax.plot(curve.coverage, curve.missed, linestyle='--', label=f'{prefix}malignant called benign, of all malignant', **style)
+            label = f'{prefix}malignant called benign, of all malignant'
+            ax.plot(curve.coverage, curve.missed, linestyle='--', label=label, **style)
     # room for the legend
     top = max(ax.dataLim.y1, .01)
     ax.set(xlim=(0, 1), ylim=(0, top*1.15+top*.12*len(ax.lines)))
@@ -822,7 +846,7 @@ def decide_table(
     calibration:Calibration=None, # None leaves the probabilities as they are
     rule:DecisionRule=None, # None takes the most probable class
     referral:Referral=None, # None gives no column `refer`
-    ood=None, # [n], whether each image does not look like a dermatoscopic one; None takes column `ood`, where there is one
+    ood=None, # [n], which images do not look like dermatoscopic ones; None takes column `ood`, if any
     *,
     overlap:str='warn', # if the table shares lesions with a fit: 'warn', 'raise' or 'ignore'
 )->pd.DataFrame: # with calibrated probabilities, decision, refer, and reason where an image has no decision
@@ -835,8 +859,9 @@ def decide_table(
         calibrated = calibration.calibrate(table[readable], overlap=overlap)
         for code in calibration.codes: table[code] = table[code].where(~readable, calibrated[code].reindex(table.index))
     some = table[decided]
-    columns = dict(decision=_where((rule or DecisionRule('argmax')).decide(some, overlap=overlap) if len(some) else np.array([]), decided))
-    if referral is not None: columns['refer'] = _where(referral.refer(some) if len(some) else np.array([]), decided)
+    rule,nothing = rule or DecisionRule('argmax'),np.array([])
+    columns = dict(decision=_where(rule.decide(some, overlap=overlap) if len(some) else nothing, decided))
+    if referral is not None: columns['refer'] = _where(referral.refer(some) if len(some) else nothing, decided)
     if not decided.all(): columns['reason'] = reasons
     return _with_columns(table, columns)
 
@@ -871,9 +896,120 @@ def from_dict(
 ): # the object
     "Read a fitted object back"
     if not isinstance(d, dict) or 'kind' not in d:
-        raise ValueError(f"expected a dict with 'kind' as as_dict() makes it, got {d if not isinstance(d, dict) else sorted(d)}")
+        what = sorted(d) if isinstance(d, dict) else d
+        raise ValueError(f"expected a dict with 'kind' as as_dict() makes it, got {what}")
     kind = d['kind']
     if kind not in _READERS: raise ValueError(unknown_name('kind of fitted object', kind, _READERS))
     try: return _READERS[kind](d)
     except KeyError as e: raise ValueError(f"the {kind} lacks {e.args[0]!r} (has: {', '.join(map(str, d))})") from e
-    except (TypeError, AttributeError) as e: raise ValueError(f"the {kind} holds something of the wrong kind: {e}") from e
+    except (TypeError, AttributeError) as e:
+        raise ValueError(f"the {kind} holds something of the wrong kind: {e}") from e
+
+# %% ../nbs/63_decide.ipynb #p3758156
+class Decisions(NamedTuple):
+    "What a bundle decides with, and what was measured"
+    calibration:Calibration # None for none
+    rule:DecisionRule # makes the diagnosis
+    referral:Referral # None where malignancy is unknown or no referral is wanted
+    measured:dict # as JSON can hold it
+
+def _lesions(table)->pd.Series:
+    "Number of lesions by code, 0 for a class without images"
+    return table.groupby('dx').group.nunique().reindex(classes_of(table).codes, fill_value=0)
+
+def _parts_of(table)->int:
+    "Parts for cross-fitting: each class that is there needs a lesion in each; below 2 there are too few"
+    lesions = _lesions(table)
+    return int(min(5, lesions[lesions>0].min()))
+
+def _auto_method(table, first)->str:
+    "The richest calibration that a table can settle"
+    has_biases = _lesions(table).min()>1
+    if first is None: return 'vector' if has_biases else 'temperature'
+    if (table.dx==first).nunique()<2: return 'temperature'
+    return 'stages_vector' if has_biases else 'stages'
+
+# %% ../nbs/63_decide.ipynb #p5599406
+def _fit_calibration(table, method, first):
+    "A calibration by a method's name, 'auto' or 'none'"
+    if method=='none': return None
+    if method=='auto': method = _auto_method(table, first)
+    return fit_calibration(table, method, first=first if method.startswith('stages') else None)
+
+def _out_of_fold(table, fit)->pd.DataFrame:
+    "A table as calibrated by fits that have not seen its lesions; by one fit of all where these are too few"
+    k = _parts_of(table)
+    return fit(table).calibrate(table, overlap='ignore') if k<2 else crossfit(table, fit, k)
+
+def _fit_all(table, method, first, rule, sensitivity)->tuple:
+    "Calibration, rule and referral of a table"
+    fit = partial(_fit_calibration, method=method, first=first)
+    calibration,classes = fit(table),classes_of(table)
+    ready = table if calibration is None else _out_of_fold(table, fit)
+    # the rule needs the frequency of each class
+    if rule=='prior' and _lesions(table).min()==0: rule = 'argmax'
+    rule = decision_rule(rule, ready, first=first if rule=='paper' else None)
+    refers = sensitivity is not None and classes.knows_malignancy and table.dx.isin(classes.malignant).any()
+    return calibration, rule, fit_referral(ready, sensitivity) if refers else None
+
+# %% ../nbs/63_decide.ipynb #p5998054
+def _recalls_of(table, n, seed)->dict:
+    "Accuracy, and average recall and recall of each class with intervals over lesions"
+    average = average_recall_interval(table, n, seed, warn=False)
+    classes = class_recall_intervals(table, n, seed)
+    by_class = {c: dict(n=int(r.n), recall=r.recall, low=r.low, high=r.high) for c,r in classes[classes.n>0].iterrows()}
+    accuracy = float(fraction_right(table).right.mean())
+    return dict(accuracy=accuracy, average_recall=average.value, low=average.low, high=average.high, classes=by_class)
+
+def _macro_auc(table)->float:
+    "The mean over the classes of the AUC of each against the rest"
+    p,y = _labelled(table, "the AUC compares the probabilities with it")
+    curves = [rank_curve(p[:,i], y==i, np.arange(len(y)), len(y)) for i in range(p.shape[1])]
+    areas = np.array([rank_scores(c, np.ones((len(y), 1)))[0,0] for c in curves])
+    return float(areas[~np.isnan(areas)].mean()) if not np.isnan(areas).all() else float('nan')
+
+def _referral_measures(decided, referral)->dict:
+    "What was asked of a referral, what it reaches on its own images, and cross-fitted"
+    if referral is None: return None
+    malignant,refer = decided.dx.isin(referral.malignant),decided.refer.astype(bool)
+    return dict(asked=referral.sensitivity, reached=referral.reached, sensitivity=float(refer[malignant].mean()),
+                specificity=float((~refer)[~malignant].mean()), referred=float(refer.mean()))
+
+# %% ../nbs/63_decide.ipynb #p8198386
+_TOO_FEW = "a class has a single held-out lesion, so that what is fitted cannot be measured on other lesions"
+
+def _measure_decisions(table, fit, fitted, n, seed)->dict:
+    "What calibration, rule and referral do to lesions that they have not seen"
+    calibration,rule,referral = fitted
+    raw = without_decisions(table)
+    nothing = dict(decided=None, parts=None, error_of_calibrated=None, referral=None, not_measured=None)
+    measured = dict(calibration=None if calibration is None else calibration.method, rule=rule.name, **nothing,
+                    n_images=len(table), n_lesions=int(table.group.nunique()), macro_auc=_macro_auc(raw),
+                    argmax=_recalls_of(raw, n, seed), error_of_probabilities=expected_calibration_error(raw))
+    k = _parts_of(table)
+    if k<2: return measured | dict(not_measured=_TOO_FEW)
+    def decide(train):
+        calibration,rule,referral = fit(train)
+        return partial(decide_table, calibration=calibration, rule=rule, referral=referral)
+    decided = crossfit(raw, decide, k)
+    return measured | dict(decided=_recalls_of(decided, n, seed), parts=k, referral=_referral_measures(decided, referral),
+                           error_of_calibrated=expected_calibration_error(decided))
+
+# %% ../nbs/63_decide.ipynb #p8038356
+def fit_decisions(
+    table:pd.DataFrame, # predictions table with dx and group, of images that were held out
+    *,
+    first:str=None, # code of stage one's class; None for a network of one stage
+    method:str='auto', # one of `CALIBRATIONS`, 'auto', or 'none' for no calibration
+    rule:str='prior', # see `decision_rule`
+    sensitivity:float=.95, # fraction of the malignant images to refer; None for no referral
+    n:int=1000, # draws of the intervals
+    seed:int=42, # of the intervals
+)->Decisions: # calibration, rule, referral, and what was measured
+    "Fit what a bundle decides with on held-out predictions, and measure it on lesions that the fits have not seen"
+    if method not in (*CALIBRATIONS, 'auto', 'none'):
+        raise ValueError(unknown_name('calibration', method, (*CALIBRATIONS, 'auto', 'none')))
+    check_columns(table, ['dx', 'group'], name='the predictions table', why='decisions are measured on other lesions')
+    fit = partial(_fit_all, method=method, first=first, rule=rule, sensitivity=sensitivity)
+    fitted = fit(table)
+    return Decisions(*fitted, _measure_decisions(table, fit, fitted, n, seed))

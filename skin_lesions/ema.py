@@ -7,79 +7,93 @@ __all__ = ['EMA']
 
 # %% ../nbs/24_ema.ipynb #2cc661a1
 from fastai.callback.core import Callback
-from fastcore.basics import patch
 from timm.utils import ModelEmaV3
 
+# %% ../nbs/24_ema.ipynb #24a00002
+class _Average:
+    "A moving average of a network's weights, which can take their place"
+    def __init__(self, net, decay, warmup):
+        self.net,self.warmup,self.step,self.trained = net,warmup,0,None
+        self.ema = ModelEmaV3(net, decay, use_warmup=warmup)
+
+    def update(self):
+        self.step += 1
+        self.ema.update(self.net, step=self.step+1 if self.warmup else None)
+
+    def show(self):
+        "Put the average into the network"
+        if self.trained is None: self.trained = {k: v.clone() for k,v in self.net.state_dict().items()}
+        self.net.load_state_dict(self.ema.module.state_dict())
+
+    def put_back(self):
+        "Put the trained weights into the network"
+        if self.trained is not None: self.net.load_state_dict(self.trained)
+        self.trained = None
+
+    def is_shown(self)->bool:
+        own,average = self.net.state_dict(),self.ema.module.state_dict()
+        return list(own)==list(average) and all(own[k].equal(v) for k,v in average.items())
+
+# %% ../nbs/24_ema.ipynb #24a00007
+def _trained(average, net)->dict:
+    "The trained weights, where the average may be in the network"
+    return net.state_dict() if average is None or average.trained is None else average.trained
+
 # %% ../nbs/24_ema.ipynb #7f8c8d77
-class EMA(Callback):
+class _EMAHooks(Callback):
+    "What `EMA` does during `fit`"
+    # before callbacks that look at an epoch's result and save the network
+    order = 59
+    average,active = None,False
+
+    def before_fit(self):
+        "Begin an average at the network's weights"
+        # an earlier fit may have crashed while the average was in the network; weights loaded since then stay
+        old = self.average
+        if old is not None and old.trained is not None and old.is_shown(): old.put_back()
+        self.active = not (hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'))
+        if self.active: self.average = _Average(self.learn.model, self.decay, self.warmup)
+
+    def after_step(self):
+        if self.active: self.average.update()
+    def before_epoch(self):
+        if self.active: self.average.put_back()
+    def before_validate(self):
+        if self.active: self.average.show()
+    def after_fit(self):
+        if self.active: self.average.show()
+        if self.average is not None: self.average.trained = None
+        self.active = False
+
+# %% ../nbs/24_ema.ipynb #7bb7730a
+class EMA(_EMAHooks):
     "Keep a moving average of the weights; validate with it, and leave it in the network at the end"
-    order = 59 # before callbacks that look at an epoch's result and save the network
     def __init__(self,
-        decay:float=.99, # share of the average that is kept at each step, in [0,1)
+        decay:float=.99, # part of the average that is kept at each step, in [0,1)
         warmup:bool=True, # a smaller decay at the beginning
     ):
         super().__init__()
         if not 0<=decay<1: raise ValueError(f"decay must be in [0,1), got {decay}")
         self.decay,self.warmup = float(decay),bool(warmup)
-        self.average,self.kept,self.step,self.active = None,None,0,False
 
-    def before_fit(self):
-        "Begin an average at the network's weights"
-        if self.kept is not None and self._shown(): self._put_back() # an earlier fit crashed while the average was in the network
-        self.kept = None
-        self.active = not (hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'))
-        if not self.active: return
-        self.average,self.step = ModelEmaV3(self.learn.model, self.decay, use_warmup=self.warmup),0
+    def trained_weights(self)->dict: # tensors by name
+        "The weights that the next step changes"
+        return _trained(self.average, self.learn.model)
 
-    def after_step(self):
-        if not self.active: return
-        self.step += 1
-        self.average.update(self.learn.model, step=self.step+1 if self.warmup else None)
+    def training_state(self)->tuple: # what JSON can hold, tensors by name
+        "What a training that goes on later needs"
+        plain = dict(step=self.average.step, decay=self.decay, warmup=self.warmup)
+        return plain,dict(self.average.ema.module.state_dict())
 
-# %% ../nbs/24_ema.ipynb #8373ccda
-@patch
-def _show(self:EMA):
-    "Put the average into the network"
-    if self.kept is None: self.kept = {k: v.clone() for k,v in self.learn.model.state_dict().items()}
-    self.learn.model.load_state_dict(self.average.module.state_dict())
+    def load_training_state(self, plain, tensors):
+        "Go on from `training_state`"
+        _check_same(plain, self)
+        self.average.step = plain['step']
+        self.average.ema.module.load_state_dict(tensors)
 
-@patch
-def _put_back(self:EMA):
-    "Put the trained weights into the network"
-    if self.kept is not None: self.learn.model.load_state_dict(self.kept)
-    self.kept = None
-
-@patch
-def _shown(self:EMA):
-    own,average = self.learn.model.state_dict(),self.average.module.state_dict()
-    return list(own)==list(average) and all(own[k].shape==v.shape and bool((own[k]==v).all()) for k,v in average.items())
-
-@patch
-def before_epoch(self:EMA): self._put_back()
-
-@patch
-def before_validate(self:EMA):
-    if self.active: self._show()
-
-@patch
-def after_fit(self:EMA):
-    if self.active: self._show()
-    self.kept,self.active = None,False
-
-# %% ../nbs/24_ema.ipynb #7bb7730a
-@patch
-def trained_weights(self:EMA)->dict: # tensors by name
-    "The weights that the next step changes"
-    return self.learn.model.state_dict() if self.kept is None else self.kept
-
-@patch
-def training_state(self:EMA)->tuple: # what JSON can hold, tensors by name
-    "What a training that goes on later needs"
-    return dict(step=self.step, decay=self.decay, warmup=self.warmup),dict(self.average.module.state_dict())
-
-@patch
-def load_training_state(self:EMA, plain, tensors):
-    "Go on from `training_state`"
-    if (plain['decay'], plain['warmup'])!=(self.decay, self.warmup): raise ValueError(f"the training's state has EMA(decay={plain['decay']}, warmup={plain['warmup']}), and here is EMA(decay={self.decay}, warmup={self.warmup}); call fit with the same")
-    self.step = plain['step']
-    self.average.module.load_state_dict(tensors)
+# %% ../nbs/24_ema.ipynb #24a00003
+def _check_same(plain, ema):
+    "Raise where a training's state has another average"
+    if (plain['decay'], plain['warmup'])==(ema.decay, ema.warmup): return
+    raise ValueError(f"the training's state has EMA(decay={plain['decay']}, warmup={plain['warmup']}), "
+                     f"and here is EMA(decay={ema.decay}, warmup={ema.warmup}); call fit with the same")

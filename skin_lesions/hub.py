@@ -9,81 +9,53 @@ __all__ = ['HUB', 'BESIDE', 'hub_name', 'hub_card', 'push_to_hub', 'fetch_bundle
 import re
 from pathlib import Path
 
-from .core import CODES, NOTICE, full_name
 from .bundle import BUNDLE_FILES, MOST_BYTES, network_of, open_files, read_bundle, read_files
+from .card import CARD_TAGS, SCORE_NAMES, card_scores, model_card
 from .predict import Predictor, load_predictor
 
 # %% ../nbs/69_hub.ipynb #11788617
-HUB = 'hf://' # in front of a repository's name, where a folder could stand too
+HUB = 'hf://' # in front of a repository's name, where a folder could be meant too
 
 def hub_name(
     name:str, # owner/name, hf://owner/name or hf://owner/name@revision
     revision:str=None, # commit, tag or branch; None takes that of the name
 )->tuple: # owner/name, and revision or None
     "A repository on the hub and the revision that is meant"
-    found = re.fullmatch(r'(?:hf://)?([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w./-]*))?', str(name))
-    if found is None: raise ValueError(f"{name!r} is no repository on the hub; expected owner/name or {HUB}owner/name@revision")
-    if found[2] and revision and found[2]!=revision: raise ValueError(f"{name!r} names a revision, and revision={revision!r} another one; give one of them")
-    return found[1],revision or found[2]
+    match = re.fullmatch(r'(?:hf://)?([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w./-]*))?', str(name))
+    if match is None:
+        raise ValueError(f"{name!r} is not a repository on the hub; expected owner/name or {HUB}owner/name@revision")
+    if match[2] and revision and match[2]!=revision:
+        raise ValueError(f"{name!r} names a revision, and revision={revision!r} another one; give one of them")
+    return match[1],revision or match[2]
 
 # %% ../nbs/69_hub.ipynb #54884d45
 def _api(token=None):
     "The client of the hub"
     try: from huggingface_hub import HfApi
-    except ModuleNotFoundError as e: raise ModuleNotFoundError("the hub needs huggingface_hub: pip install 'skin-lesions[hub]'") from e
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError("the hub needs huggingface_hub: pip install 'skin-lesions[hub]'", name=e.name) from e
     return HfApi(token=token, library_name='skin_lesions')
 
 # %% ../nbs/69_hub.ipynb #66e7e18e
-def _measured(scores):
-    "Accuracy, average recall and macro AUC of a record's scores, and what they were measured on; None without scores"
-    if not scores: return None
-    of = scores | (scores.get('argmax') or {}) # `reproduce_bundle` keeps the most probable class apart from the decision rule
-    found = {k: of[k] for k in ('accuracy', 'average_recall', 'macro_auc') if isinstance(of.get(k), (int, float))}
-    low,high = (of.get(a, of.get(b)) for a,b in (('average_recall_95_low', 'low'), ('average_recall_95_high', 'high')))
-    n,lesions = of.get('n_images'),of.get('n_lesions')
-    where = of.get('measured_on') or 'validation images of the training run'
-    if n: where += f", {n:,} images" + (f" of {lesions:,} lesions" if lesions else '')
-    return dict(values=found, interval=None if low is None or high is None else (low, high), where=where) if found else None
+_METRICS = dict(accuracy='accuracy', average_recall='recall', macro_auc='roc_auc') # by the hub's names
 
-_METRICS = {'accuracy': ('accuracy', 'Accuracy'), 'average_recall': ('recall', 'Average recall over the classes'), 'macro_auc': ('roc_auc', 'Macro AUC, one class against the rest')}
-
-def _eval_results(found, dataset):
+def _eval_results(found, dataset)->list:
     "Scores as `huggingface_hub` writes them"
     from huggingface_hub import EvalResult
-    return [EvalResult(task_type='image-classification', dataset_type=re.sub('[^a-z0-9]+', '-', dataset.lower()).strip('-'), dataset_name=dataset, dataset_split=found['where'],
-                       metric_type=_METRICS[k][0], metric_name=_METRICS[k][1], metric_value=round(float(v), 4)) for k,v in found['values'].items()]
+    where = dict(dataset_type=re.sub('[^a-z0-9]+', '-', dataset.lower()).strip('-'), dataset_name=dataset, dataset_split=found['where'])
+    return [EvalResult(task_type='image-classification', metric_type=_METRICS[k], metric_name=SCORE_NAMES[k],
+                       metric_value=round(v, 4), **where) for k,v in found['values'].items()]
+
+def _card_header(header, license, name, found, dataset)->dict:
+    "The header of a card: ours over what was there, the tags of both"
+    ours = dict(license=license, library_name='skin_lesions', pipeline_tag='image-classification')
+    if found:
+        metrics = [_METRICS[k] for k in found['values']]
+        ours |= dict(metrics=metrics, model_name=name.split('/')[-1], eval_results=_eval_results(found, dataset))
+    kept = {k: v for k,v in header.items() if k not in ('model-index', 'model_name', 'eval_results')}
+    return kept | ours | dict(tags=list(dict.fromkeys([*(header.get('tags') or []), *CARD_TAGS])))
 
 # %% ../nbs/69_hub.ipynb #ce1630ab
-def _card_text(record, found, dataset, license, name):
-    "A short model card of a record"
-    n,split = record['network'],record.get('split') or {}
-    lines = [f"| {_METRICS[k][1]} | {v:.3f}" + (" ({:.3f} to {:.3f})".format(*found['interval']) if k=='average_recall' and found['interval'] else '') + ' |' for k,v in (found or dict(values={}))['values'].items()]
-    told = (f"On {dataset}: {found['where']}. In brackets the 95 % interval, where there is one.\n\n| score | value |\n|---|---|\n" + '\n'.join(lines)) if found else 'Not measured.'
-    trained = f"Trained on {split['train_images']:,} images" + (f" of {split['train_lesions']:,} lesions" if split.get('train_lesions') else '') + '.' if split.get('train_images') else 'What it was trained on is not recorded.'
-    leaks = split.get('valid_fraction_with_group_in_training')
-    if leaks: trained += f" **{leaks:.0%} of the validation images show a lesion that is in training too: the scores are too good.**"
-    ham = "\nHAM10000 (ViDIR Group, Department of Dermatology, Medical University of Vienna; Tschandl, Rosendahl, Kittler 2018, doi:10.7910/DVN/DBW86T) is CC BY-NC 4.0: with attribution, not for commercial use. Weights made from it are given under the same licence." if dataset=='HAM10000' else ''
-    return f"""# Seven diagnoses of dermatoscopic images: {n.get('arch', n['network'])}
-
-**{record.get('notice', NOTICE)}**
-
-## Use
-```python
-from skin_lesions.hub import from_hub  # pip install 'skin-lesions[hub]'
-from_hub('{name}').predict('photo.jpg')
-```
-The classes: {', '.join(f'{c} ({full_name(c)})' for c in CODES)}. Two files, tensors and JSON; no pickle.
-
-## Training
-{n['network']}, {record['crop']['size'][0]} x {record['crop']['size'][1]} pixels. {trained}
-
-## Scores
-{told}
-
-## Licence
-{license}.{ham}
-"""
-
 def hub_card(
     path, # of a bundle: folder or .zip
     *,
@@ -91,21 +63,27 @@ def hub_card(
     license:str='cc-by-nc-4.0', # as the hub abbreviates it; the default is that of HAM10000 and what was made from it
     name:str='owner/name', # of the repository, for the example in the text
 ): # huggingface_hub's `ModelCard`
-    "A bundle's model card: a header with its scores; the text is the bundle's own README.md, or a short one"
+    "A bundle's model card, with its scores in the header"
     _api()
     from huggingface_hub import ModelCard, ModelCardData
     record = read_bundle(path)
-    found = _measured(record.get('scores'))
-    if found and not dataset: raise ValueError("the bundle has scores, and its record does not say what the data are called: give dataset='HAM10000', or the name of your own")
+    found = card_scores(record['scores'])
+    if found and not dataset:
+        raise ValueError("the bundle has scores, and its record does not say what the data are called: "
+                         "give dataset='HAM10000', or the name of your own")
     own = Path(path)/'README.md'
-    card = ModelCard(own.read_text(encoding='utf-8') if own.is_file() else '---\n{}\n---\n' + _card_text(record, found, dataset, license, name))
-    header = {k: v for k,v in card.data.to_dict().items() if k not in ('model-index', 'model_name', 'eval_results')}
-    ours = dict(license=license, library_name='skin_lesions', pipeline_tag='image-classification', tags=['dermatoscopy', 'skin-lesions', 'fastai', 'timm', 'safetensors'])
-    if found: ours |= dict(metrics=[_METRICS[k][0] for k in found['values']], model_name=name.split('/')[-1], eval_results=_eval_results(found, dataset))
-    card.data = ModelCardData(**{**header, **ours, 'tags': list(dict.fromkeys([*(header.get('tags') or []), *ours['tags']]))})
+    text = own.read_text(encoding='utf-8') if own.is_file() else model_card(record, dataset=dataset, license=license, name=name)
+    card = ModelCard(text)
+    card.data = ModelCardData(**_card_header(card.data.to_dict(), license, name, found, dataset))
     return card
 
 # %% ../nbs/69_hub.ipynb #26f51127
+def _bundle_contents(path)->dict:
+    "The bytes of a bundle's files, after a look whether they load"
+    weights,data,where = read_files(path)
+    network_of(*open_files(weights, data, where), where)
+    return dict(zip(BUNDLE_FILES, (weights, data)))
+
 def push_to_hub(
     path, # of a bundle: folder, .zip, or a run folder of `skin_lesions train`
     name:str, # owner/name; made if it does not exist
@@ -119,36 +97,42 @@ def push_to_hub(
     "Upload a bundle with its model card, in one commit"
     repo,revision = hub_name(name)
     if revision: raise ValueError(f"{name!r} names a revision; an upload makes a new commit: give {repo!r}")
-    api = _api(token)
-    weights,data,where = read_files(path)
-    network_of(*open_files(weights, data, where), where) # or its error
-    card = str(hub_card(path, dataset=dataset, license=license, name=repo))
+    api,contents = _api(token),_bundle_contents(path)
+    contents['README.md'] = str(hub_card(path, dataset=dataset, license=license, name=repo)).encode()
     from huggingface_hub import CommitOperationAdd
     api.create_repo(repo, private=private, exist_ok=True)
-    done = api.create_commit(repo, [CommitOperationAdd(n, b) for n,b in zip((*BUNDLE_FILES, 'README.md'), (weights, data, card.encode()))], commit_message=message)
-    return f'{HUB}{repo}@{done.oid}'
+    commit = api.create_commit(repo, [CommitOperationAdd(n, b) for n,b in contents.items()], commit_message=message)
+    return f'{HUB}{repo}@{commit.oid}'
 
 # %% ../nbs/69_hub.ipynb #2e022379
 BESIDE = ('.md', '.txt', '.csv', '.json', '.png', '.jpg', '.jpeg') # suffixes of what may be in a repository besides a bundle; none of it is fetched
+
+def _is_harmless(name)->bool:
+    return name in (*BUNDLE_FILES, 'LICENSE', '.gitattributes') or Path(name).suffix.lower() in BESIDE
 
 def _check_files(
     sizes:dict, # name of each file: bytes, or None where the hub does not say
     repo:str, # for the error
 ):
     "Raise where a repository is not a bundle and what is read by eye"
-    lacks = [n for n in BUNDLE_FILES if n not in sizes]
-    if lacks: raise ValueError(f"{HUB}{repo} is no bundle: it has no {' and no '.join(lacks)}; push_to_hub uploads one")
-    odd = sorted(n for n in sizes if n not in BUNDLE_FILES and n not in ('LICENSE', '.gitattributes') and Path(n).suffix.lower() not in BESIDE)
-    if odd: raise ValueError(f"{HUB}{repo} holds {odd[0]!r}" + (f' and {len(odd)-1} more' if len(odd)>1 else '') + f" besides a bundle; expected {' and '.join(BUNDLE_FILES)}, and at most {', '.join(BESIDE)}. Nothing was fetched")
+    missing = [n for n in BUNDLE_FILES if n not in sizes]
+    if missing: raise ValueError(f"{HUB}{repo} is not a bundle: it has no {' and no '.join(missing)}; push_to_hub uploads one")
+    odd = sorted(n for n in sizes if not _is_harmless(n))
+    if odd:
+        more = f' and {len(odd)-1} more' if len(odd)>1 else ''
+        raise ValueError(f"{HUB}{repo} holds {odd[0]!r}{more} besides a bundle; expected {' and '.join(BUNDLE_FILES)}, "
+                         f"and at most {', '.join(BESIDE)}. Nothing was fetched")
     for n in BUNDLE_FILES:
-        if (sizes[n] or 0)>MOST_BYTES[n]: raise ValueError(f"{HUB}{repo}: {n} has {sizes[n]:,} bytes, more than the {MOST_BYTES[n]:,} of any bundle; nothing was fetched")
+        if (sizes[n] or 0)<=MOST_BYTES[n]: continue
+        raise ValueError(f"{HUB}{repo}: {n} has {sizes[n]:,} bytes, more than the {MOST_BYTES[n]:,} of any bundle; nothing was fetched")
 
+# %% ../nbs/69_hub.ipynb #0e2c8157
 def _cached(repo, revision, cache_dir):
     "The folder of a commit that was fetched before, or None"
     from huggingface_hub import try_to_load_from_cache
     if not re.fullmatch('[0-9a-f]{40}', revision or ''): return None
-    found = [try_to_load_from_cache(repo, n, cache_dir=cache_dir, revision=revision) for n in BUNDLE_FILES]
-    return Path(found[0]).parent if all(isinstance(f, str) for f in found) else None
+    files = [try_to_load_from_cache(repo, n, cache_dir=cache_dir, revision=revision) for n in BUNDLE_FILES]
+    return Path(files[0]).parent if all(isinstance(f, str) for f in files) else None
 
 def fetch_bundle(
     name:str, # owner/name, hf://owner/name or hf://owner/name@revision
@@ -167,11 +151,12 @@ def fetch_bundle(
     files = [Path(api.hf_hub_download(repo, n, revision=info.sha, cache_dir=cache_dir)) for n in BUNDLE_FILES[::-1]]
     return files[0].parent,f'{HUB}{repo}@{info.sha}'
 
+# %% ../nbs/69_hub.ipynb #b0c35191
 def from_hub(
     name:str, # owner/name, hf://owner/name or hf://owner/name@revision
     revision:str=None, # commit, tag or branch; None takes that of the name, or the newest commit
     *,
-    device=None, # None takes fastai's default device
+    device=None, # None takes the fastest of this machine
     token:str=None, # for private repositories; None takes that of `hf auth login`
     cache_dir=None, # where to keep it; None takes the hub's own cache
 )->Predictor: # its `hub` is hf://owner/name@commit

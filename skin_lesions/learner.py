@@ -212,7 +212,8 @@ def two_stage_learner(
     bodies = [create_body(arch, pretrained=pretrained, weights=weights, **(body_kwargs or {})) for _ in range(1 if shared else 2)]
     net = TwoStageNet(*bodies, n_out=len(vocab), first=vocab.index(first), hidden=hidden, ps=ps, combine=combine, n_patient=_n_patient(dls, patient))
     if loss_func is None: loss_func = TwoStageFocalLoss(gamma, _alpha_of(dls, alpha), vocab=vocab, first=first)
-    return classifier_learner(dls, net, loss_func, metrics=metrics or two_stage_metrics(first), **kwargs)
+    if metrics is None: metrics = two_stage_metrics(first)
+    return classifier_learner(dls, net, loss_func, metrics=metrics, **kwargs)
 
 # %% ../nbs/31_learner.ipynb #96f10034
 def paper_settings()->dict: # arguments of `two_stage_learner` and `lesion_learner`

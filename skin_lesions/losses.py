@@ -251,10 +251,12 @@ def _two_alphas(alpha, vocab:tuple, first:str)->tuple:
 def _first_class(first, vocab:tuple)->str:
     "The class of stage one: as given, else that of the class set with these codes"
     first = classes_of(vocab).first if first is None else first
-    if first is None: raise ValueError(f"which class does stage one tell from the rest? Give first, one of {', '.join(vocab)}")
+    if first is None:
+        raise ValueError(f"which class does stage one tell from the rest? Give first, one of {', '.join(vocab)}")
     if first not in vocab: raise ValueError(unknown_name('first class', first, vocab))
     if len(vocab)<3:
-        raise ValueError(f"two stages need {first} and at least two other classes, got {', '.join(vocab)}; train in one stage")
+        raise ValueError(f"two stages need {first} and at least two other classes, got {', '.join(vocab)}; "
+                         "train in one stage")
     return first
 
 def stage_losses(
@@ -298,14 +300,14 @@ class _TwoStages(_Flat, nn.Module):
 
 # %% ../nbs/20_losses.ipynb #p6114018
 class TwoStageFocalLoss(_TwoStages):
-    "The focal loss of the first class against the rest, plus that of the others among themselves, from one output a class"
+    "The focal loss of the first class against the rest, plus that of the others among themselves"
     def __init__(self,
         gamma=1., # focusing strength, >= 0, or a pair: stage one's and stage two's
-        alpha=None, # weights >= 0 for both stages as in `FocalLoss`, or a pair: stage one's (first, rest), stage two's; None is 1
+        alpha=None, # weights >= 0 for both stages as in `FocalLoss`, or a pair: (first, rest), the others; None is 1
         reduction:str='mean', # 'mean' over the items, 'sum', or 'none' for one loss an item
         *,
         vocab, # class names in the order of the predictions, three or more
-        first:str=None, # the class that stage one tells from the rest; None takes that of the class set with these names
+        first:str=None, # the class that stage one tells from the rest; None takes that of the known class set
     ):
         super().__init__()
         self.reduction,self.vocab = _check_reduction(reduction),_names(vocab)
@@ -328,7 +330,7 @@ def _log_prior(prior, vocab)->Tensor:
 class LogitAdjustedLossFlat(FocalLossFlat):
     "Cross-entropy of logits plus `tau` times the logarithm of each class's fraction in training, for one stage and two"
     def __init__(self,
-        prior, # fractions or counts of the classes in training, > 0: one a class in the order of the predictions, or a dict by class
+        prior, # fractions or counts in training, > 0: one a class in the order of the predictions, or a dict by class
         tau:float=1., # strength, >= 0; 0 gives cross-entropy
         reduction:str='mean', # 'mean' over the items, 'sum', or 'none' for one loss an item
         vocab=None, # class names in the order of the predictions; needed for a prior by class

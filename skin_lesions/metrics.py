@@ -67,7 +67,8 @@ def _absent_message(absent:list, n:int)->str:
     "What a warning says of a set without some classes; '' where all are there"
     if not absent: return ''
     rest = n-len(absent)
-    return f"no image of {', '.join(absent)} in this set; the mean is over the other {rest} class{'' if rest==1 else 'es'}"
+    others = '1 class' if rest==1 else f'{rest} classes'
+    return f"no image of {', '.join(absent)} in this set; the mean is over the other {others}"
 
 # %% ../nbs/22_metrics.ipynb #5c47f041
 def _vocab(learn, vocab, n:int)->tuple:
@@ -89,6 +90,11 @@ class _Recalls(Metric):
         self._names = _vocab(learn, self.vocab, pred.shape[-1])
         self._add(confusion_counts(pred, targ))
 
+    @property
+    def absent(self)->list:
+        "Names of the classes without images so far"
+        return [] if self.counts is None else [c for c,n in zip(self._names, self.counts.sum(1).tolist()) if not n]
+
     def _add(self, counts): self.counts = counts if self.counts is None else self.counts+counts
     def _warn(self, message):
         "Warn once after each reset"
@@ -97,7 +103,7 @@ class _Recalls(Metric):
 
 # %% ../nbs/22_metrics.ipynb #p8251909
 class AverageRecall(_Recalls):
-    "Mean recall over the classes that the set holds (normalised multi-class accuracy); `absent` names the others, and so does a warning"
+    "Mean recall over the classes that the set holds (normalised multi-class accuracy); a warning names the others"
     def __init__(self,
         vocab=None, # class names in the order of the predictions; None takes the learner's `dls.vocab`
     ):
@@ -108,11 +114,6 @@ class AverageRecall(_Recalls):
     def recalls(self)->pd.Series:
         "Recall of each class so far, `nan` for a class without images"
         return _recalls(self.counts, self._names)
-
-    @property
-    def absent(self)->list:
-        "Names of the classes without images so far"
-        return [] if self.counts is None else [c for c,n in zip(self._names, self.counts.sum(1).tolist()) if not n]
 
     @property
     def value(self):
@@ -165,7 +166,8 @@ def _first_column(learn, vocab, first, n:int)->tuple:
     "Code and column of stage one's class"
     names = _vocab(learn, vocab, n)
     if first is None: first = classes_of(learn.dls if vocab is None else tuple(vocab)).first
-    if first is None: raise ValueError(f"which class does stage one tell from the rest? Give first, one of {', '.join(names)}")
+    if first is None:
+        raise ValueError(f"which class does stage one tell from the rest? Give first, one of {', '.join(names)}")
     if first not in names: raise ValueError(unknown_name('first class', first, names))
     return first,names.index(first)
 
@@ -174,7 +176,7 @@ class StageOneAUC(Metric):
     "AUC of stage one's class against the rest; `nan` and a warning where one side has no image"
     rank_state = ('scores', 'positive', '_first')
     def __init__(self,
-        first:str=None, # code of the class that stage one tells from the rest; None takes that of the learner's class set
+        first:str=None, # code of stage one's class; None takes that of the learner's class set
         vocab=None, # class names in the order of the predictions; None takes the learner's `dls.vocab`
     ):
         self.first,self.vocab = first,vocab
@@ -185,7 +187,6 @@ class StageOneAUC(Metric):
         self.scores,self.positive,self._first,self._warned = [],[],None,False
 
     def accumulate(self, learn):
-        "Keep a batch's log-odds of the first class"
         pred,targ = learn.to_detach(learn.pred),learn.to_detach(learn.y)
         self._first,column = _first_column(learn, self.vocab, self.first, pred.shape[-1])
         # float32, so that equal scores are equal
@@ -194,7 +195,6 @@ class StageOneAUC(Metric):
 
     @property
     def value(self): return _stage_one_auc(self)
-
     @property
     def name(self): return 'stage_one_auc'
 
@@ -202,7 +202,7 @@ class StageOneAUC(Metric):
 class StageTwoRecall(AverageRecall):
     "Average recall of the other classes on images that are not of the first class, the first class's column removed"
     def __init__(self,
-        first:str=None, # code of the class that stage one tells from the rest; None takes that of the learner's class set
+        first:str=None, # code of stage one's class; None takes that of the learner's class set
         vocab=None, # class names in the order of the predictions; None takes the learner's `dls.vocab`
     ):
         self.first = first

@@ -64,7 +64,8 @@ def _mixed_loss(learn, weight, yb1)->Tensor:
         with NoneReduce(loss_func) as each:
             own,other = (_by_item(each(pred, *yb), len(weight)) for yb in (learn.yb, yb1))
     except TypeError as e:
-        raise TypeError(f"MixUp(alpha=...) needs one loss an item: a loss with a `reduction` attribute or argument ({e})") from e
+        raise TypeError("MixUp(alpha=...) needs one loss an item: a loss with a `reduction` attribute "
+                        f"or argument ({e})") from e
     total = mix(own, other, weight).sum()
     return total if getattr(loss_func, 'reduction', 'mean')=='sum' else total/own.numel()
 
@@ -76,9 +77,10 @@ class _MixedLoss(Callback):
 
     def before_fit(self):
         "Two mixes would show four images at once"
-        others = [type(cb).__name__ for cb in self.learn.cbs if cb is not self and isinstance(cb, (_MixedLoss, MixHandler))]
-        if others: raise ValueError(f"the learner has two callbacks that mix images, MixUp and {others[0]}; keep one of them "
-                                    "(mixup=None makes a learner without MixUp)")
+        mixing = [cb for cb in self.learn.cbs if cb is not self and isinstance(cb, (_MixedLoss, MixHandler))]
+        if mixing:
+            raise ValueError(f"the learner has two callbacks that mix images, MixUp and {type(mixing[0]).__name__}; "
+                             "keep one of them (mixup=None makes a learner without MixUp)")
 
     def after_loss(self):
         "Mix the loss of the batch's own targets with that of the partners'"
@@ -113,7 +115,8 @@ def _batch_size(xb:tuple, yb:tuple)->int:
     "The common batch size of inputs that can be mixed"
     for o in (*xb, *yb):
         if not isinstance(o, Tensor) or not o.dim():
-            raise TypeError(f"MixUp needs inputs and targets that are tensors with a batch dimension, got {type(o).__name__}")
+            raise TypeError("MixUp needs inputs and targets that are tensors with a batch dimension, "
+                            f"got {type(o).__name__}")
     for x in xb:
         if not x.is_floating_point():
             raise TypeError(f"MixUp adds inputs, which needs floats, got {x.dtype}; "

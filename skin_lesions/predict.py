@@ -29,7 +29,7 @@ from .core import NOTICE, check_columns, image_files, read_image
 from .core import progress as progress_over
 from .decide import FittedOn, decide_table
 from .ood import answer_with_score
-from .speed import reuse_memory
+from .core import reuse_memory
 from .views import answer_of_views, check_views, n_crops, view_images
 
 # %% ../nbs/66_predict.ipynb #5face386

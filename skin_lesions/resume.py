@@ -103,7 +103,8 @@ def _read(file)->tuple:
     if not isinstance(plain, dict) or type(plain.get('format')) is not int:
         raise ValueError(f"{incomplete}: its header has no number of a format")
     if plain['format']>FORMAT:
-        raise ValueError(f"{file} has format {plain['format']}, this version of skin_lesions reads up to {FORMAT}; update it")
+        raise ValueError(f"{file} has format {plain['format']}, this version of skin_lesions reads up to {FORMAT}; "
+                         "update it")
     return plain,tensors
 
 # %% ../nbs/23_resume.ipynb #p3708390
@@ -142,8 +143,8 @@ def _numbers(row): return [None if v is None else float(v) for v in row]
 
 def _recorder_state(r)->dict:
     "The history of a training"
-    return dict(lrs=_numbers(r.lrs), losses=_numbers(r.losses), iters=list(r.iters), values=[_numbers(v) for v in r.values],
-                smooth=[r.smooth_loss.count, float(r.smooth_loss.val)])
+    return dict(lrs=_numbers(r.lrs), losses=_numbers(r.losses), iters=list(r.iters),
+                values=[_numbers(v) for v in r.values], smooth=[r.smooth_loss.count, float(r.smooth_loss.val)])
 
 def _load_recorder(r, state):
     "Put the history back"
@@ -167,8 +168,8 @@ def _load_trackers(cbs, states, folder):
     "Put the trackers back"
     here,there = [type(c).__name__ for c in _trackers(cbs)],[name for name,_ in states]
     if here!=there:
-        raise ValueError(f"{folder} has the state of a training with the trackers {', '.join(there) or 'none'}, and here are "
-                         f"{', '.join(here) or 'none'}; call fit with the same callbacks")
+        raise ValueError(f"{folder} has the state of a training with the trackers {', '.join(there) or 'none'}, "
+                         f"and here are {', '.join(here) or 'none'}; call fit with the same callbacks")
     for tracker,(_,numbers) in zip(_trackers(cbs), states):
         for k,v in numbers.items(): setattr(tracker, k, v)
 
@@ -187,8 +188,8 @@ def _load_own_states(cbs, plain, tensors, folder):
     "Put these callbacks back"
     cbs = {type(c).__name__: c for c in cbs if hasattr(type(c), 'load_training_state')}
     if set(cbs)!=set(plain):
-        raise ValueError(f"{folder} has the state of a training with the callbacks {', '.join(plain) or 'none'} that keep a "
-                         f"state, and here are {', '.join(cbs) or 'none'}; call fit with the same callbacks")
+        raise ValueError(f"{folder} has the state of a training with the callbacks {', '.join(plain) or 'none'} "
+                         f"that keep a state, and here are {', '.join(cbs) or 'none'}; call fit with the same callbacks")
     for name,c in cbs.items(): c.load_training_state(plain[name], _part(tensors, f'callback.{name}.'))
 
 # %% ../nbs/23_resume.ipynb #p5735119
@@ -198,7 +199,8 @@ def _description(learn)->dict:
 
 def _trained_weights(learn)->dict:
     "The weights that the next step changes"
-    return next((c.trained_weights() for c in learn.cbs if hasattr(type(c), 'trained_weights')), learn.model.state_dict())
+    weights = (c.trained_weights() for c in learn.cbs if hasattr(type(c), 'trained_weights'))
+    return next(weights, learn.model.state_dict())
 
 def _training_state(learn)->tuple:
     "The state of a training: what JSON can hold, and tensors by name"
@@ -234,13 +236,20 @@ def _where(folder)->str:
     if not (folder/STATE).is_file(): return f"No state has been written to {folder} yet"
     return f"The last good state is in {folder}"
 
+def _not_finite(learn, folder)->str:
+    "What to do about a loss that is no number"
+    loss = learn.loss_grad.detach().float().mean().item()
+    return (f"the loss is {loss} in epoch {learn.epoch}, batch {learn.iter}; the weights have not been touched by it. "
+            f"{_where(folder)}; train again with a lower learning rate, or look at the images of the batch: "
+            f"{', '.join(_batch_items(learn))}")
+
 def _unreadable(error, resume):
     "The error of a file that cannot be read"
     # the message of a data-loading worker comes with its traceback, the reason is its last line
     reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
     kind = OSError if isinstance(error, OSError) else ValueError
-    return kind(f"{reason[0]}; a file of epoch {resume.epoch} could not be read. {_where(resume.folder)}; put the data back "
-                "and call fit again with the same arguments (in the shell: the same command and --resume)")
+    return kind(f"{reason[0]}; a file of epoch {resume.epoch} could not be read. {_where(resume.folder)}; "
+                "put the data back and call fit again with the same arguments (in the shell: the same command and --resume)")
 
 def _batch_items(learn)->list:
     "Names of the images of the current batch"
@@ -277,7 +286,8 @@ class _Reading(GetAttr):
 class _WritesState(Callback):
     "The part of `ResumeCallback` that writes"
     order = 95
-    fitting,trained,first,saved = False,False,None,0. # is this a training? did this epoch train? generators at its beginning
+    fitting,trained = False,False # is this a training? did this epoch train?
+    first,saved = None,0. # generators at the beginning of the epoch; when a state was written
     def save(self,
         batches:int=0, # of the epoch that are done
         epoch:int=None, # the next one to train; None is the current one
@@ -294,15 +304,12 @@ class _WritesState(Callback):
     def after_loss(self):
         "Stop before a step with a loss that is no number"
         if not self.fitting or not self.training or bool(torch.isfinite(self.learn.loss_grad).all()): return
-        loss = self.learn.loss_grad.detach().float().mean().item()
-        raise FloatingPointError(f"the loss is {loss} in epoch {self.epoch}, batch {self.iter}; the weights have not been touched by it. "
-                                 f"{_where(self.folder)}; train again with a lower learning rate, or look at the images of the batch: "
-                                 f"{', '.join(_batch_items(self.learn))}")
+        raise FloatingPointError(_not_finite(self.learn, self.folder))
 
 # %% ../nbs/23_resume.ipynb #b2ad9df9
 class _ReadsState(_WritesState):
     "The part of `ResumeCallback` that takes a state over"
-    def found(self, state): "Called with the state in the folder before it is used; `distributed` compares it over the processes"
+    def found(self, state): "Called with the state before it is used; `distributed` compares it over the processes"
 
     def start(self):
         "Load the state, if there is one; this is a training"
@@ -348,6 +355,11 @@ class _GoesOn(_ReadsState):
         self.todo,self.skip = None,0
 
 # %% ../nbs/23_resume.ipynb #p7733090
+def _check_minutes(minutes):
+    "None or a number >= 0"
+    if minutes is None or minutes>=0: return minutes
+    raise ValueError(f"minutes must be a number >= 0 or None, got {minutes}")
+
 class _Epochs(_GoesOn):
     "The events of `ResumeCallback` around an epoch"
     def before_fit(self):
@@ -379,9 +391,8 @@ class ResumeCallback(_Epochs):
         folder, # of the state; a training of its own needs a folder of its own
         minutes:float=None, # also within an epoch, every so many minutes; None only after epochs
     ):
-        if minutes is not None and not minutes>=0: raise ValueError(f"minutes must be a number >= 0 or None, got {minutes}")
-        self.folder,self.minutes = Path(folder),minutes
-        self.todo,self.skip = None,0 # the state to go on from until it is taken over; batches of its epoch that are done
+        self.folder,self.minutes = Path(folder),_check_minutes(minutes)
+        self.todo,self.skip = None,0 # the state to go on from until it is taken over; batches of it that are done
 
     def before_train(self):
         if not self.fitting: return
