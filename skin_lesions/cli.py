@@ -715,10 +715,10 @@ def print_paper_table(
     scale, # of the runs
 ):
     "Print the tables of finished runs"
-    from skin_lesions.experiments import ablation, current_runs, show_table, table
+    from skin_lesions.experiments import ablation, current_runs, recipe_table, show_table
     from skin_lesions.recipes import RECIPES
     finished = {line['recipe'] for line in current_runs(out, names, scale)}
-    print(show_table(table(out, names, scale)).to_string())
+    print(show_table(recipe_table(out, names, scale)).to_string())
     compared = [n for n in names if RECIPES[n].base]
     if finished & set(compared):
         differences = ablation(out, compared, scale).drop(columns='about').round(4)
@@ -728,7 +728,7 @@ def print_paper_table(
 # %% ../nbs/81_cli.ipynb #4869cb67
 def paper(
     *,
-    recipe:tuple[str, ...]=('paper',), # recipes by name, or paper, ablations, weighted, all; --list shows them
+    recipe:tuple[str, ...]=('paper',), # recipes by name, or paper, ablations, inverse_weights, all; --list shows them
     seed:tuple[int, ...]=(42,), # of weights, order and augmentation
     split:tuple[Split, ...]=('image', 'lesion'), # the paper's split by image, and that by lesion
     fold:tuple[int, ...]=(0,), # which of the five folds by lesion validate

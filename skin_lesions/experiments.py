@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAND_INS', 'RESULTS', 'STARTS', 'weights_exist', 'recipe_to_run', 'run_name', 'read_results', 'append_result',
            'experiment_data', 'run_digest', 'run_folder', 'is_current', 'training_predictions', 'teacher_predictions',
-           'train_experiment', 'run_experiment', 'run_predictions', 'pack_runs', 'current_runs', 'predictions_of',
+           'train_experiment', 'run_recipe', 'run_predictions', 'pack_runs', 'current_runs', 'predictions_of',
            'recipe_table', 'number_text', 'interval_text', 'show_table', 'ablation', 'label_subset', 'start_recipe',
            'compare_pretraining']
 
@@ -80,7 +80,7 @@ def _parse(data, path)->tuple:
     return lines,end
 
 def read_results(
-    out, # folder of `run_experiment`, or its results file
+    out, # folder of `run_recipe`, or its results file
 )->list: # a dict a finished run, in the order they finished
     "The finished runs; a torn last line is left out with a warning"
     path = Path(out) if Path(out).suffix=='.jsonl' else Path(out)/RESULTS
@@ -131,14 +131,14 @@ def run_digest(
     return hashlib.sha256((recipe_digest(recipe)+data['sha256']).encode()).hexdigest()[:12]
 
 def run_folder(
-    out, # as given to `run_experiment`
+    out, # as given to `run_recipe`
     line:dict, # of `read_results`
 )->Path:
     "The folder of a finished run"
     recipe = line.get('trained_as', line['recipe'])
     return Path(out)/'runs'/f"{recipe}-{line['scale']}-{line['split']}-{line['fold']}-seed-{line['seed']}-{line['digest']}"
 
-# %% ../nbs/71_experiments.ipynb #a135f072
+# %% ../nbs/71_experiments.ipynb #dfaef988
 def is_current(
     line:dict, # of `read_results`
 )->bool:
@@ -148,7 +148,7 @@ def is_current(
     return training_config(recipe)==line['config'] and instead_of==line['instead_of']
 
 def training_predictions(
-    out, # as given to `run_experiment`
+    out, # as given to `run_recipe`
     line:dict, # of `read_results`
     device=None, # None takes fastai's default device
 )->pd.DataFrame: # predictions table
@@ -165,7 +165,7 @@ def training_predictions(
 def teacher_predictions(
     recipe:Recipe, # with teachers
     line:dict, # of the run that learns
-    out, # as given to `run_experiment`
+    out, # as given to `run_recipe`
     device=None, # None takes fastai's default device
 )->pd.DataFrame: # predictions table
     "The mean of what the teachers predict for their training images"
@@ -181,7 +181,7 @@ def train_experiment(
     recipe:Recipe, # of `recipe_to_run`
     meta:pd.DataFrame, # of all images
     line:dict, # of the run
-    out:Path, # as given to `run_experiment`
+    out:Path, # as given to `run_recipe`
     keep_model:bool, # keep the network as a bundle
     **kwargs # of `train_run`
 )->dict: # what the line says beyond the names
@@ -196,8 +196,8 @@ def train_experiment(
     leaked = record['split']['valid_fraction_with_group_in_training']
     return dict(leaked=leaked, n_valid=found['n_images'], n_valid_lesions=found['n_lesions'], **keep, **about)
 
-# %% ../nbs/71_experiments.ipynb #156fb233
-def run_experiment(
+# %% ../nbs/71_experiments.ipynb #1ea7ffd2
+def run_recipe(
     recipe, # name of a recipe, or a `Recipe`
     data=None, # folder of the data set, or the frame of `read_metadata`; None searches the usual places, at scale 'tiny' it is synthetic
     *,
@@ -228,7 +228,7 @@ def run_experiment(
     append_result(out, line)
     return line | dict(new=twin is None)
 
-# %% ../nbs/71_experiments.ipynb #d1918512
+# %% ../nbs/71_experiments.ipynb #49ed5cbb
 _RUN_COLUMNS = ['split', 'fold', 'seed', 'scale', 'views']
 
 def _shortened(table, codes, digits=5):
@@ -247,7 +247,7 @@ def _packed(path, changed)->dict:
     return {key: part.drop(columns=_RUN_COLUMNS).reset_index(drop=True) for key,part in table.groupby(_RUN_COLUMNS, sort=False)}
 
 def run_predictions(
-    out, # as given to `run_experiment`, or to `pack_runs`
+    out, # as given to `run_recipe`, or to `pack_runs`
     line:dict, # of `read_results`
     views:str='', # of each image, where they were averaged; '' for one
 )->pd.DataFrame: # predictions table; None where there is none
@@ -259,9 +259,9 @@ def run_predictions(
     table = _packed(file, file.stat().st_mtime_ns).get((*(line[k] for k in _RUN_COLUMNS[:-1]), views))
     return None if table is None else table.copy()
 
-# %% ../nbs/71_experiments.ipynb #0256780d
+# %% ../nbs/71_experiments.ipynb #06f956ef
 def pack_runs(
-    out, # as given to `run_experiment`
+    out, # as given to `run_recipe`
     to, # folder of the packed results
     *,
     digits:int=5, # of the probabilities, at least
@@ -288,7 +288,7 @@ def pack_runs(
 
 # %% ../nbs/71_experiments.ipynb #c4eac0a7
 def current_runs(
-    out, # as given to `run_experiment`
+    out, # as given to `run_recipe`
     recipes='all', # recipes and groups
     scale:str='full', # one of `SCALES`
 )->list: # lines of the results file
@@ -304,13 +304,13 @@ def current_runs(
     return current
 
 def predictions_of(
-    out, # as given to `run_experiment`
+    out, # as given to `run_recipe`
     lines, # of `read_results`
 )->list: # predictions tables
     "The predictions tables of runs"
     return [run_predictions(out, l) for l in lines]
 
-# %% ../nbs/71_experiments.ipynb #2e994dcb
+# %% ../nbs/71_experiments.ipynb #cfa8ed12
 def _interval(drawn)->tuple: return tuple(map(float, np.quantile(drawn, [.025, .975])))
 
 def _side(out, lines, split, n, seed)->tuple:
@@ -326,7 +326,7 @@ def _side(out, lines, split, n, seed)->tuple:
     return {f'{split}_{k}': v for k,v in (counts | values).items()},drawn
 
 def recipe_table(
-    out, # as given to `run_experiment`
+    out, # as given to `run_recipe`
     recipes='paper', # recipes and groups
     scale:str='full', # one of `SCALES`
     *,
@@ -393,7 +393,7 @@ def _against(out, lines, name, base, n, seed)->dict:
     return row | (compare_tables(predictions_of(out, other), predictions_of(out, own), n=n, seed=seed) if folds else {})
 
 def ablation(
-    out, # as given to `run_experiment`
+    out, # as given to `run_recipe`
     recipes='ablations', # recipes and groups; those without `base` are left out
     scale:str='full', # one of `SCALES`
     *,

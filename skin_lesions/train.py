@@ -143,7 +143,7 @@ def joint_learner(
     if recipe.pretext=='rotation': return joint_rotation_learner(dls, recipe.arch, **kwargs)
     # a pretext that came first no longer counts in the loss
     weight,encoder = float(recipe.joint),recipe.encoder or recipe.arch
-    return joint_restoration_learner(dls, recipe.arch, encoder, patch=recipe.patch, weight=weight, **kwargs)
+    return joint_restoration_learner(dls, recipe.arch, encoder, patch=recipe.patch, weight=weight, clean=recipe.clean, **kwargs)
 
 # %% ../nbs/70_train.ipynb #3926466f
 def recipe_learner(
