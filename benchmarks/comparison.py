@@ -57,7 +57,8 @@ def run(name, command, folder, env=None, logs=None):
 
 
 def main(args):
-    from skin_lesions.evaluate import average_recall_interval, scores
+    from skin_lesions.bootstrap import average_recall_interval
+    from skin_lesions.evaluate import scores
     from skin_lesions.decide import expected_calibration_error
     env = Path(args.scdiag)/'bin' if args.scdiag else None
     with tempfile.TemporaryDirectory() as tmp:

@@ -38,7 +38,8 @@ def fold_tables(a, meta, fold):
 
 def row(name, tables, n_draws=1000):
     "Scores of one answer, or the mean of those of several networks, with the interval of the first where there is one"
-    from skin_lesions.evaluate import average_recall_interval, scores
+    from skin_lesions.bootstrap import average_recall_interval
+    from skin_lesions.evaluate import scores
     from skin_lesions.decide import expected_calibration_error
     found = [scores(t) for t in tables]
     mean = lambda key: float(np.mean([f[key] for f in found]))
@@ -76,7 +77,7 @@ def main():
 
 def report(a, meta, folds):
     from skin_lesions.decide import compare_rules, decision_rule, fit_calibration, fit_referral, referral_report
-    from skin_lesions.evaluate import average_recall_interval
+    from skin_lesions.bootstrap import average_recall_interval
     from skin_lesions.predictions import ensemble, out_of_fold
     rows, rules, referrals = [], [], []
     for tta in VIEWS:

@@ -74,7 +74,8 @@ def prior_rule(table, prior):
 
 def row_of(name, folder, prior):
     "What the page shows of a run"
-    from skin_lesions.evaluate import average_recall_interval, class_scores, confusion_matrix, scores
+    from skin_lesions.bootstrap import average_recall_interval
+    from skin_lesions.evaluate import class_scores, confusion_matrix, scores
     from skin_lesions.predictions import read_predictions
     table = read_predictions(folder/'predictions.csv')
     s, i, prior_scores = scores(table), average_recall_interval(table), None

@@ -33,7 +33,7 @@ from .networks import LesionNet, TwoStageNet
 from .ood import OODScore, body_of, texture_layer
 from .views import VALIDATION_CROPS, height_and_width
 
-# %% ../nbs/65_bundle.ipynb #366406a7
+# %% ../nbs/65_bundle.ipynb #53210187
 def _fastai():
     "fastai's modules of transforms; imported where there is a learner, as prediction needs none of them"
     from fastai.data import transforms
@@ -50,10 +50,11 @@ def crop_as_dict(
     found = dict(size=size, resample=int(crop.resamples[0]))
     if type(crop) is augment.RandomResizedCrop: return dict(name='random', val_xtra=float(crop.val_xtra)) | found
     if crop.method!=augment.ResizeMethod.Squish:
-        raise ValueError(f"a bundle knows Resize with method 'squish', got {crop.method!r}; give Resize(size, method='squish')")
+        raise ValueError(f"a bundle knows Resize with method 'squish', got {crop.method!r}; "
+                         "give Resize(size, method='squish')")
     return dict(name='resize') | found
 
-# %% ../nbs/65_bundle.ipynb #6d435082
+# %% ../nbs/65_bundle.ipynb #3eaa9164
 def _changes_validation(transform)->bool:
     "Whether a transform of fastai's changes validation images"
     augment,transforms = _fastai()
@@ -71,12 +72,12 @@ def _preprocess_as_dicts(transform)->list:
     functions = getattr(transform, 'functions', [transform])
     for f in functions:
         if not hasattr(f, 'as_dict') or type(from_dict(f.as_dict())) is not type(f):
-            raise ValueError(f"validation images pass through {type(f).__name__}, which a bundle cannot describe; it knows "
-                             f"the crops {', '.join(VALIDATION_CROPS)} and the functions of skin_lesions.preprocess. "
-                             "Move it to training only (split_idx=0), or use learn.export")
+            raise ValueError(f"validation images pass through {type(f).__name__}, which a bundle cannot describe; "
+                             f"it knows the crops {', '.join(VALIDATION_CROPS)} and the functions of "
+                             "skin_lesions.preprocess. Move it to training only (split_idx=0), or use learn.export")
     return [json.loads(json.dumps(f.as_dict())) for f in functions]
 
-# %% ../nbs/65_bundle.ipynb #60736405
+# %% ../nbs/65_bundle.ipynb #2cd7f972
 def view_as_dict(
     dls, # fastai `DataLoaders`
 )->dict: # side, preprocess, crop, normalization; see `check_view`
@@ -92,10 +93,11 @@ def view_as_dict(
         raise ValueError(f"validation batches pass through {_names_of(after)}, expected Normalize alone; "
                          "what shall run in training only needs split_idx=0")
     statistics = {k: [float(v) for v in getattr(after[0], k).flatten()] for k in ('mean', 'std')}
-    return dict(side=getattr(dls, 'read_side', None), preprocess=[d for t in before if t is not crops[0] for d in _preprocess_as_dicts(t)],
-                crop=crop_as_dict(crops[0]), normalization=statistics)
+    preprocess = [d for t in before if t is not crops[0] for d in _preprocess_as_dicts(t)]
+    side = getattr(dls, 'read_side', None)
+    return dict(side=side, preprocess=preprocess, crop=crop_as_dict(crops[0]), normalization=statistics)
 
-# %% ../nbs/65_bundle.ipynb #b6d0c878
+# %% ../nbs/65_bundle.ipynb #07278a80
 def image_view(
     size, # side of the square that the network sees, or height and width; pixels
     crop:str='random', # one of `VALIDATION_CROPS`
@@ -107,9 +109,10 @@ def image_view(
     "How images of a network are prepared"
     mean,std = normalization(arch)
     crop_dict = dict(name=crop, size=list(height_and_width(size)), **kwargs)
-    return check_view(dict(side=side, preprocess=[], crop=crop_dict, normalization=dict(mean=list(mean), std=list(std))))
+    statistics = dict(mean=list(mean), std=list(std))
+    return check_view(dict(side=side, preprocess=[], crop=crop_dict, normalization=statistics))
 
-# %% ../nbs/65_bundle.ipynb #8f43b9e6
+# %% ../nbs/65_bundle.ipynb #8cef9ac4
 _VIEW = ('side', 'preprocess', 'crop', 'normalization')
 _CROP_KEYS = dict(random=('resample', 'val_xtra'), resize=('resample',), window=())
 
@@ -120,11 +123,15 @@ def _check_crop(crop):
     if not (len(size)==2 and all(type(s) is int and 8<=s<=8192 for s in size)):
         raise ValueError(f"size must be height and width in pixels, 8 to 8192, got {list(size)}")
     unknown = [k for k in crop if k not in ('name', 'size', *_CROP_KEYS[name])]
-    if unknown: raise ValueError(f"crop {name!r} has no parameter {unknown[0]!r}, it has {', '.join(_CROP_KEYS[name]) or 'none'}")
+    known = ', '.join(_CROP_KEYS[name]) or 'none'
+    if unknown: raise ValueError(f"crop {name!r} has no parameter {unknown[0]!r}, it has {known}")
     extra,resample = crop.get('val_xtra', .14),crop.get('resample', 2)
-    if not (isinstance(extra, (int, float)) and 0<=extra<=4): raise ValueError(f"val_xtra must be from 0 to 4, got {extra!r}")
-    if type(resample) is not int or not 0<=resample<=5: raise ValueError(f"resample must be a filter of Pillow, 0 to 5, got {resample!r}")
+    if not (isinstance(extra, (int, float)) and 0<=extra<=4):
+        raise ValueError(f"val_xtra must be from 0 to 4, got {extra!r}")
+    if type(resample) is not int or not 0<=resample<=5:
+        raise ValueError(f"resample must be a filter of Pillow, 0 to 5, got {resample!r}")
 
+# %% ../nbs/65_bundle.ipynb #afcb0712
 def check_view(
     view:dict, # side, preprocess, crop, normalization
 )->dict: # `view`
@@ -135,12 +142,13 @@ def check_view(
         raise ValueError(f"normalization needs three numbers mean and three numbers std > 0, got {mean} and {std}")
     return view
 
-# %% ../nbs/65_bundle.ipynb #4dd4f180
+# %% ../nbs/65_bundle.ipynb #316f033a
 NETWORKS = ('LesionNet', 'TwoStageNet', 'JointRotationNet', 'JointRestorationNet')
 
 def _network_class(name):
     "The class of a network by its name"
-    if name not in NETWORKS: raise ValueError(unknown_name('network', name, NETWORKS) + "; a newer skin-lesions may know it")
+    if name not in NETWORKS:
+        raise ValueError(unknown_name('network', name, NETWORKS) + "; a newer skin-lesions may know it")
     plain = {kind.__name__: kind for kind in (LesionNet, TwoStageNet)}
     if name in plain: return plain[name]
     from skin_lesions import pretext # brings fastai, and few bundles need it
@@ -161,7 +169,7 @@ def _refuse_files(config, path='network'):
                              "a bundle's weights are in model.safetensors and nowhere else")
         _refuse_files(value, f'{path}.{key}')
 
-# %% ../nbs/65_bundle.ipynb #5cd9973a
+# %% ../nbs/65_bundle.ipynb #bb82ff5f
 def network_as_dict(
     net:nn.Module, # of a class in `NETWORKS`
 )->dict: # its configuration
@@ -181,9 +189,10 @@ def network_from_dict(
     kind = _network_class(config.get('network'))
     _refuse_files(config)
     try: return kind.from_config(config)
-    except Exception as e: raise ValueError(f"network {kind.__name__} cannot be built from its configuration: {e}") from e
+    except Exception as e:
+        raise ValueError(f"network {kind.__name__} cannot be built from its configuration: {e}") from e
 
-# %% ../nbs/65_bundle.ipynb #61028bbf
+# %% ../nbs/65_bundle.ipynb #9f31fbb7
 class PixelNet(nn.Module):
     "A network that takes the pixels of prepared images"
     def __init__(self,
@@ -192,7 +201,8 @@ class PixelNet(nn.Module):
     ):
         super().__init__()
         self.classifier = net
-        for k in ('mean', 'std'): self.register_buffer(k, torch.tensor(normalization[k], dtype=torch.float32).view(1, 3, 1, 1))
+        for k in ('mean', 'std'):
+            self.register_buffer(k, torch.tensor(normalization[k], dtype=torch.float32).view(1, 3, 1, 1))
 
     def normalize(self,
         pixels:Tensor, # uint8 [bs, 3, h, w]
@@ -202,7 +212,7 @@ class PixelNet(nn.Module):
 
     def forward(self, pixels, *inputs): return self.classifier(self.normalize(pixels), *inputs)
 
-# %% ../nbs/65_bundle.ipynb #ced941b1
+# %% ../nbs/65_bundle.ipynb #fa8f7e12
 _FITTED = ('calibration', 'rule', 'referral')
 _IDS = ('images', 'lesions')
 
@@ -214,6 +224,7 @@ def _holders(record)->list:
 def _id_tensor(hashes)->Tensor: # uint8 [n, 6]
     return torch.tensor([list(bytes.fromhex(h)) for h in hashes], dtype=torch.uint8).reshape(-1, 6)
 
+# %% ../nbs/65_bundle.ipynb #04c0ec40
 def pack_ids(
     record:dict, # with hashed ids
 )->tuple: # the record with a number in their place; tensors by name
@@ -258,7 +269,7 @@ def _in_order(classes, vocab)->ClassSet:
         raise ValueError(f"dls.vocab must hold the codes {', '.join(classes.codes)}, got {', '.join(map(str, vocab))}")
     return replace(classes, diagnoses=tuple(classes.diagnoses[classes.index(code)] for code in vocab))
 
-# %% ../nbs/65_bundle.ipynb #002efdac
+# %% ../nbs/65_bundle.ipynb #a8410036
 def _training_of(dls)->dict:
     "What is known of the images of DataLoaders: split and hashed ids of the training images"
     from skin_lesions.split import describe_split # brings scikit-learn
@@ -273,13 +284,14 @@ def _content_of(source)->dict:
     if isinstance(source, nn.Module): return dict(model=source)
     if hasattr(source, 'record'):
         kept = ('trained_on', 'recipe', 'split', 'scores', *_VIEW, *_FITTED)
-        return dict(model=source.model, classes=source.classes, patient=source.patient, ood=source.ood) | {k: source.record[k] for k in kept}
+        own = dict(model=source.model, classes=source.classes, patient=source.patient, ood=source.ood)
+        return own | {k: source.record[k] for k in kept}
     classes = _in_order(classes_of(source.dls), list(source.dls.vocab))
     _check_softmax(source.loss_func, len(classes))
-    patient = getattr(source.dls, 'patient', None)
-    return dict(model=source.model, classes=classes, patient=patient) | view_as_dict(source.dls) | _training_of(source.dls)
+    own = dict(model=source.model, classes=classes, patient=getattr(source.dls, 'patient', None))
+    return own | view_as_dict(source.dls) | _training_of(source.dls)
 
-# %% ../nbs/65_bundle.ipynb #6e7efb65
+# %% ../nbs/65_bundle.ipynb #1c42f0f3
 def _is_channels_last(net)->bool:
     last = torch.channels_last
     return any(p.ndim==4 and p.is_contiguous(memory_format=last) and not p.is_contiguous() for p in net.parameters())
@@ -287,9 +299,11 @@ def _is_channels_last(net)->bool:
 def _n_out(config)->int: return config['classifier']['n_out'] if 'classifier' in config else config['n_out']
 
 def _check_outputs(config, classes, where):
-    if _n_out(config)!=len(classes):
-        raise ValueError(f"{where}: the network has {_n_out(config)} outputs, the class set {classes.name} has {len(classes)} diagnoses")
+    if _n_out(config)==len(classes): return
+    raise ValueError(f"{where}: the network has {_n_out(config)} outputs, "
+                     f"the class set {classes.name} has {len(classes)} diagnoses")
 
+# %% ../nbs/65_bundle.ipynb #26a47378
 def _record(model, classes=None, trained_on=None, **parts)->dict:
     "The record of a bundle from its parts"
     if classes is None or not all(k in parts for k in _VIEW):
@@ -328,11 +342,11 @@ def bundle_content(
 
 def ood_tensors(ood)->dict: return {} if ood is None else {f'ood/{k}': v for k,v in ood.tensors().items()}
 
-# %% ../nbs/65_bundle.ipynb #86a540f7
+# %% ../nbs/65_bundle.ipynb #c4329bd8
 def _is_list_of(kind, n=None):
     "A check of JSON lists"
-    def check(v): return isinstance(v, list) and n in (None, len(v)) and all(isinstance(x, kind) and not isinstance(x, bool) for x in v)
-    return check
+    def is_one(x): return isinstance(x, kind) and not isinstance(x, bool)
+    return lambda v: isinstance(v, list) and n in (None, len(v)) and all(map(is_one, v))
 
 def _has(**checks):
     "A check of JSON objects"
@@ -354,7 +368,7 @@ _KEYS = { # of bundle.json: what it must be, in words and as a check
     'dtype': ('float16 or float32', lambda v: v in ('float16', 'float32')),
     'sha256': ('64 hexadecimal digits', lambda v: isinstance(v, str) and bool(re.fullmatch('[0-9a-f]{64}', v)))}
 
-# %% ../nbs/65_bundle.ipynb #756f0a1c
+# %% ../nbs/65_bundle.ipynb #0bbbac67
 def check_record(
     record, # what bundle.json holds
     where:str='bundle.json', # for the error
@@ -363,26 +377,30 @@ def check_record(
     if not isinstance(record, dict) or record.get('format')!=FORMAT:
         raise ValueError(f"{where} is not the record of a bundle: expected an object with \"format\": \"{FORMAT}\"")
     version = record.get('format_version')
-    if type(version) is not int or version<1: raise ValueError(f"{where}: format_version must be a whole number from 1, got {version!r}")
+    if type(version) is not int or version<1:
+        raise ValueError(f"{where}: format_version must be a whole number from 1, got {version!r}")
     if version>FORMAT_VERSION:
-        raise ValueError(f"{where} has format version {version}, this skin_lesions {versions().get('skin_lesions', '')} "
-                         f"reads up to {FORMAT_VERSION}: pip install -U skin-lesions")
+        raise ValueError(f"{where} has format version {version}, this skin_lesions reads up to {FORMAT_VERSION}: "
+                         "pip install -U skin-lesions")
     for key,(expected,check) in _KEYS.items():
         if key not in record: raise ValueError(f"{where} has no {key!r}, expected {expected}")
-        if not check(record[key]): raise ValueError(f"{where}: {key!r} must be {expected}, got {str(record[key])[:80]!r}")
+        if not check(record[key]):
+            raise ValueError(f"{where}: {key!r} must be {expected}, got {str(record[key])[:80]!r}")
     for holder,key in _holders(record):
         if not isinstance(holder[key], dict) or type(holder[key].get('ids')) is not int:
             raise ValueError(f"{where}: {key!r} must be an object with the number ids, got {str(holder[key])[:80]!r}")
     return record
 
-# %% ../nbs/65_bundle.ipynb #bfb05219
+# %% ../nbs/65_bundle.ipynb #e5cbf9ff
 MOST_BYTES = dict(zip(BUNDLE_FILES, (4*2**30, 2**20))) # of each file, unpacked
 
 def _check_size(name, size, where):
     if size>MOST_BYTES[name]:
-        raise ValueError(f"{where}: {name} has {size:,} bytes, more than the {MOST_BYTES[name]:,} of any bundle (MOST_BYTES); it was not read")
+        raise ValueError(f"{where}: {name} has {size:,} bytes, more than the {MOST_BYTES[name]:,} "
+                         "of any bundle (MOST_BYTES); it was not read")
 
-def _own_memory(tensor): return tensor.detach().cpu().contiguous().clone() # safetensors refuses tensors that share memory
+# safetensors refuses tensors that share memory
+def _own_memory(tensor): return tensor.detach().cpu().contiguous().clone()
 
 def bundle_bytes(
     record:dict, # as from `bundle_content`
@@ -390,8 +408,10 @@ def bundle_bytes(
 )->dict: # contents by name of `BUNDLE_FILES`
     "A bundle as bytes, after the checks that reading makes"
     record,ids = pack_ids(record)
-    weights = save_tensors({k: _own_memory(v) for k,v in (tensors | ids).items()}, metadata={'format': 'pt'}) # more than one key comes in any order
-    record = check_record(json_value(record | dict(sha256=hashlib.sha256(weights).hexdigest())), 'the bundle')
+    # more than one key of metadata would come in any order
+    weights = save_tensors({k: _own_memory(v) for k,v in (tensors | ids).items()}, metadata={'format': 'pt'})
+    checksum = hashlib.sha256(weights).hexdigest()
+    record = check_record(json_value(record | dict(sha256=checksum)), 'the bundle')
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
     contents = dict(zip(BUNDLE_FILES, (weights, f'{text}\n'.encode())))
     for name,data in contents.items(): _check_size(name, len(data), 'the bundle')
@@ -419,7 +439,7 @@ def _clear(folder, pattern, age=0):
         if p.is_dir(): shutil.rmtree(p, ignore_errors=True)
         else: p.unlink(missing_ok=True)
 
-# %% ../nbs/65_bundle.ipynb #7a646381
+# %% ../nbs/65_bundle.ipynb #ca3b950a
 def _new_folder(folder, contents):
     "Write a bundle whose folder appears in one step"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -435,6 +455,7 @@ def _new_folder(folder, contents):
     finally: shutil.rmtree(tmp, ignore_errors=True)
     _clear(folder.parent, rf'\.{re.escape(folder.name)}-\w+\.partial', 3600)
 
+# %% ../nbs/65_bundle.ipynb #508346f2
 def _aside(sha256)->str: return f'model-{sha256}.safetensors' # where tensors wait for the record that names them
 
 def _replace_in(folder, contents):
@@ -489,15 +510,15 @@ def save_bundle(
     _write_bundle(Path(folder), bundle_bytes(record, tensors), overwrite)
     return Path(folder)
 
-# %% ../nbs/65_bundle.ipynb #6b0296ef
+# %% ../nbs/65_bundle.ipynb #be2fe91c
 MOST_RATIO = 100 # of unpacked to packed bytes; weights hardly shrink
 
 def _read_entry(z, name, info, path)->bytes:
     "A file of a zip, after a look at how large it would become"
     _check_size(name, info.file_size, path)
     if info.file_size>MOST_RATIO*info.compress_size+2**20:
-        raise ValueError(f"{path}: {name} would grow from {info.compress_size:,} to {info.file_size:,} bytes, more than "
-                         f"{MOST_RATIO}-fold (MOST_RATIO): no weights shrink so; it was not unpacked")
+        raise ValueError(f"{path}: {name} would grow from {info.compress_size:,} to {info.file_size:,} bytes, "
+                         f"more than {MOST_RATIO}-fold (MOST_RATIO): no weights shrink so; it was not unpacked")
     return z.read(info)
 
 def _is_entry(info, name)->bool:
@@ -515,13 +536,13 @@ def _read_zip(path)->list:
             return [_read_entry(z, name, entries[name][0], path) for name in BUNDLE_FILES]
     except damaged as e: raise ValueError(f"{path} is not a zip that can be read: {e}") from e
 
-# %% ../nbs/65_bundle.ipynb #a85f045d
+# %% ../nbs/65_bundle.ipynb #9fb669ac
 def _read_file(path)->bytes:
     _check_size(path.name if path.name in MOST_BYTES else BUNDLE_FILES[0], path.stat().st_size, path.parent)
     return path.read_bytes()
 
 def _read_weights(folder, data):
-    "The tensors that the record names, under their usual name or still aside; else what is there, for the error to come"
+    "The tensors that the record names, under their usual name or still aside; else any, for the error to come"
     usual = folder/BUNDLE_FILES[0]
     try: aside = folder/_aside(re.fullmatch('[0-9a-f]{64}', json.loads(data)['sha256'])[0])
     except (ValueError, RecursionError, LookupError, TypeError): aside = usual
@@ -532,17 +553,20 @@ def _read_weights(folder, data):
         if hashlib.sha256(weights).hexdigest() in aside.name: break
     return weights
 
-# %% ../nbs/65_bundle.ipynb #adf56401
+# %% ../nbs/65_bundle.ipynb #31282862
 def _bundle_folder(path)->Path:
     "The folder of a bundle, after a look whether both files are there"
     if path.is_file() and path.name not in BUNDLE_FILES:
-        raise ValueError(f"{path} is not a bundle: expected a folder with {' and '.join(BUNDLE_FILES)}, one of these two, or a .zip with both")
+        raise ValueError(f"{path} is not a bundle: expected a folder with {' and '.join(BUNDLE_FILES)}, "
+                         "one of these two, or a .zip with both")
     folder = path.parent if path.is_file() else path
     for name,pattern in ((BUNDLE_FILES[1], BUNDLE_FILES[1]), (BUNDLE_FILES[0], _aside('?'*64))):
         if not (folder/name).is_file() and not any(folder.glob(pattern)):
-            raise FileNotFoundError(f"{folder} is not a bundle: it has no {name}; save_bundle makes both, {' and '.join(BUNDLE_FILES)}")
+            raise FileNotFoundError(f"{folder} is not a bundle: it has no {name}; "
+                                    f"save_bundle makes both, {' and '.join(BUNDLE_FILES)}")
     return folder
 
+# %% ../nbs/65_bundle.ipynb #abfa6b49
 def read_files(
     path, # folder, .zip, or one of the two files in the folder
     weights:bool=True, # False reads bundle.json alone where it can
@@ -551,13 +575,14 @@ def read_files(
     path = Path(path)
     if not path.exists():
         on_hub = path.parts[:1]==('hf:',)
-        raise FileNotFoundError(f"no bundle at {path}; " + ("skin_lesions.hub.from_hub opens a bundle on the hub" if on_hub else "save_bundle makes one"))
+        advice = "skin_lesions.hub.from_hub opens a bundle on the hub" if on_hub else "save_bundle makes one"
+        raise FileNotFoundError(f"no bundle at {path}; {advice}")
     if path.is_file() and path.suffix=='.zip': return *_read_zip(path),f'{path}: bundle.json'
     folder = _bundle_folder(path)
     data = _read_file(folder/BUNDLE_FILES[1])
     return _read_weights(folder, data) if weights else None,data,str(folder/'bundle.json')
 
-# %% ../nbs/65_bundle.ipynb #e79be441
+# %% ../nbs/65_bundle.ipynb #89d34248
 def read_record(
     data:bytes, # of bundle.json
     where:str, # its name in errors
@@ -574,18 +599,20 @@ def read_bundle(
     _,data,where = read_files(path, weights=False)
     return read_record(data, where)
 
+# %% ../nbs/65_bundle.ipynb #fcc16dbf
 def _read_tensors(record, weights, where)->dict:
     "All tensors of a bundle by name, if they are the ones that its record names"
     file = where.replace('bundle.json', BUNDLE_FILES[0])
     try: tensors = load_tensors(weights)
     except (SafetensorError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{file} holds no tensors in safetensors' format ({e}); it is damaged, or another kind of file") from e
+        raise ValueError(f"{file} holds no tensors in safetensors' format ({e}); "
+                         "it is damaged, or another kind of file") from e
     checksum = hashlib.sha256(weights).hexdigest()
     if checksum==record['sha256']: return tensors
     raise ValueError(f"{file} has the checksum {checksum[:12]}..., but bundle.json names {record['sha256'][:12]}...: "
                      "the file is damaged or from another network; copy both files again")
 
-# %% ../nbs/65_bundle.ipynb #cd43f579
+# %% ../nbs/65_bundle.ipynb #2ded5900
 def open_files(
     weights:bytes, # of model.safetensors
     data:bytes, # of bundle.json
@@ -597,13 +624,15 @@ def open_files(
     try: return unpack_ids(record, tensors),tensors
     except KeyError as e: raise ValueError(f"{where} names ids that {BUNDLE_FILES[0]} does not have: {e}") from e
 
+# %% ../nbs/65_bundle.ipynb #d0e86fde
 def network_of(
     record:dict, # as from `open_files`
     tensors:dict, # likewise
     where:str='bundle.json', # name of the record in errors
 )->nn.Module: # in evaluation mode
     "The network of a bundle with its weights"
-    state = {k: v.float() if v.dtype==torch.float16 and record['dtype']=='float16' else v for k,v in tensors.items() if '/' not in k}
+    state = {k: v for k,v in tensors.items() if '/' not in k}
+    if record['dtype']=='float16': state = {k: v.float() if v.dtype==torch.float16 else v for k,v in state.items()}
     # without memory at first: a configuration that asks for more than the file holds costs nothing
     with torch.device('meta'): shapes = network_from_dict(record['network']).state_dict()
     file = where.replace('bundle.json', BUNDLE_FILES[0])
@@ -613,7 +642,7 @@ def network_of(
     net.load_state_dict(state)
     return net.to(memory_format=torch.channels_last).eval() if record['channels_last'] else net.eval()
 
-# %% ../nbs/65_bundle.ipynb #db167d99
+# %% ../nbs/65_bundle.ipynb #71848a27
 def decision_part(
     record:dict, # as from `open_files`
     key:str, # 'calibration', 'rule' or 'referral'
@@ -621,9 +650,11 @@ def decision_part(
     "The calibration, rule or referral of a record"
     description = record[key]
     if description is None: return None
-    if description.get('kind')!=key: raise ValueError(f"bundle.json: {key!r} holds a fitted object of kind {description.get('kind')!r}")
+    if description.get('kind')!=key:
+        raise ValueError(f"bundle.json: {key!r} holds a fitted object of kind {description.get('kind')!r}")
     return decision_from_dict(description)
 
+# %% ../nbs/65_bundle.ipynb #f5df94d0
 def ood_of(
     record:dict, # as from `open_files`
     tensors:dict, # likewise
@@ -636,10 +667,10 @@ def ood_of(
     body = body_of(net)
     n,m = body.n_features,2*texture_layer(body)[1]
     if ood.n_last==n and ood.n_texture in (0, m): return ood
-    raise ValueError(f"bundle.json: the OODScore is for {ood.n_last} features and a texture of {ood.n_texture} numbers, "
-                     f"the network makes {n} and {m}")
+    raise ValueError(f"bundle.json: the OODScore is for {ood.n_last} features and a texture of {ood.n_texture} "
+                     f"numbers, the network makes {n} and {m}")
 
-# %% ../nbs/65_bundle.ipynb #2ac6a067
+# %% ../nbs/65_bundle.ipynb #22a5e769
 def _as_part(value): return None if value is False else json_value(value)
 
 def update_bundle(
@@ -660,11 +691,12 @@ def update_bundle(
     record |= {k: _as_part(v) for k,v in given.items() if v is not None}
     for key in _FITTED: decision_part(record, key)
     # ids are written anew, and the score's tensors where there is a new one
-    kept = {k: v for k,v in tensors.items() if not k.startswith('ids/') and not (ood is not None and k.startswith('ood/'))}
+    replaced = ('ids/',) if ood is None else ('ids/', 'ood/')
+    kept = {k: v for k,v in tensors.items() if not k.startswith(replaced)}
     _write_bundle(path, bundle_bytes(record, kept | ood_tensors(ood or None)), True)
     return path
 
-# %% ../nbs/65_bundle.ipynb #683ca93d
+# %% ../nbs/65_bundle.ipynb #d0b54ac1
 BUNDLE_NAMES = ('ham10000',) # that may come with the package
 
 def named_bundle(
@@ -674,5 +706,6 @@ def named_bundle(
     if name not in BUNDLE_NAMES: raise ValueError(unknown_name('bundle', name, BUNDLE_NAMES))
     folder = Path(skin_lesions.__file__).parent/'bundles'/name
     if (folder/'bundle.json').is_file(): return folder
-    raise FileNotFoundError(f"the trained network {name!r} is not in this installation of skin_lesions; `skin_lesions reproduce-bundle` "
-                            "trains it from HAM10000, or give the folder of another run or bundle")
+    raise FileNotFoundError(f"the trained network {name!r} is not in this installation of skin_lesions; "
+                            "`skin_lesions reproduce-bundle` trains it from HAM10000, "
+                            "or give the folder of another run or bundle")

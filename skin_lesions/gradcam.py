@@ -477,7 +477,7 @@ def _table_answers(predictions, n, codes)->tuple:
     if 'decision' in predictions:
         has = predictions.decision.notna().to_numpy()
         decided[has] = [_class_number(c, len(codes), codes) for c in predictions.decision[has]]
-    ood = predictions.ood.fillna(False).to_numpy(bool) if 'ood' in predictions else np.zeros(n, bool)
+    ood = predictions.ood.eq(True).to_numpy() if 'ood' in predictions else np.zeros(n, bool)
     return p,decided,ood
 
 # %% ../nbs/50_gradcam.ipynb #d405686e

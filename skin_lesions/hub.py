@@ -42,7 +42,8 @@ _METRICS = dict(accuracy='accuracy', average_recall='recall', macro_auc='roc_auc
 def _eval_results(found, dataset)->list:
     "Scores as `huggingface_hub` writes them"
     from huggingface_hub import EvalResult
-    where = dict(dataset_type=re.sub('[^a-z0-9]+', '-', dataset.lower()).strip('-'), dataset_name=dataset, dataset_split=found['where'])
+    dataset_type = re.sub('[^a-z0-9]+', '-', dataset.lower()).strip('-')
+    where = dict(dataset_type=dataset_type, dataset_name=dataset, dataset_split=found['where'])
     return [EvalResult(task_type='image-classification', metric_type=_METRICS[k], metric_name=SCORE_NAMES[k],
                        metric_value=round(v, 4), **where) for k,v in found['values'].items()]
 
@@ -72,8 +73,8 @@ def hub_card(
         raise ValueError("the bundle has scores, and its record does not say what the data are called: "
                          "give dataset='HAM10000', or the name of your own")
     own = Path(path)/'README.md'
-    text = own.read_text(encoding='utf-8') if own.is_file() else model_card(record, dataset=dataset, license=license, name=name)
-    card = ModelCard(text)
+    if own.is_file(): card = ModelCard(own.read_text(encoding='utf-8'))
+    else: card = ModelCard(model_card(record, dataset=dataset, license=license, name=name))
     card.data = ModelCardData(**_card_header(card.data.to_dict(), license, name, found, dataset))
     return card
 
@@ -84,6 +85,7 @@ def _bundle_contents(path)->dict:
     network_of(*open_files(weights, data, where), where)
     return dict(zip(BUNDLE_FILES, (weights, data)))
 
+# %% ../nbs/69_hub.ipynb #31e9ede6
 def push_to_hub(
     path, # of a bundle: folder, .zip, or a run folder of `skin_lesions train`
     name:str, # owner/name; made if it does not exist
@@ -105,7 +107,8 @@ def push_to_hub(
     return f'{HUB}{repo}@{commit.oid}'
 
 # %% ../nbs/69_hub.ipynb #2e022379
-BESIDE = ('.md', '.txt', '.csv', '.json', '.png', '.jpg', '.jpeg') # suffixes of what may be in a repository besides a bundle; none of it is fetched
+# suffixes of what may be in a repository besides a bundle; none of it is fetched
+BESIDE = ('.md', '.txt', '.csv', '.json', '.png', '.jpg', '.jpeg')
 
 def _is_harmless(name)->bool:
     return name in (*BUNDLE_FILES, 'LICENSE', '.gitattributes') or Path(name).suffix.lower() in BESIDE
@@ -116,7 +119,8 @@ def _check_files(
 ):
     "Raise where a repository is not a bundle and what is read by eye"
     missing = [n for n in BUNDLE_FILES if n not in sizes]
-    if missing: raise ValueError(f"{HUB}{repo} is not a bundle: it has no {' and no '.join(missing)}; push_to_hub uploads one")
+    if missing:
+        raise ValueError(f"{HUB}{repo} is not a bundle: it has no {' and no '.join(missing)}; push_to_hub uploads one")
     odd = sorted(n for n in sizes if not _is_harmless(n))
     if odd:
         more = f' and {len(odd)-1} more' if len(odd)>1 else ''
@@ -124,7 +128,8 @@ def _check_files(
                          f"and at most {', '.join(BESIDE)}. Nothing was fetched")
     for n in BUNDLE_FILES:
         if (sizes[n] or 0)<=MOST_BYTES[n]: continue
-        raise ValueError(f"{HUB}{repo}: {n} has {sizes[n]:,} bytes, more than the {MOST_BYTES[n]:,} of any bundle; nothing was fetched")
+        raise ValueError(f"{HUB}{repo}: {n} has {sizes[n]:,} bytes, more than the {MOST_BYTES[n]:,} of any bundle; "
+                         "nothing was fetched")
 
 # %% ../nbs/69_hub.ipynb #0e2c8157
 def _cached(repo, revision, cache_dir):

@@ -57,14 +57,15 @@ class PixelGraph(nn.Module):
         inputs = () if patient is None else (patient,)
         return self.calibrated(self.network(pixels.permute(0, 3, 1, 2), *inputs).float().log_softmax(1)).exp()
 
-# %% ../nbs/67_onnx.ipynb #338acc58
+# %% ../nbs/67_onnx.ipynb #108ed4fc
 ONNX_PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 
 def _import_onnx()->list:
     "The packages of the extra, or a `ModuleNotFoundError` with the command that installs them"
     try: return [importlib.import_module(package) for package in ONNX_PACKAGES]
     except ModuleNotFoundError as e:
-        raise ModuleNotFoundError(f"export_onnx needs {e.name}: pip install {' '.join(ONNX_PACKAGES)}", name=e.name) from e
+        command = f"pip install {' '.join(ONNX_PACKAGES)}"
+        raise ModuleNotFoundError(f"export_onnx needs {e.name}: {command}", name=e.name) from e
 
 def onnx_metadata(
     predictor:Predictor,
@@ -76,14 +77,16 @@ def onnx_metadata(
                  pixels='uint8, RGB, [batch, height, width, 3], after preprocess and crop',
                  probabilities=f'in the order of classes; {calibrated}', bundle_sha256=record.get('sha256'))
     rule = record['rule'] and {k: v for k,v in record['rule'].items() if k!='fitted_on'}
-    facts |= {k: record[k] for k in ('side', 'preprocess', 'crop', 'patient', 'network', 'split', 'scores', 'versions')} | dict(rule=rule)
+    copied = ('side', 'preprocess', 'crop', 'patient', 'network', 'split', 'scores', 'versions')
+    facts |= {k: record[k] for k in copied} | dict(rule=rule)
     return {k: v if isinstance(v, str) else json.dumps(v) for k,v in facts.items() if v is not None}
 
-# %% ../nbs/67_onnx.ipynb #4849366b
+# %% ../nbs/67_onnx.ipynb #e0f1fbac
 def _example(predictor, bs, seed=42)->tuple:
     "Pixels, soft and noisy, and patient data of a batch"
     g = torch.Generator().manual_seed(seed)
-    soft = nn.functional.interpolate(torch.rand(bs, 3, 4, 4, generator=g), predictor.size, mode='bicubic').permute(0, 2, 3, 1)
+    coarse = torch.rand(bs, 3, 4, 4, generator=g)
+    soft = nn.functional.interpolate(coarse, predictor.size, mode='bicubic').permute(0, 2, 3, 1)
     pixels = (soft*230 + 25*torch.rand(bs, *predictor.size, 3, generator=g)).clamp(0, 255).to(torch.uint8)
     return (pixels,) if predictor.patient is None else (pixels, torch.rand(bs, predictor.patient.n, generator=g))
 
@@ -97,24 +100,28 @@ def _check_onnx(onnxruntime, file, predictor, tol)->float:
         named = {name: t.numpy() for name,t in zip(('pixels', 'patient'), inputs)}
         found = torch.tensor(session.run(['probabilities'], named)[0])
         if found.shape!=expected.shape:
-            raise ValueError(f"onnxruntime gives shape {tuple(found.shape)} for {bs} images, PyTorch {tuple(expected.shape)}")
+            raise ValueError(f"onnxruntime gives shape {tuple(found.shape)} for {bs} images, "
+                             f"PyTorch {tuple(expected.shape)}")
         worst = max(worst, (found-expected).abs().max().item())
     if worst<=tol: return worst
-    raise ValueError(f"onnxruntime's probabilities differ from PyTorch's by up to {worst:.2g}, more than {tol:g}; nothing was written")
+    raise ValueError(f"onnxruntime's probabilities differ from PyTorch's by up to {worst:.2g}, more than {tol:g}; "
+                     "nothing was written")
 
-# %% ../nbs/67_onnx.ipynb #6d19e07c
+# %% ../nbs/67_onnx.ipynb #bfccf007
 def _write_onnx(onnx, predictor, file):
     "Export, with metadata"
     example,batch = _example(predictor, 2),torch.export.Dim('batch')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         torch.onnx.export(PixelGraph(predictor), example, str(file), input_names=['pixels', 'patient'][:len(example)],
-                          output_names=['probabilities'], dynamo=True, verbose=False, dynamic_shapes=tuple({0: batch} for _ in example), external_data=False)
+                          output_names=['probabilities'], dynamic_shapes=tuple({0: batch} for _ in example),
+                          dynamo=True, verbose=False, external_data=False)
         model = onnx.load(str(file))
         onnx.helper.set_model_props(model, onnx_metadata(predictor))
         onnx.checker.check_model(model)
         onnx.save(model, str(file))
 
+# %% ../nbs/67_onnx.ipynb #b621dd8d
 def export_onnx(
     predictor:Predictor,
     path, # of the .onnx file; folders that do not exist are made

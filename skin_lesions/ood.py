@@ -82,7 +82,7 @@ def _add_hooks(body)->list:
     if layer is not None: hooks.append(layer.register_forward_hook(_texture_hook(channels)))
     return hooks
 
-# %% ../nbs/55_ood.ipynb #2ba7c1e2
+# %% ../nbs/55_ood.ipynb #c726f376
 @contextmanager
 def _hooks_on(body):
     "Hooks on a body while any thread asks"
@@ -96,6 +96,7 @@ def _hooks_on(body):
             if not _hooked[body][0]:
                 for hook in _hooked.pop(body)[1]: hook.remove()
 
+# %% ../nbs/55_ood.ipynb #a442bee7
 @contextmanager
 def keep_features(
     net:nn.Module, # as for `body_of`
@@ -125,7 +126,7 @@ def get_features(
     finally: net.train(was_training)
     return torch.cat(found).float().cpu().numpy()
 
-# %% ../nbs/55_ood.ipynb #89e259c8
+# %% ../nbs/55_ood.ipynb #22f4971f
 def _unit(features):
     "Features [n, d] as float64, each row of length 1; a row of zeros stays"
     f = np.asarray(features, dtype=np.float64)
@@ -136,8 +137,8 @@ def _tensor(values, dtype): return torch.as_tensor(np.array(values, dtype=dtype)
 
 def _check_shapes(expected, named_shapes, **tensors):
     "Raise where tensors are not finite or have other shapes"
-    fits = all(tuple(t.shape)==s for t,s in zip(tensors.values(), named_shapes)) and all(t.isfinite().all() for t in tensors.values())
-    if not fits:
+    fits = all(tuple(t.shape)==shape for t,shape in zip(tensors.values(), named_shapes))
+    if not (fits and all(t.isfinite().all() for t in tensors.values())):
         shapes = ', '.join(f'{k} {tuple(t.shape)}' for k,t in tensors.items())
         raise ValueError(f"expected finite {expected}, got shapes {shapes}")
 
@@ -210,14 +211,17 @@ def fit_texture_distance(
     precision = LedoitWolf(assume_centered=True).fit((t-mean)/sd).precision_
     return TextureDistance(mean, (np.linalg.cholesky(precision)/sd[:,None])[np.tril_indices(len(sd))])
 
-# %% ../nbs/55_ood.ipynb #9b6bdf57
+# %% ../nbs/55_ood.ipynb #94e552ff
 def _distances(score, features)->dict:
     "The distances of an `OODScore` by name, each [n]"
     f = torch.as_tensor(features).detach().cpu().numpy()
-    if f.ndim!=2 or f.shape[1]!=score.n_features: raise ValueError(f"features of shape {f.shape}, expected [n, {score.n_features}]")
+    if f.ndim!=2 or f.shape[1]!=score.n_features:
+        raise ValueError(f"features of shape {f.shape}, expected [n, {score.n_features}]")
     found = {'last': score.last(f[:,:score.n_last])}
     if score.texture is not None: found['texture'] = score.texture(f[:,score.n_last:])
     return found
+
+_LAST,_TEXTURE = ('mean', 'axes', 'variances', 'rest'),('texture_mean', 'whitening') # tensors of both distances
 
 def _ood_from_dict(cls, d, tensors):
     "An `OODScore` from its description and its tensors, both checked"
@@ -225,9 +229,10 @@ def _ood_from_dict(cls, d, tensors):
         raise ValueError("no description of an OODScore: expected an object with \"kind\": \"ood\"")
     if not isinstance(d.get('threshold'), (int, float)) or not isinstance(d.get('fitted'), dict):
         raise ValueError("an OODScore has a number threshold and an object fitted")
-    groups = [{k: tensors[k] for k in names if k in tensors} for names in (('mean', 'axes', 'variances', 'rest'), ('texture_mean', 'whitening'))]
-    try: last,texture = FeatureDistance(**groups[0]),TextureDistance(**groups[1]) if groups[1] else None
-    except TypeError as e: raise ValueError(f"the OODScore misses tensors, it has {', '.join(tensors) or 'none'}: {e}") from e
+    of_last,of_texture = ({k: tensors[k] for k in names if k in tensors} for names in (_LAST, _TEXTURE))
+    try: last,texture = FeatureDistance(**of_last),TextureDistance(**of_texture) if of_texture else None
+    except TypeError as e:
+        raise ValueError(f"the OODScore misses tensors, it has {', '.join(tensors) or 'none'}: {e}") from e
     return cls(last, texture, d['threshold'], **d['fitted'])
 
 # %% ../nbs/55_ood.ipynb #6f8e5b1d
@@ -309,15 +314,17 @@ def false_alarm_threshold(
     "The limit above which about this fraction of lesions lies"
     if not 0<rate<1: raise ValueError(f"rate must be between 0 and 1, got {rate}")
     scores = np.sort(np.asarray(scores, dtype=float))
-    if not len(scores) or not np.isfinite(scores).all(): raise ValueError(f"expected one or more finite scores, got {len(scores)}")
+    if not len(scores) or not np.isfinite(scores).all():
+        raise ValueError(f"expected one or more finite scores, got {len(scores)}")
     return float(scores[min(len(scores), math.ceil((len(scores)+1)*(1-rate)))-1])
 
-# %% ../nbs/55_ood.ipynb #5eae4815
+# %% ../nbs/55_ood.ipynb #d587f466
 def _items(dataset, n=None, seed=42):
     "The items of a data set, at most `n` of them"
     items = getattr(dataset, 'items', None)
     if items is None or not len(items):
-        raise ValueError("the learner has no such images (an exported learner has none); fit_ood needs its training and validation set")
+        raise ValueError("the learner has no such images (an exported learner has none); "
+                         "fit_ood needs its training and validation set")
     if n is None or len(items)<=n: return items
     chosen = np.sort(np.random.default_rng(seed).choice(len(items), n, replace=False))
     return items.iloc[chosen] if isinstance(items, pd.DataFrame) else [items[i] for i in chosen]
@@ -388,7 +395,7 @@ def _detection_draws(inside, outside, lesions, n, seed, tpr=.95):
     limit = inside[(below[:,1:]>rank).argmax(1)]
     return auroc,((outside<=limit[:,None])*others).sum(1)/m
 
-# %% ../nbs/55_ood.ipynb #117df330
+# %% ../nbs/55_ood.ipynb #38a31761
 def detection(
     inside, # [n], scores of lesions that nothing was fitted on
     outside, # [m], scores of non-lesions
@@ -407,9 +414,10 @@ def detection(
     (a_low, f_low),(a_high, f_high) = np.quantile(drawn, [.025, .975], axis=1)
     auroc = roc_auc_score(np.repeat([0, 1], [len(inside), len(outside)]), np.r_[inside, outside])
     fpr95 = (outside<=np.quantile(inside, .95, method='higher')).mean()
-    return pd.Series(dict(auroc=auroc, auroc_low=a_low, auroc_high=a_high, fpr95=fpr95, fpr95_low=f_low, fpr95_high=f_high))
+    found = dict(auroc=auroc, auroc_low=a_low, auroc_high=a_high, fpr95=fpr95, fpr95_low=f_low, fpr95_high=f_high)
+    return pd.Series(found)
 
-# %% ../nbs/55_ood.ipynb #3bbe7bb8
+# %% ../nbs/55_ood.ipynb #89b0da94
 def _flat_histograms(ax, scores):
     "A histogram a name, each scaled to its own height, one below the other"
     edges = np.histogram_bin_edges(np.concatenate([np.asarray(s, float) for s in scores.values()]), 50)
@@ -419,6 +427,7 @@ def _flat_histograms(ax, scores):
         ax.bar(edges[:-1], .85*n/max(1, n.max()), np.diff(edges), bottom=-i, align='edge', color=color)
     ax.set(yticks=[.3-i for i in range(len(scores))], yticklabels=[f'{k} (n={len(v)})' for k,v in scores.items()])
 
+# %% ../nbs/55_ood.ipynb #6390c7b9
 def plot_ood(
     scores:dict, # name -> [n], scores; the first are the lesions
     threshold:float=None, # shown as a line; None for none

@@ -7,8 +7,7 @@ __all__ = ['open_image', 'image_names', 'without_copies', 'list_images', 'prepar
            'crop_from_dict', 'half_difference']
 
 # %% ../nbs/66_predict.ipynb #5ed75e29
-import os, warnings
-from collections import deque
+import collections, os, warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -23,16 +22,16 @@ from fastcore.foundation import L
 from PIL import Image
 from torch import Tensor, nn
 
-from .bundle import BUNDLE_NAMES, PixelNet, decision_part, halved, named_bundle, network_of, ood_of, open_files, read_files
+from .bundle import BUNDLE_NAMES, PixelNet, decision_part, halved, named_bundle
+from .bundle import network_of, ood_of, open_files, read_files
 from .classes import ClassSet
-from .core import NOTICE, check_columns, image_files, read_image
+from .core import NOTICE, check_columns, image_files, read_image, reuse_memory
 from .core import progress as progress_over
 from .decide import FittedOn, decide_table
 from .ood import answer_with_score
-from .core import reuse_memory
 from .views import answer_of_views, check_views, n_crops, view_images
 
-# %% ../nbs/66_predict.ipynb #5face386
+# %% ../nbs/66_predict.ipynb #18eb96bf
 def _array_image(a)->Image.Image:
     "A PIL image of an array [h, w], [h, w, 1], [h, w, 3] or [h, w, 4]"
     if a.dtype!=np.uint8: raise ValueError(f"array of {a.dtype}, expected uint8, 0 to 255")
@@ -55,7 +54,8 @@ def open_image(
     if isinstance(source, np.ndarray): source = _array_image(source)
     elif hasattr(source, 'read'): source = source.read()
     if isinstance(source, _FILES): return read_image(source, side)
-    raise TypeError(f"{type(source).__name__} is not an image; expected a path, open file, PIL image, uint8 array or tensor")
+    raise TypeError(f"{type(source).__name__} is not an image; "
+                    "expected a path, open file, PIL image, uint8 array or tensor")
 
 # %% ../nbs/66_predict.ipynb #ecee9f1c
 def _file(source): return Path(source) if isinstance(source, (str, Path)) else None
@@ -77,7 +77,7 @@ def without_copies(
     once = {(p.parent.as_posix().lower(), p.name, p.stat().st_size): p for p in reversed(files)}
     return [p for p in files if once[p.parent.as_posix().lower(), p.name, p.stat().st_size]==p]
 
-# %% ../nbs/66_predict.ipynb #bd32af24
+# %% ../nbs/66_predict.ipynb #2c179cf4
 def _list_frame(frame)->tuple:
     "The images of a frame and their names"
     check_columns(frame, ['path'], name='images', why='each image is read from it')
@@ -87,8 +87,9 @@ def _list_frame(frame)->tuple:
 _WHAT = ("a path, folder, open file, PIL image, uint8 array or tensor, a frame with column 'path', "
          "or a list, tuple, generator or Series of images")
 
+# %% ../nbs/66_predict.ipynb #75477df1
 def list_images(
-    images, # one image or many, see `Predictor.predict`
+    images, # an image (see `open_image`), folder, list, tuple, generator, Series, 4-d array, or frame with path
 )->tuple: # the images one by one; their names, or None where they show only as they come; how many, or None
     "What a user gives as images"
     if isinstance(images, pd.DataFrame): return *_list_frame(images),len(images)
@@ -96,10 +97,11 @@ def list_images(
         raise FileNotFoundError(f"{images} does not exist; give {_WHAT}")
     if isinstance(images, (str, Path)) and Path(images).is_dir(): images = without_copies(image_files(images))
     elif isinstance(images, (str, Path)): return [images],[Path(images).stem],1
+    one_array = isinstance(images, _ARRAYS) and images.ndim!=4
     # a file object is an iterator too, of lines
-    elif isinstance(images, _FILES) or hasattr(images, 'read') or getattr(images, 'ndim', 4) in (2, 3): return [images],['image_0'],1
-    elif isinstance(images, Iterator): return images,None,None
-    elif not isinstance(images, (list, tuple, pd.Series, L, *_ARRAYS)):
+    if isinstance(images, _FILES) or hasattr(images, 'read') or one_array: return [images],['image_0'],1
+    if isinstance(images, Iterator): return images,None,None
+    if not isinstance(images, (list, tuple, pd.Series, L, *_ARRAYS)):
         raise TypeError(f"{type(images).__name__} is not an image; expected {_WHAT}")
     return images,image_names([_file(s) for s in images]),len(images)
 
@@ -110,6 +112,7 @@ def _reason(error, source)->str:
     name = f'{Path(source).name}: ' if isinstance(source, (str, Path)) else ''
     return name + (why or type(error).__name__)
 
+# %% ../nbs/66_predict.ipynb #377da1da
 def prepared_batches(
     sources, # images one by one, see `list_images`
     prepare, # function: source -> prepared image
@@ -118,7 +121,7 @@ def prepared_batches(
     ahead:int=1, # batches that the threads are ahead
 ): # yields lists of a source and its prepared image, or the reason (a string) why there is none
     "Batches of prepared images"
-    sources,begun = iter(sources),deque()
+    sources,begun = iter(sources),collections.deque()
     while True:
         # what gives the image when it is asked for: a thread that has begun, or this one
         jobs = [(s, pool.submit(prepare, s).result if pool else partial(prepare, s)) for s in islice(sources, bs)]
@@ -132,19 +135,22 @@ def prepared_batches(
         jobs = source = result = None # or they would live until the next batch
         yield batch
 
-# %% ../nbs/66_predict.ipynb #e98e5de1
+# %% ../nbs/66_predict.ipynb #7f8ba9c2
 def _meta_frame(meta, images, n):
     "Patient data as a frame; None where there are none"
     if meta is None: return images if isinstance(images, pd.DataFrame) else None
     if isinstance(meta, (dict, pd.Series)): meta = pd.DataFrame([dict(meta)])
     if not isinstance(meta, pd.DataFrame):
-        raise TypeError(f"meta must be a frame with the patients' data, or a dict for one image, got {type(meta).__name__}")
+        raise TypeError("meta must be a frame with the patients' data, or a dict for one image, "
+                        f"got {type(meta).__name__}")
     if 'image_id' not in meta and len(meta)!=n:
-        raise ValueError(f"meta has {len(meta)} rows for {n or 'an unknown number of'} images; give a row for each, or a column image_id")
+        raise ValueError(f"meta has {len(meta)} rows for {n or 'an unknown number of'} images; "
+                         "give a row for each, or a column image_id")
     return meta
 
+# %% ../nbs/66_predict.ipynb #ac1db43f
 def _patients(encoder, meta, images, names, n):
-    "A function from the places [k] of images and the images [k] to their patient data [k, n]; None for a network without"
+    "A function: places [k] of images, images [k] -> patient data [k, n]; None for a network without"
     if encoder is None:
         if meta is None: return None
         raise ValueError("this network takes no patient data, so meta has no use; it was trained from images alone")
@@ -157,8 +163,9 @@ def _patients(encoder, meta, images, names, n):
     rows = frame.drop_duplicates('image_id').set_index('image_id') if by_name else frame.reset_index(drop=True)
     rows = rows.reindex(columns=encoder.columns)
     def encode(places, sources):
-        known = places if not by_name else [names[i] if names else image_names([_file(s)])[0] for i,s in zip(places, sources)]
-        return torch.as_tensor(encoder.encode(rows.reindex(known)), dtype=torch.float32)
+        keys = places
+        if by_name: keys = [names[i] for i in places] if names else [image_names([_file(s)])[0] for s in sources]
+        return torch.as_tensor(encoder.encode(rows.reindex(keys)), dtype=torch.float32)
     return encode
 
 # %% ../nbs/66_predict.ipynb #db4b0cd2
@@ -232,7 +239,8 @@ class Predictor:
         self.classes = ClassSet.from_dict(record['classes'])
         self.codes,self.notice = list(self.classes),record.get('notice', NOTICE)
         self.size = tuple(record['crop']['size']) # height and width that the network sees
-        self.calibration,self.rule,self.referral = (decision_part(record, k) for k in ('calibration', 'rule', 'referral'))
+        self.calibration,self.rule = decision_part(record, 'calibration'),decision_part(record, 'rule')
+        self.referral = decision_part(record, 'referral')
         self.patient,self.preprocess = _patient_encoder(record),_preprocessing(record)
         self.ood = ood_of(record, tensors or {}, model)
         self.network = PixelNet(model, record['normalization'])
@@ -272,37 +280,39 @@ class Predictor:
         images, # as from `prepare`
         patient:Tensor=None, # [bs, n], as its encoder makes it; None for a network without patient data
         views:str=None, # as for `prepare`
-    )->tuple: # probabilities, float64 [bs, classes], not calibrated; out-of-distribution scores [bs], None without an `OODScore`
-        "What the network answers for prepared images"
+    )->tuple: # probabilities, float64 [bs, classes]; out-of-distribution scores [bs], None without an `OODScore`
+        "What the network answers for prepared images, not calibrated"
         pixels = torch.stack(list(images)).to(self.device)
         inputs = () if patient is None else (patient.to(self.device),)
         if views is None: return answer_with_score(self.network, self.ood, pixels, *inputs)
         return _answer_of_views(self, pixels.flatten(0, 1) if pixels.ndim==5 else pixels, inputs, views)
 
     def predict(self,
-        images, # one image (see `open_image`), a folder, many images (list, tuple, generator, Series, 4-d array), or a frame with column path
-        meta=None, # patient data: a frame with column image_id or a row an image, a dict for one image; for networks that take it
+        images, # one image or many, see `list_images`
+        meta=None, # patient data: a frame with column image_id or a row an image, or a dict for one image
         bs:int=64, # images in a batch; with crops, crops
         progress:bool=True, # show a progress bar
         *,
         views:str=None, # test-time augmentation, one of `skin_lesions.views.VIEWS`; None looks once
         part:float=.8, # as for `prepare`
         workers:int=None, # threads that open images; 0 for none; None takes one a core, up to 4
-    )->pd.DataFrame: # predictions table: image_id, probability columns, and where known dx, group, ood, ood_score, decision, refer, reason, problem
+    )->pd.DataFrame: # image_id, probability columns, decision, problem; where known dx, group, ood, refer, reason
         "The predictions table of images"
         if bs<1: raise ValueError(f"bs must be 1 or more, got {bs}")
         sources,names,n = list_images(images)
         if views is not None:
             check_views(views, part)
             bs = max(1, bs//n_crops(views))
-        encode = _patients(self.patient, meta, images, names, n) if self.patient is not None or meta is not None else None
+        encode = None
+        if self.patient is not None or meta is not None: encode = _patients(self.patient, meta, images, names, n)
         if workers is None: workers = 0 if n==1 else min(4, os.cpu_count() or 1)
         files,problems,answers = [],[],[]
         with ThreadPoolExecutor(workers) if workers else nullcontext() as pool:
             # on a CPU, threads that are a batch ahead would take the network's cores
             ahead = int(self.device.type!='cpu')
             batches = prepared_batches(sources, partial(self.prepare, views=views, part=part), bs, pool, ahead)
-            if progress and n!=1: batches = progress_over(batches, 'batches of images', None if n is None else -(-n//bs))
+            n_batches = None if n is None else -(-n//bs)
+            if progress and n!=1: batches = progress_over(batches, 'batches of images', n_batches)
             for batch in batches:
                 good = [i for i,(_,x) in enumerate(batch) if not isinstance(x, str)]
                 if good:
@@ -332,9 +342,10 @@ class Predictor:
         return self._learner
 
     def __repr__(self):
-        n = self.record['network']
-        parts = [n['network'], *([n['arch']] if 'arch' in n else []), f"{self.size[0]}x{self.size[1]} pixels, crop {self.record['crop']['name']}"]
-        return f"Predictor({', '.join(parts + [k for k in ('patient', 'calibration', 'rule', 'referral', 'ood') if self.record[k]])})"
+        network,(height,width) = self.record['network'],self.size
+        view = f"{height}x{width} pixels, crop {self.record['crop']['name']}"
+        parts = [k for k in ('patient', 'calibration', 'rule', 'referral', 'ood') if self.record[k]]
+        return f"Predictor({', '.join([network['network'], network.get('classifier', network)['arch'], view, *parts])})"
 
 # %% ../nbs/66_predict.ipynb #0fa6ab08
 def load_predictor(

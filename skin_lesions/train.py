@@ -47,7 +47,7 @@ from .predictions import get_predictions, save_predictions, write_csv
 from .pretext import joint_restoration_learner, joint_rotation_learner, pretext_dataloaders
 from .pretext import restoration_learner, rotation_learner, transfer_body
 from .recipes import AUGMENTATIONS, Recipe, at_scale, find_recipe, recipe_digest, training_config
-from .evaluate import html_report
+from .report import html_report
 from .resume import ResumeCallback
 from .split import describe_split, split_by_image, split_by_lesion
 

@@ -129,7 +129,8 @@ def test_draws_are_the_same_in_blocks(monkeypatch):
 
 
 def test_intervals_agree_with_the_values_of_the_other_functions():
-    from skin_lesions.evaluate import average_recall_interval, score_intervals
+    from skin_lesions.bootstrap import average_recall_interval
+    from skin_lesions.evaluate import score_intervals
     from skin_lesions.metrics import isic_scores
     for seed in range(3):
         t = drawn_table(150, seed)

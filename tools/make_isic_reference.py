@@ -3,7 +3,7 @@
 The package needs pandas 2 on Python 3.11, so it has an environment of its own:
 
     python3.11 -m venv isic && isic/bin/pip install isic-challenge-scoring==5.6.0 'pandas<3'
-    isic/bin/python tests/make_isic_reference.py
+    isic/bin/python tools/make_isic_reference.py
 
 This script imports nothing of skin_lesions. The same versions write the same files.
 """
@@ -179,7 +179,7 @@ def main(args):
     write_submission(tables['random'], args.out/'isic_submission.csv')
     write_truth(tables['random'], args.out/'isic_groundtruth.csv')
     versions = {p: importlib.metadata.version(p) for p in ('isic-challenge-scoring', 'scikit-learn', 'pandas', 'numpy')}
-    text = json.dumps({'made_by': 'tests/make_isic_reference.py', 'versions': versions, 'refused': refused, 'values': values}, indent=0)
+    text = json.dumps({'made_by': 'tools/make_isic_reference.py', 'versions': versions, 'refused': refused, 'values': values}, indent=0)
     (args.out/'isic_scores.json').write_text(text + '\n')
     for name, v in values.items(): print(f"{name}: {len(tables[name])} images, balanced accuracy {v['aggregate']['balanced_accuracy']}", v.get('error', ''))
     print(json.dumps(refused, indent=1))
@@ -188,5 +188,5 @@ def main(args):
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--out', type=Path, default=Path(__file__).resolve().parent/'data', help='folder of the files')
+    parser.add_argument('--out', type=Path, default=Path(__file__).resolve().parent.parent/'tests'/'data', help='folder of the files')
     main(parser.parse_args())
