@@ -47,7 +47,7 @@ def memory(a, kind, root):
         return picture
     items = min(a.items, 19_000) if kind == 'tar' else a.items
     marks = {1000, items}
-    stream.open_picture = opened
+    stream.open_image = opened
     start = rss()
     if kind == 'frame':
         pretext.open_unlabelled = opened

@@ -32,7 +32,7 @@ def test_from_unlabelled_folder_to_classifier(lesions, kind):
     pretext = {'rotation': rotation_learner, 'restoration': restoration_learner}[kind](dls, TINY)
     quietly(pretext, 1)
     labelled = ham10000_dataloaders(meta, 32, bs=16, arch=TINY, num_workers=0, device='cpu')
-    learn = two_stage_learner(labelled, TINY, pretrained=False, alpha=None)
+    learn = two_stage_learner(labelled, TINY, pretrained=False)
     assert transfer_body(pretext, learn, show=False).moved>50
     quietly(learn, 1)
     assert len(get_predictions(learn))==meta.is_valid.sum()
@@ -45,7 +45,7 @@ def test_worker_processes(lesions):
     dls = pretext_dataloaders(meta, 32, bs=16, num_workers=2, device='cpu')
     assert dls.one_batch()[0].shape==(16, 3, 32, 32)
     broken = root/'broken.jpg'
-    broken.write_bytes(b'no picture')
+    broken.write_bytes(b'no image')
     frame = meta.copy()
     frame.loc[frame.index[~frame.is_valid][1:], 'path'] = str(broken)
     with pytest.raises(Exception, match='broken.jpg'): pretext_dataloaders(frame, 32, bs=16, num_workers=2, device='cpu').one_batch()
@@ -72,6 +72,46 @@ def test_joint_learners_load_elsewhere(lesions, tmp_path):
             f"    with learn.no_bar(): print(*learn.predict({path!r})[2].tolist())\n")
     run = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True, cwd=tmp_path)
     np.testing.assert_allclose([list(map(float, line.split())) for line in run.stdout.strip().splitlines()], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['rotation', 'restoration'])
+def test_joint_learners_of_any_class_set_have_a_loss_for_each_image(lesions, kind):
+    from fastai.interpret import ClassificationInterpretation
+    from skin_lesions.classes import ISIC2019, MALIGNANT
+    from skin_lesions.data import ham10000_dataloaders
+    from skin_lesions.pretext import joint_restoration_learner, joint_rotation_learner
+    meta = lesions[1]
+    for classes, two_stage in ((ISIC2019, True), (MALIGNANT, False)):
+        other = meta.assign(dx=np.resize(classes.codes, len(meta)))
+        dls = ham10000_dataloaders(other, 32, bs=16, arch=TINY, classes=classes, augment=False, num_workers=0, device='cpu')
+        kw = dict(pretrained=False, two_stage=two_stage, weight=.5)
+        learn = joint_rotation_learner(dls, TINY, **kw) if kind == 'rotation' else joint_restoration_learner(dls, TINY, TINY, **kw)
+        quietly(learn, 1)
+        with learn.no_bar():
+            p, y, losses = learn.get_preds(with_loss=True)
+            total = learn.validate()[0]
+            interpreted, _ = ClassificationInterpretation.from_learner(learn).top_losses(largest=False)
+        assert p.shape == (len(dls.valid_ds), len(classes))
+        assert losses.shape == (len(p),) and losses.mean().item() == pytest.approx(total, rel=1e-4)
+        torch.testing.assert_close(interpreted, losses.sort().values, atol=1e-4, rtol=1e-4)
+        # what is added to the diagnosis's loss differs from image to image
+        added = losses-torch.nn.functional.nll_loss(p.log(), y, reduction='none')
+        assert (added > -1e-5).all() and added.std() > 1e-4
+
+
+def test_a_device_that_cannot_sample_gives_the_same_pixels(monkeypatch):
+    from skin_lesions import pretext
+    x, angles = torch.randn(3, 3, 40, 40, generator=torch.Generator().manual_seed(1)), torch.tensor([15., 60., 200.])
+    expected, sample, refused = pretext.rotate_images(x, angles), torch.nn.functional.grid_sample, []
+
+    def grid_sample(*args, **kw):
+        if not refused:
+            refused.append(1)
+            raise NotImplementedError("The operator 'aten::grid_sampler_2d' is not implemented for the MPS device")
+        return sample(*args, **kw)
+    monkeypatch.setattr(pretext.F, 'grid_sample', grid_sample)
+    torch.testing.assert_close(pretext.rotate_images(x, angles), expected)
+    assert refused
 
 
 @pytest.mark.parametrize('seed', range(5))
