@@ -6,7 +6,7 @@
 __all__ = ['Views', 'Rule', 'Calibration', 'Split', 'Scale', 'COMMANDS', 'Repeated', 'add_parameter', 'command_parser', 'note',
            'is_registered', 'open_bundle', 'bundle_folder', 'output_folder', 'named_images', 'check_source',
            'read_images', 'without_bad_images', 'run_predictions', 'print_scores', 'recipe_changes', 'print_run',
-           'train', 'train_and_print', 'own_split', 'unseen_images', 'validation_images', 'readable_rows',
+           'train', 'train_and_print', 'own_split', 'unseen_images', 'read_split', 'validation_images', 'readable_rows',
            'predict_labelled', 'write_report', 'evaluate', 'read_patients', 'note_ood', 'print_answer', 'with_patients',
            'write_maps', 'predict', 'print_answers', 'gradcam', 'print_fitted', 'first_class', 'calibrate', 'ensemble',
            'combined', 'submit', 'export_onnx', 'app', 'paper_runs', 'print_recipes', 'run_line', 'run_all',
@@ -298,18 +298,29 @@ def unseen_images(
     if trained.any(): note(f'{int(trained.sum())} of {n} images left out: they or their lesions were used in training')
     return meta[~trained].reset_index(drop=True)
 
-def validation_images(
+# %% ../nbs/81_cli.ipynb #0014a372
+def read_split(
     run, # run folder
-): # metadata frame
-    "The validation images of a run, as its split.csv names them"
+): # metadata frame with column is_valid
+    "The images of a run, as its split.csv names them"
     import pandas as pd
+    from skin_lesions.core import check_columns
     from skin_lesions.predictions import original_cells
     file = Path(run)/'split.csv'
     if not file.is_file():
         raise FileNotFoundError(f"{run} has no split.csv that names its validation images; give --data with new images")
     # an id may look like a number or a missing value
     options = dict(dtype=dict.fromkeys(('image_id', 'dx', 'group'), str), keep_default_na=False, na_values=dict(age=['']))
-    split = original_cells(pd.read_csv(file, **options))
+    try: split = original_cells(pd.read_csv(file, **options))
+    except ValueError as e: raise ValueError(f"{file} cannot be read as a table: {e}") from e
+    check_columns(split, ['image_id', 'path', 'dx', 'is_valid'], name=str(file))
+    return split
+
+def validation_images(
+    run, # run folder
+): # metadata frame
+    "The validation images of a run"
+    split = read_split(run)
     return split[split.is_valid].reset_index(drop=True)
 
 # %% ../nbs/81_cli.ipynb #c66943be
@@ -720,10 +731,10 @@ def print_paper_table(
     scale, # of the runs
 ):
     "Print the tables of finished runs"
-    from skin_lesions.experiments import ablation, current_runs, show_table, table
+    from skin_lesions.experiments import ablation, current_runs, recipe_table, show_table
     from skin_lesions.recipes import RECIPES
     finished = {line['recipe'] for line in current_runs(out, names, scale)}
-    print(show_table(table(out, names, scale)).to_string())
+    print(show_table(recipe_table(out, names, scale)).to_string())
     compared = [n for n in names if RECIPES[n].base]
     if finished & set(compared):
         differences = ablation(out, compared, scale).drop(columns='about').round(4)
@@ -733,7 +744,7 @@ def print_paper_table(
 # %% ../nbs/81_cli.ipynb #4869cb67
 def paper(
     *,
-    recipe:tuple[str, ...]=('paper',), # recipes by name, or paper, ablations, weighted, all; --list shows them
+    recipe:tuple[str, ...]=('paper',), # recipes by name, or paper, ablations, inverse_weights, all; --list shows them
     seed:tuple[int, ...]=(42,), # of weights, order and augmentation
     split:tuple[Split, ...]=('image', 'lesion'), # the paper's split by image, and that by lesion
     fold:tuple[int, ...]=(0,), # which of the five folds by lesion validate
