@@ -12,7 +12,6 @@ from mutate import KINDS, mutated, saved
 from skin_lesions import core
 from skin_lesions.core import CODES, ImageError, read_image
 from skin_lesions.data import ham10000_dataloaders
-from skin_lesions.dataset import check_images, unlabelled_images
 from skin_lesions.learner import lesion_learner
 from skin_lesions.predict import load_predictor
 from skin_lesions.bundle import save_bundle
@@ -73,12 +72,6 @@ def test_what_is_read_has_the_pixels_of_another_decoder(files, read):
     assert compared > 400
 
 
-def test_check_images_says_the_same(files, read):
-    meta = unlabelled_images(files[0][1].parent)
-    bad = check_images(meta, n_workers=2, show=False)
-    assert dict(zip(bad.path, bad.reason)) == {str(p): r.why for (_, p), r in zip(files, read) if isinstance(r, ImageError)}
-
-
 @pytest.fixture(scope='module')
 def learn(sample):
     from skin_lesions.readers import read_metadata
@@ -113,19 +106,6 @@ def test_get_predictions_names_the_files(learn, files, read):
     assert len(get_predictions(learn, good)) == 5
     with pytest.raises(ValueError) as e: get_predictions(learn, good + bad)
     assert '3 of 8' in str(e.value) and all(b in str(e.value) for b in bad) and not any(s in str(e.value) for s in INSIDE)
-
-
-@pytest.mark.parametrize('workers', [0, 1])
-@pytest.mark.parametrize('kind', ['truncated', 'wrong_type', 'huge', 'zero_bytes'])
-def test_training_stops_with_the_file_and_the_reason(kind, workers, learn, files, read):
-    "In this process, and in a worker process of the DataLoader"
-    if workers and kind != 'truncated': pytest.skip('one kind is enough with worker processes')
-    path, error = next((str(p), r) for (k, p), r in zip(files, read) if k == kind and isinstance(r, ImageError))
-    meta = pd.concat([learn.dls.train_ds.items, learn.dls.valid_ds.items], ignore_index=True)
-    meta.loc[meta.index[~meta.is_valid.astype(bool)][-1], 'path'] = path
-    broken = lesion_learner(ham10000_dataloaders(meta, 32, bs=7, arch='test_efficientnet', num_workers=workers, device='cpu'), 'test_efficientnet', pretrained=False, alpha=None)
-    with pytest.raises(ImageError) as e, broken.no_bar(): broken.fit(1)
-    assert str(e.value) == str(error)
 
 
 def test_training_and_prediction_see_the_same_pixels(learn, predictor, sample, tmp_path):
