@@ -13,7 +13,8 @@ def main(args):
     from skin_lesions.readers import read_metadata
     from skin_lesions.decide import expected_calibration_error
     from skin_lesions.evaluate import scores
-    from skin_lesions.experiments import _interval, _recalls, _share_right
+    from skin_lesions.experiments import _interval, _share_right
+    from skin_lesions.metrics import _recalls
     from skin_lesions.bundle import BUNDLE_NAMES, named_bundle, read_bundle
     from skin_lesions.predict import load_predictor
     from skin_lesions.split import challenge_validation

@@ -8,7 +8,7 @@ from pathlib import Path
 from skin_lesions.core import CODES, atomic_path
 from skin_lesions.experiments import append_result, read_results, row_names, run_folder
 from skin_lesions.predictions import TTA, read_predictions
-from skin_lesions.posthoc import read_run
+from skin_lesions.train import read_run
 
 
 def copy(file, to, digits):

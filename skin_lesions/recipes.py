@@ -47,6 +47,7 @@ class Recipe:
     pretext:str = None # one of `PRETEXTS`
     joint:bool = False # pretext and diagnosis at once instead of one after the other
     patch:int = 8 # of the restoration, pixels
+    clean:float = .5 # fraction of training images that a network with a restoration in it sees in order
     encoder:str = None # architecture of a U-Net before the classifier; None moves the pretext's body into the classifier
     steps:tuple = ((128, 20),) # (size in pixels, epochs) of each step; the weights are carried on
     pretext_epochs:int = 30 # of a pretext that comes first
@@ -161,7 +162,7 @@ PAPER_TEST = dict(recipe='two_stage_efficientnet_mixup', images=1511, accuracy=.
 # %% ../nbs/33_recipes.ipynb #eb3ed144
 _APPROACH1 = _row('rotation_sequential', 'approach 1: angles, then the diagnosis', .753, .452, arch=EFFNET, gamma=1., pretext='rotation')
 _APPROACH2 = _row('restoration_sequential', 'approach 2: restoration of patches of 8 pixels, then the diagnosis', .782, .541,
-                  arch=MOBILENET, encoder=LITE, gamma=1., pretext='restoration')
+                  arch=MOBILENET, encoder=LITE, gamma=1., pretext='restoration', clean=0.)
 _SELF_SUPERVISED = [
     _APPROACH1, _APPROACH2,
     _row('rotation_simultaneous', 'approach 1: angles and diagnosis at once', of=_APPROACH1, joint=True),
@@ -249,7 +250,7 @@ _OTHERS = [
 
 ABLATIONS = _named(_PLAIN, *_LOSSES, *_STAGES, *_OTHERS)
 RECIPES = BEST_RECIPES | PAPER_RECIPES | ABLATIONS | WEIGHTED_RECIPES
-RECIPE_GROUPS = dict(paper=tuple(PAPER_RECIPES), ablations=tuple(ABLATIONS), weighted=tuple(WEIGHTED_RECIPES), all=tuple(RECIPES))
+RECIPE_GROUPS = dict(paper=tuple(PAPER_RECIPES), ablations=tuple(ABLATIONS), inverse_weights=tuple(WEIGHTED_RECIPES), all=tuple(RECIPES))
 
 # %% ../nbs/33_recipes.ipynb #afd6f5ce
 def find_recipe(

@@ -6,10 +6,10 @@
 __all__ = ['SPLITS', 'SPLIT_SEED', 'FOLDS', 'STATE_FOLDER', 'LOCK', 'RUN_FILES', 'all_for_training', 'split_images',
            'data_fingerprint', 'plain_adam', 'optimiser', 'recipe_loss', 'recipe_dataloaders', 'joint_learner',
            'recipe_learner', 'Training', 'WriteHistory', 'run_cache', 'step_loaders', 'save_weights', 'load_weights',
-           'fit_schedule', 'pretext_learner', 'train_pretext', 'train_step', 'train_recipe', 'new_run_folder',
-           'clear_partial', 'read_run', 'run_state', 'prepare_folder', 'locked', 'run_scores', 'split_sentence',
-           'run_for_report', 'fitted_ood', 'write_results', 'evaluate_run', 'run_record', 'collect_history',
-           'finish_run', 'train_run']
+           'fit_schedule', 'pretext_learner', 'save_pretext', 'train_pretext', 'train_step', 'train_recipe',
+           'new_run_folder', 'clear_partial', 'read_run', 'run_state', 'prepare_folder', 'locked', 'run_scores',
+           'split_sentence', 'run_for_report', 'fitted_ood', 'write_results', 'evaluate_run', 'run_record',
+           'collect_history', 'finish_run', 'train_run']
 
 # %% ../nbs/70_train.ipynb #d94dd430
 import hashlib, shutil, warnings
@@ -114,6 +114,7 @@ def recipe_loss(
     if recipe.factors:
         for code in recipe.factors:
             if code not in codes: raise ValueError(unknown_name('class in factors', code, codes))
+        # without weights by frequency, the factors are the weights
         equal = {code: float(recipe.factors.get(code, 1.)) for code in codes}
         alpha = equal if alpha is None else class_weights(meta, alpha, factors=recipe.factors)
     return dict(gamma=recipe.gamma, alpha=alpha)
@@ -129,7 +130,7 @@ def recipe_dataloaders(
     angles,more = recipe.joint and recipe.pretext=='rotation',AUGMENTATIONS[recipe.augment]
     # a network that learns angles must see images as they are
     augment = dict(augment=not (angles or more), batch_tfms=lesion_augmentation(**more) if more else None)
-    return ham10000_dataloaders(meta, size, recipe.crop, recipe.bs, arch=recipe.arch, sampling=recipe.sampling,
+    return ham10000_dataloaders(meta, size, recipe.crop, recipe.bs, arch=recipe.arch, sampling=recipe.sampling, min_scale=recipe.min_scale,
                                 patient=recipe.patient, **augment, **kwargs)
 
 
@@ -142,7 +143,7 @@ def joint_learner(
     if recipe.pretext=='rotation': return joint_rotation_learner(dls, recipe.arch, **kwargs)
     # a pretext that came first no longer counts in the loss
     weight,encoder = float(recipe.joint),recipe.encoder or recipe.arch
-    return joint_restoration_learner(dls, recipe.arch, encoder, patch=recipe.patch, weight=weight, **kwargs)
+    return joint_restoration_learner(dls, recipe.arch, encoder, patch=recipe.patch, weight=weight, clean=recipe.clean, **kwargs)
 
 # %% ../nbs/70_train.ipynb #3926466f
 def recipe_learner(
@@ -159,7 +160,7 @@ def recipe_learner(
     dls = recipe_dataloaders(recipe, meta, size or recipe.size, **kwargs)
     kwargs = dict(pretrained=recipe.pretrained, weights=weights, cbs=cbs) | optimiser(recipe) | recipe_loss(recipe, meta)
     two_stage = recipe.stages==2 and len(dls.vocab)>2
-    if two_stage: kwargs |= dict(shared=recipe.shared, combine=recipe.combine)
+    if two_stage: kwargs |= dict(first=recipe.first, shared=recipe.shared, combine=recipe.combine)
     if recipe.joint or recipe.encoder: return joint_learner(dls, recipe, two_stage=two_stage, **kwargs)
     make = two_stage_learner if two_stage else lesion_learner
     return make(dls, recipe.arch, mixup=recipe.mixup, **kwargs)
@@ -178,6 +179,8 @@ class Training:
     minutes:float = 10. # between two states within an epoch
     show:bool = True # print a line an epoch
     teacher:pd.DataFrame = None # predictions of the training images that the network learns from too
+    pretext_images:pd.DataFrame = None # of a pretext that comes first; None takes those of `meta`
+    pretext_file:Path = None # where that pretext is kept; None keeps it in the state
     cbs:tuple = () # further callbacks
 
     @property
@@ -221,7 +224,7 @@ def run_cache(
     # a single epoch reads every file once anyway, and a window needs the whole image
     if cache=='auto' and (epochs==1 or crop=='window'): return None
     folder = None if cache=='auto' else cache
-    try: return resize_cache(training.meta, size, crop, folder=folder, show=training.show)
+    try: return resize_cache(training.meta, size, crop, min_scale=training.recipe.min_scale, folder=folder, show=training.show)
     except OSError as e:
         if cache!='auto': raise
         warnings.warn(f"training without a cache: {e}")
@@ -291,7 +294,7 @@ def pretext_learner(
     "The untrained learner of a pretext that comes first"
     recipe,(size,_) = training.recipe,training.recipe.steps[0]
     loaders = step_loaders(training, size, recipe.pretext_epochs)
-    images = training.meta[['path', 'is_valid']]
+    images = (training.meta if training.pretext_images is None else training.pretext_images)[['path', 'is_valid']]
     arch = recipe.encoder or recipe.arch
     dls = pretext_dataloaders(images, size, recipe.crop, bs=recipe.bs, arch=arch, **loaders)
     kwargs = dict(pretrained=recipe.pretrained, **optimiser(recipe))
@@ -299,19 +302,28 @@ def pretext_learner(
     return restoration_learner(dls, arch, patch=recipe.patch, **kwargs)
 
 # %% ../nbs/70_train.ipynb #26094ea3
+def save_pretext(
+    learn:Learner, # of a pretext, trained
+    file:Path, # to write; the losses of the last epoch go beside it
+):
+    "Keep a pretext's network and what it came to"
+    names,values = learn.recorder.metric_names[1:-1],learn.recorder.values[-1]
+    write_json(dict(zip(names, map(_finite, values)), epochs=learn.n_epoch), file.with_suffix('.json'))
+    save_weights(learn.model, file)
+
 def train_pretext(
     training:Training,
 )->object: # its network
     "Train a pretext that comes first, unless that is done"
     set_seed(training.seed, reproducible=True)
-    learn,file = pretext_learner(training),training.state/'pretext.safetensors'
+    learn,file = pretext_learner(training),training.pretext_file or training.state/'pretext.safetensors'
     learn.logger = lambda log: None
     if training.show: _print_epoch(learn, training.recipe.pretext, training.recipe.pretext_epochs)
     if not on_rank0(file.is_file):
         epochs,state = training.recipe.pretext_epochs,training.state/'pretext'
         whole = fit_schedule(learn, training.recipe, epochs, state, minutes=training.minutes)
         if not whole: raise KeyboardInterrupt
-        on_rank0(save_weights, learn.model, file)
+        on_rank0(save_pretext, learn, file)
         on_rank0(shutil.rmtree, state)
     load_weights(learn.model, file)
     return learn.model
@@ -598,6 +610,8 @@ def train_run(
     minutes:float=10., # between two states within an epoch; None only after epochs
     show:bool=True, # print a line an epoch
     teacher:pd.DataFrame=None, # predictions of the training images, for recipes with teachers
+    pretext_images:pd.DataFrame=None, # of a pretext that comes first, with path and is_valid; None takes those of `meta`
+    pretext_file=None, # where that pretext is kept for other trainings; None keeps it in the state
     keep_model:bool=True, # write the bundle
     report:bool=True, # write report.html, which takes some seconds
     cbs=(), # further callbacks
@@ -607,7 +621,8 @@ def train_run(
     if recipe.teachers and teacher is None: raise ValueError(f"{recipe.name} learns from {', '.join(recipe.teachers)}; give their mean on the training images as teacher")
     asked = dict(config=training_config(recipe), data=data_fingerprint(meta), split=split, fold=fold, folds=folds, seed=seed, weights=weights and str(weights))
     loaders = {k: v for k,v in dict(num_workers=workers, device=device).items() if v is not None}
-    training = Training(recipe, split_images(meta, split, fold, folds), out, seed, weights, cache, loaders, minutes, show, teacher, tuple(cbs))
+    file = None if pretext_file is None else Path(pretext_file)
+    training = Training(recipe, split_images(meta, split, fold, folds), out, seed, weights, cache, loaders, minutes, show, teacher, pretext_images, file, tuple(cbs))
     with ranks(), locked(out):
         if on_rank0(prepare_folder, out, asked, resume, overwrite):
             learn,whole = train_recipe(training)

@@ -166,7 +166,7 @@ def test_other_doors_are_shut(app):
 def test_the_command_and_the_space(bundle, repo, tmp_path):
     "Both serve the page and end with Ctrl-C"
     space = [sys.executable, '-W', 'ignore', str(repo/'spaces'/'app.py')]
-    command = [sys.executable, '-W', 'ignore', '-m', 'skin_lesions.cli', 'app', '--model', str(bundle), '--port', '0', '--device', 'cpu']
+    command = [sys.executable, '-W', 'ignore', '-m', 'skin_lesions.cli', 'app', '--bundle', str(bundle), '--port', '0', '--device', 'cpu']
     import socket
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     for args, env in ((command, {}), (space, dict(MODEL=str(bundle), GRADIO_SERVER_PORT=str(port)))):

@@ -182,6 +182,6 @@ def test_commands_name_the_file(command, predictor, learn, files, read, sample, 
         data = shutil.copytree(sample, tmp_path/'data')
         shutil.copy(bad, next(data.rglob('ISIC_*.jpg')))
         status = main(['train', '--data', str(data), '--out', str(out), '--no-check', *small])
-    else: status = main([command, str(run), str(tmp_path/'new'), '--out', str(out), '--quiet'])
+    else: status = main([command, str(tmp_path/'new'), '--bundle', str(run), '--out', str(out), '--quiet'])
     said = capsys.readouterr().err
     assert status == 2 and '.jpg' in said and ('truncated' in said or 'broken' in said or 'not an image' in said or 'cannot be decoded' in said) and not any(s in said for s in INSIDE) and said.count('\n') == 1, said

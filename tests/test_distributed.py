@@ -282,7 +282,7 @@ def launch(launcher, data, out, small, cwd, *more):
 
 def test_accelerate_launch_makes_a_run(lesions, tmp_path, small, cli):
     "The folder is that of any run: complete, written once, and `predict` opens it"
-    done = launch(['accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--main_process_port', '0', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no'], lesions[0], 'run', small, tmp_path, '--epochs', '2')
+    done = launch(['accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--main_process_port', '0', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no'], lesions[0], 'run', small, tmp_path, '--set', 'epochs=2')
     assert done.returncode == 0, done.stdout+done.stderr
     assert done.stdout.count('report: ') == 1 and done.stdout.count('images for training') == 1
     run = tmp_path/'run'
@@ -305,5 +305,5 @@ def test_torchrun_ends_with_the_message(lesions, tmp_path, small):
     shutil.copytree(lesions[0], data)
     train = lesions[1][~lesions[1].is_valid]
     for image_id in train.image_id[:20]: next(data.rglob(f'{image_id}.jpg')).write_bytes(b'no picture')
-    done = launch(['torch.distributed.run', '--nproc_per_node', '2', '--master_port', '0', '--rdzv_backend', 'c10d', '--rdzv_endpoint', 'localhost:0'], data, 'run', small, tmp_path, '--no-check', '--epochs', '1')
+    done = launch(['torch.distributed.run', '--nproc_per_node', '2', '--master_port', '0', '--rdzv_backend', 'c10d', '--rdzv_endpoint', 'localhost:0'], data, 'run', small, tmp_path, '--no-check', '--set', 'epochs=1')
     assert done.returncode != 0 and 'skin_lesions train: ' in done.stderr and '.jpg: not an image of a kind' in done.stderr, done.stderr

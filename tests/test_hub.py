@@ -141,6 +141,6 @@ def test_from_the_command_line(hub, bundle, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path/'cache')) # not the user's
     where = push_to_hub(bundle, 'owner/lesions', dataset='HAM10000')
     image = next((bundle.parent/'sample').rglob('*.jpg'))
-    assert cli.main(['predict', where, str(image), '--out', str(tmp_path/'table.csv'), '--quiet']) == 0
+    assert cli.main(['predict', str(image), '--bundle', where, '--out', str(tmp_path/'table.csv'), '--quiet']) == 0
     assert image.stem in (tmp_path/'table.csv').read_text()
-    assert cli.main(['predict', 'hf://lesions', str(image), '--quiet']) == 2 and 'not a repository on the hub' in capsys.readouterr().err
+    assert cli.main(['predict', str(image), '--bundle', 'hf://lesions', '--quiet']) == 2 and 'not a repository on the hub' in capsys.readouterr().err

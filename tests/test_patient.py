@@ -198,7 +198,7 @@ def test_maps_of_the_command_line_take_the_patients_along(meta, tmp_path, capsys
             out = tmp_path/f'{name}-{command[0]}'
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore') # without patients they count as unknown, and predict says so
-                assert main([str(a) for a in (command[0], bundle, tmp_path/'in', command[1], out, *more, '--quiet')]) == 0, capsys.readouterr().err
+                assert main([str(a) for a in (command[0], tmp_path/'in', '--bundle', bundle, command[1], out, *more, '--quiet')]) == 0, capsys.readouterr().err
             said[name, command[0]] = re.findall(r'predicted .*?; map: \w+', (out/'gallery.html').read_text())
             maps = [(out/f'{i}_gradcam.png').read_bytes() for i in sorted(rows.image_id)]
             assert said.setdefault((name, 'maps'), maps) == maps

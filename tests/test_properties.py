@@ -225,9 +225,9 @@ def test_the_command_names_file_and_row(tmp_path, capsys):
         assert str(file) in said and 'row 1 ' in said and "'b'" in said and said.count('\n') == 1, said
 
 
-def test_patients_that_stand_there_twice(tmp_path):
-    from skin_lesions.cli import _patient_table
+def test_a_patient_in_two_rows_is_refused(tmp_path):
+    from skin_lesions.cli import read_patients
     put(tmp_path, 'image_id;age\n01;50\n02;60\n', 'p.csv')
-    assert _patient_table(tmp_path/'p.csv').values.tolist() == [['01', 50], ['02', 60]]
+    assert read_patients(tmp_path/'p.csv').values.tolist() == [['01', 50], ['02', 60]]
     put(tmp_path, 'image_id;age\n01;50\n01;60\n', 'p.csv')
-    with pytest.raises(ValueError, match="p.csv: image_id '01' stands there twice"): _patient_table(tmp_path/'p.csv')
+    with pytest.raises(ValueError, match="p.csv: image_id '01' is in two rows"): read_patients(tmp_path/'p.csv')

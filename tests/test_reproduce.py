@@ -51,7 +51,7 @@ def test_no_bundle_in_the_package(tmp_path, capsys, monkeypatch):
     asked = []
     class Fake:
         def predict(self, images, *args, **kwargs): asked.append(images); raise ValueError('asked')
-    monkeypatch.setattr('skin_lesions.cli.open_run', lambda run: asked.append(run) or Fake())
-    main(['predict', 'a.png']); main(['predict', 'run', '--quiet', 'a.png']); main(['predict', 'run', 'a.png'])
-    assert asked == ['ham10000', 'a.png', 'run', 'a.png', 'run', 'a.png']
-    with pytest.raises(SystemExit): main(['predict', 'run', 'a.png', 'b.png'])
+    image = tmp_path/'a.png'
+    monkeypatch.setattr('skin_lesions.cli.open_bundle', lambda bundle, device=None: asked.append(bundle) or Fake())
+    for args in ([image], ['--bundle', 'run', '--quiet', image], [image, image, '--bundle', 'run']): main(['predict', *map(str, args)])
+    assert asked == ['ham10000', [image], 'run', [image], 'run', [image, image]]

@@ -79,7 +79,7 @@ def test_killed_and_resumed(whole, whole_with_workers, tmp_path, minutes, worker
 
 def test_command_line_resumes(tmp_path, sample, small):
     "Killed while it trains, then --resume; another argument is refused by name"
-    command = [sys.executable, '-W', 'ignore', '-m', 'skin_lesions.cli', 'train', '--data', str(sample), '--out', 'run', '--epochs', '3', *small]
+    command = [sys.executable, '-W', 'ignore', '-m', 'skin_lesions.cli', 'train', '--data', str(sample), '--out', 'run', *small, '--set', 'epochs=3']
     child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     state = tmp_path/'run'/'state'/'state.safetensors'
     for _ in range(1200):

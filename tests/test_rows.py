@@ -59,7 +59,7 @@ def command(sample, out, rows=ROWS):
     "In a process of its own"
     torch.set_num_threads(1)
     from skin_lesions.cli import main
-    os._exit(main(['paper', '--rows', *rows, '--splits', 'lesion', '--scale', 'tiny', '--data', str(sample), '--out', str(out), '--workers', '0', '--device', 'cpu']))
+    os._exit(main(['paper', '--recipe', *rows, '--split', 'lesion', '--scale', 'tiny', '--data', str(sample), '--out', str(out), '--workers', '0', '--device', 'cpu']))
 
 
 def start(*args):

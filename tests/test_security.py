@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from skin_lesions.cli import _patient_table, _read_split, main, open_run
+from skin_lesions.cli import main, read_patients, read_split
 from skin_lesions.cache import resize_cache
 from skin_lesions.core import CODES
 from skin_lesions.data import ham10000_dataloaders
@@ -61,7 +61,7 @@ def test_the_gifts_would_work(open_it, tmp_path, request):
     assert (tmp_path/'mark').is_dir()
 
 
-def a_train(f, sample, small, out='new'): return ['train', '--data', str(sample), '--out', str(f.parent/out), '--epochs', '1', '--no-check', *[a for a in small if a != '--no-pretrained'], '--weights', str(f)]
+def a_train(f, sample, small, out='new'): return ['train', '--data', str(sample), '--out', str(f.parent/out), '--no-check', *small, '--set', 'epochs=1', '--pretrained-weights', str(f)]
 
 
 def through_main(args, capsys):
@@ -75,17 +75,15 @@ DOORS = {
     'bundle/model.safetensors': lambda here, **kw: load_predictor(here/'bundle'),
     'bundle/bundle.json': lambda here, **kw: read_bundle(here/'bundle'),
     'bundle.zip': lambda here, **kw: load_predictor(here/'bundle.zip'),
-    'old/model.safetensors': lambda here, **kw: open_run(here/'old'),
-    'old/run.json': lambda here, **kw: open_run(here/'old'),
     'w.pth': lambda here, **kw: read_weights(here/'w.pth'),
     'w.safetensors': lambda here, **kw: read_weights(here/'w.safetensors'),
     'w.pt': lambda here, sample, small, capsys, **kw: through_main(a_train(here/'w.pt', sample, small), capsys),
     'state/state.safetensors': lambda here, **kw: read_state(here/'state'),
-    'state/arguments.json': lambda here, sample, small, capsys, **kw: through_main([*a_train(here/'w.pt', sample, small, 'run')[:-2], '--resume'], capsys),
+    'state/asked.json': lambda here, sample, small, capsys, **kw: through_main([*a_train(here/'w.pt', sample, small, 'run')[:-2], '--resume'], capsys),
     'predictions.csv': lambda here, **kw: read_predictions(here/'predictions.csv'),
     'isic.csv': lambda here, **kw: read_isic_submission(here/'isic.csv'),
-    'patients.csv': lambda here, **kw: _patient_table(here/'patients.csv'),
-    'split.csv': lambda here, **kw: _read_split(here),
+    'patients.csv': lambda here, **kw: read_patients(here/'patients.csv'),
+    'split.csv': lambda here, **kw: read_split(here),
     'data/HAM10000_metadata.csv': lambda here, **kw: read_metadata(here/'data'),
     'scratch_0.5.csv': lambda here, meta, **kw: compare_pretraining(meta, ('scratch',), (.5,), arch='test_efficientnet', size=32, out=here),
     'rotation.pth': lambda here, meta, **kw: compare_pretraining(meta, ('rotation',), (.5,), arch='test_efficientnet', size=32, bs=8, out=here, num_workers=0),
@@ -96,12 +94,9 @@ DOORS = {
 @pytest.fixture(scope='module')
 def honest(learn, table, tmp_path_factory):
     "One of everything that can be opened, to be copied"
-    from safetensors.torch import save_file
     here = tmp_path_factory.mktemp('honest')
     save_bundle(learn, here/'bundle')
-    for d in ('old', 'data/images', 'run/state'): (here/d).mkdir(parents=True)
-    (here/'old'/'run.json').write_text(json.dumps(dict(arguments=dict(arch='test_efficientnet', model='one-stage', size=32, crop='random', gamma=2., mixup=.4, lr=.001))))
-    save_file({k: v.contiguous() for k, v in learn.model.state_dict().items()}, here/'old'/'model.safetensors')
+    for d in ('data/images', 'run/state'): (here/d).mkdir(parents=True)
     write_state(here/'state', dict(epoch=1), dict(a=torch.ones(3)))
     return here
 
@@ -112,7 +107,7 @@ def test_no_gift_is_opened(door, plant, honest, sample, small, capsys, tmp_path,
     if door in ('w.pt', 'rotation.pth') and plant in (as_old_torch, as_numpy): pytest.skip('a slow door, tried with the other kinds')
     here = tmp_path/'here'
     shutil.copytree(honest, here)
-    file = here/('run/'+door if door == 'state/arguments.json' else door)
+    file = here/('run/'+door if door == 'state/asked.json' else door)
     plant(tmp_path/'mark', file)
     unpacked = door == 'archive.zip' and plant is as_torch # that is a zip, and nobody opens what is in it
     with nullcontext() if unpacked else pytest.raises((ValueError, OSError, zipfile.BadZipFile, pickle.UnpicklingError)) as e:
@@ -187,8 +182,7 @@ RECORDS = {'nested': lambda f: f.write_text('['*10**5+']'*10**5), 'nested in a r
 @pytest.mark.parametrize('what', RECORDS)
 def test_absurd_records(what, honest, tmp_path):
     shutil.copytree(honest, tmp_path/'h')
-    for file, f in (('bundle/bundle.json', lambda: load_predictor(tmp_path/'h'/'bundle')), ('bundle/bundle.json', lambda: read_bundle(tmp_path/'h'/'bundle')), ('old/run.json', lambda: open_run(tmp_path/'h'/'old'))):
-        if what == 'nested in a record' and 'old' in file: continue # its other keys are not looked at
+    for file, f in (('bundle/bundle.json', lambda: load_predictor(tmp_path/'h'/'bundle')), ('bundle/bundle.json', lambda: read_bundle(tmp_path/'h'/'bundle'))):
         RECORDS[what](tmp_path/'h'/file)
         with pytest.raises(ValueError, match=file.split('/')[1]): f()
         shutil.copy(honest/file, tmp_path/'h'/file)
@@ -221,7 +215,7 @@ def test_packed_tables(suffix, table, tmp_path):
     "pandas unpacks tables by their suffix, to any size: here none is"
     file = tmp_path/f't.csv{suffix}'
     table.to_csv(file, index=False)
-    for f in (read_predictions, read_isic_submission, _patient_table):
+    for f in (read_predictions, read_isic_submission, read_patients):
         with pytest.raises(ValueError, match=re.escape(file.name)): f(file)
 
 
@@ -338,8 +332,8 @@ def test_no_cell_is_a_formula_and_every_text_comes_back(table, tmp_path):
         assert (back[list(CODES)].to_numpy() == bad[list(CODES)].to_numpy()).all() and (back.score == -1e-5).all()
         back = read_isic_submission(isic_submission(bad, tmp_path/'i.csv'))
         assert list(back.image_id) == list(bad.image_id)
-        write_csv(bad[['image_id', 'group']].assign(dx='nv', is_valid=True), tmp_path/'split.csv')
-        back = _read_split(tmp_path)
+        write_csv(bad[['image_id', 'group']].assign(path='a.jpg', dx='nv', is_valid=True), tmp_path/'split.csv')
+        back = read_split(tmp_path)
         assert list(back.image_id) == list(bad.image_id) and list(back.group) == list(bad.group)
 
 
