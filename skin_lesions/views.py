@@ -181,7 +181,7 @@ def average_probabilities(
 # %% ../nbs/58_views.ipynb #c884cf2b
 def answer_of_views(
     probabilities, # function: batch of images [n, 3, h, w] -> probabilities [n, classes], an array
-    batch, # tensor [images, 3, h, w]; for crops [images*n_crops(views), 3, h, w], the crops of an image one after another
+    batch, # tensor [images, 3, h, w]; for crops [images*n_crops(views), 3, h, w], those of an image together
     views=None, # one of `VIEWS`; None for one view
     how:str='geometric', # one of `AVERAGES`
 )->np.ndarray: # [images, classes], float64

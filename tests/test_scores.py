@@ -30,7 +30,7 @@ def assert_same(ours, theirs, where=''):
 
 
 def scored(table):
-    from skin_lesions.metrics import isic_scores
+    from skin_lesions.evaluate import isic_scores
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='no image of')
         return isic_scores(table).as_dict()
@@ -131,7 +131,7 @@ def test_draws_are_the_same_in_blocks(monkeypatch):
 def test_intervals_agree_with_the_values_of_the_other_functions():
     from skin_lesions.bootstrap import average_recall_interval
     from skin_lesions.evaluate import score_intervals
-    from skin_lesions.metrics import isic_scores
+    from skin_lesions.evaluate import isic_scores
     for seed in range(3):
         t = drawn_table(150, seed)
         res, official = score_intervals(t, 200), isic_scores(t)
