@@ -9,7 +9,7 @@ from pathlib import Path
 
 def main(args):
     from skin_lesions.core import CODES, MALIGNANT
-    from skin_lesions.dataset import read_challenge
+
     from skin_lesions.readers import read_metadata
     from skin_lesions.decide import expected_calibration_error
     from skin_lesions.evaluate import scores
@@ -18,7 +18,7 @@ def main(args):
     from skin_lesions.bundle import BUNDLE_NAMES, named_bundle, read_bundle
     from skin_lesions.predict import load_predictor
     from skin_lesions.split import challenge_validation
-    both = challenge_validation(read_metadata(os.environ['HAM10000_DIR']), read_challenge(args.challenge or os.environ['HAM10000_DIR'])) # raises where a lesion is on both sides
+    both = challenge_validation(read_metadata(os.environ['HAM10000_DIR']), read_metadata(args.challenge or os.environ["HAM10000_DIR"], part="validation")) # raises where a lesion is on both sides
     valid = both[both.is_valid].reset_index(drop=True)
     record, out = read_bundle(named_bundle(args.bundle) if args.bundle in BUNDLE_NAMES else args.bundle), Path(args.out)
     looks = json.loads(out.read_text())['looks'] if out.is_file() else []
