@@ -174,7 +174,7 @@ def teacher_predictions(
         runs = [l for l in read_results(out) if l['recipe']==name and all(l[k]==line[k] for k in same) and l['data']==line['data'] and is_current(l)]
         if not runs: raise ValueError(f"{recipe.name} learns from {name}, which has no finished run on this split and fold at scale {line['scale']}; run it first")
         tables += [training_predictions(out, l, device) for l in runs]
-    return ensemble(tables)
+    return ensemble(tables, 'arithmetic')
 
 # %% ../nbs/71_experiments.ipynb #6e118d6a
 def train_experiment(

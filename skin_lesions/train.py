@@ -9,7 +9,7 @@ __all__ = ['SPLITS', 'SPLIT_SEED', 'FOLDS', 'STATE_FOLDER', 'LOCK', 'RUN_FILES',
            'fit_schedule', 'pretext_learner', 'save_pretext', 'train_pretext', 'train_step', 'train_recipe',
            'new_run_folder', 'clear_partial', 'read_run', 'run_state', 'prepare_folder', 'locked', 'run_scores',
            'split_sentence', 'run_for_report', 'fitted_ood', 'write_results', 'evaluate_run', 'run_record',
-           'collect_history', 'finish_run', 'train_run']
+           'collect_history', 'finish_run', 'trained', 'train_run']
 
 # %% ../nbs/70_train.ipynb #d94dd430
 import hashlib, shutil, warnings
@@ -26,10 +26,11 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 # %% ../nbs/70_train.ipynb #749ab1fe
 from .bootstrap import average_recall_interval
+from .architectures import read_weights
 from .bundle import save_bundle, update_bundle
 from .cache import ImageCache, resize_cache
 from .classes import classes_of
@@ -255,7 +256,7 @@ def load_weights(
     file, # of `save_weights`
 ):
     "Put tensors back into a network"
-    model.load_state_dict(load(Path(file).read_bytes()))
+    model.load_state_dict(read_weights(file))
 
 def _print_epoch(learn, name, epochs):
     "Let a learner print a line an epoch"
@@ -586,10 +587,22 @@ def finish_run(
     record = on_rank0(run_record, training, learn, asked, whole)
     columns = ['image_id', 'path', 'dx', 'group', 'is_valid', *(PATIENT_COLUMNS if training.recipe.patient else [])]
     on_rank0(write_csv, meta[columns], out/'split.csv')
-    if keep_model: on_rank0(save_bundle, learn, out, split=record['split'], overwrite=True)
+    if keep_model: on_rank0(save_bundle, learn, out, recipe=record['recipe'], split=record['split'], overwrite=True)
     if whole and predict: evaluate_run(training, learn, record, keep_model, report)
     on_rank0(write_json, record, out/'run.json') # last: it seals the run
     return record
+
+# %% ../nbs/70_train.ipynb #37f13891
+@contextmanager
+def trained(
+    training:Training, # whose steps are done
+):
+    "Say of an error that the training is not lost"
+    try: yield
+    except (OSError, ValueError) as e:
+        kind = OSError if isinstance(e, OSError) else ValueError
+        where = f"The training is complete, its state is in {training.state}"
+        raise kind(f"{e}. {where}; the same call with resume=True (--resume) makes the rest of the run folder") from e
 
 # %% ../nbs/70_train.ipynb #9ab19297
 def train_run(
@@ -626,6 +639,6 @@ def train_run(
     with ranks(), locked(out):
         if on_rank0(prepare_folder, out, asked, resume, overwrite):
             learn,whole = train_recipe(training)
-            finish_run(training, learn, asked, whole, predict=fold is not None, keep_model=keep_model, report=report)
+            with trained(training): finish_run(training, learn, asked, whole, predict=fold is not None, keep_model=keep_model, report=report)
             if whole: on_rank0(shutil.rmtree, training.state)
     return out
