@@ -161,6 +161,7 @@ def _header(license)->str:
     return '\n'.join(['---', f'license: {license}', 'library_name: skin_lesions', 'pipeline_tag: image-classification',
                       f'tags: [{tags}]', '---'])
 
+# %% ../nbs/68_card.ipynb #46380684
 def _use_lines(name, classes)->str:
     "How to predict with it"
     opened = "from skin_lesions.predict import load_predictor\nload_predictor('folder of this bundle')"
