@@ -1,5 +1,5 @@
 "Helpers: images that are broken, odd or not images at every door, files that are whole or absent, silent progress."
-import io, shutil, warnings
+import io, shutil
 from pathlib import Path
 
 import cv2
@@ -119,7 +119,8 @@ def test_training_and_prediction_see_the_same_pixels(learn, predictor, sample, t
     for table in (get_predictions(learn, tmp_path), predictor.predict(tmp_path, progress=False), predictor.predict([Image.open(tmp_path/f'{n}.png') for n in names], progress=False)):
         np.testing.assert_array_equal(table.loc[0, list(HAM10000)].astype(float), table.loc[1, list(HAM10000)].astype(float))
     seen = [np.asarray(learn.dls.valid_ds.tls[0].tfms(tmp_path/f'{n}.png')) for n in names]
-    np.testing.assert_array_equal(seen[0], np.asarray(image)); np.testing.assert_array_equal(seen[1], np.asarray(image))
+    half = np.asarray(image.reduce(2)) # all that 32 pixels need, in training as in validation
+    for pixels in seen: np.testing.assert_array_equal(pixels, half)
 
 
 def test_a_bomb_is_refused_before_it_goes_off(tmp_path, monkeypatch):
