@@ -224,7 +224,7 @@ def new_line(recipe, instead_of, data, split, fold, seed, scale)->dict:
     about |= dict(folds=FOLDS if split=='lesion' else 1, seed=seed, scale=scale, digest=run_digest(recipe, data))
     return about | dict(arch=recipe.arch, instead_of=instead_of, config=training_config(recipe), data=data)
 
-# %% ../nbs/71_experiments.ipynb #bd95279e
+# %% ../nbs/71_experiments.ipynb #b2488fc7
 def run_recipe(
     recipe, # name of a recipe, or a `Recipe`
     data=None, # folder of the data set, or its frame; None searches the usual places, at scale 'tiny' it is synthetic
@@ -247,8 +247,7 @@ def run_recipe(
     if done: return done | dict(new=False)
     kwargs = dict(cache=None, report=scale!='tiny') | kwargs | dict(keep_model=keep_model, show=show)
     trained = train_experiment(recipe, meta, line, out, **kwargs) if twin is None else dict(trained_as=twin['recipe'])
-    line = (twin or {}) | line | trained
-    append_result(out, line)
+    append_result(out, line := (twin or {}) | line | trained)
     return line | dict(new=twin is None)
 
 # %% ../nbs/71_experiments.ipynb #49ed5cbb
