@@ -26,10 +26,11 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 # %% ../nbs/70_train.ipynb #749ab1fe
 from .bootstrap import average_recall_interval
+from .architectures import read_weights
 from .bundle import save_bundle, update_bundle
 from .cache import ImageCache, resize_cache
 from .classes import classes_of
@@ -258,7 +259,7 @@ def load_weights(
     file, # of `save_weights`
 ):
     "Put tensors back into a network"
-    model.load_state_dict(load(Path(file).read_bytes()))
+    model.load_state_dict(read_weights(file))
 
 def _print_epoch(learn, name, epochs):
     "Let a learner print a line an epoch"

@@ -305,10 +305,10 @@ def test_accelerate_launch_makes_a_run(lesions, tmp_path, small, cli):
 
 
 def test_torchrun_ends_with_the_message(lesions, tmp_path, small):
-    "A picture that the rank cannot read which meets it ends both"
+    "An image that a rank cannot read ends both"
     data = tmp_path/'data'
     shutil.copytree(lesions[0], data)
     train = lesions[1][~lesions[1].is_valid]
-    for image_id in train.image_id[:20]: next(data.rglob(f'{image_id}.jpg')).write_bytes(b'no picture')
+    for image_id in train.image_id[:20]: next(data.rglob(f'{image_id}.jpg')).write_bytes(b'no image')
     done = launch(['torch.distributed.run', '--nproc_per_node', '2', '--master_port', '0', '--rdzv_backend', 'c10d', '--rdzv_endpoint', 'localhost:0'], data, 'run', small, tmp_path, '--no-check', '--set', 'epochs=1')
     assert done.returncode != 0 and 'skin_lesions train: ' in done.stderr and '.jpg: not an image of a kind' in done.stderr, done.stderr

@@ -1,6 +1,6 @@
 """Memory and speed of streamed pretraining. The numbers of `nbs/41_stream.ipynb`.
 
-    python benchmarks/streaming.py --data HAM10000/HAM10000_images_part_1
+    python benchmarks/speed/streaming.py --data HAM10000/HAM10000_images_part_1
 
 1. Memory: a list of a million paths, which name 200 real pictures over and over, read by one worker as `stream_dataloaders` does, the same as tar files (20,000 pictures), and the frame of `pretext_dataloaders`.
    Resident memory of the worker after 1,000 pictures and after --items, and of the main process. Pictures are stood in for by one that is decoded already, so that many go through.
@@ -11,7 +11,7 @@ Each part runs in a process of its own. The result goes to benchmarks/results/st
 import argparse, datetime, json, os, platform, subprocess, sys, tempfile, time
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 
 
 def rss(): return int(open('/proc/self/statm').read().split()[1])*os.sysconf('SC_PAGE_SIZE')/2**20 # MiB

@@ -1,6 +1,6 @@
 """Pictures a second that a data loader brings, with no network behind it, against plain fastai's `DataBlock` with `Resize(128)` and two workers.
 
-    HAM10000_DIR=... python benchmarks/speed_loader.py
+    HAM10000_DIR=... python benchmarks/speed/loader.py
 
 The first epoch reads the 62 JPEGs of 600x450 pixels in original quality, over and over; the epochs after it take other pictures of HAM10000 from the cache. A time includes the start of the workers.
 """
@@ -50,7 +50,7 @@ def main(args):
     with tempfile.TemporaryDirectory() as cache:
         sides = {}
         def side(function, *key, **kwargs):
-            if (function, *key) not in sides: sides[(function, *key)] = Side('speed_loader', function, **kwargs)
+            if (function, *key) not in sides: sides[(function, *key)] = Side('loader', function, **kwargs)
             return sides[(function, *key)]
         files = dict(folder=original, n=args.images)
         cached = dict(folder=str(data/'HAM10000_images_part_1'), n=args.images, cache=cache)

@@ -1,6 +1,6 @@
 """All measurements of speed and memory, one after the other: a table of ratios, each from one run on this machine, written to benchmarks/results/speed.csv.
 
-    HAM10000_DIR=... python benchmarks/speed.py
+    HAM10000_DIR=... python benchmarks/speed/run_all.py
 """
 import argparse, json, os, platform, subprocess, sys
 from datetime import date
@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 HERE = Path(__file__).parent
-SCRIPTS = (('speed_import.py',), ('speed_loader.py',), ('speed_step.py',), ('speed_step.py', '--gains'), ('speed_step.py', '--two-stage'), ('speed_predict.py',), ('speed_memory.py',), ('speed_gpu.py',))
+SCRIPTS = (('imports.py',), ('loader.py',), ('step.py',), ('step.py', '--gains'), ('step.py', '--two-stage'), ('predict.py',), ('memory.py',), ('gpu.py',))
 
 
 def processor():
@@ -49,6 +49,6 @@ def main(args):
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--out', default=str(HERE.parent/'benchmarks'/'results'/'speed.csv'))
+    parser.add_argument('--out', default=str(HERE.parent/'results'/'speed.csv'))
     parser.add_argument('--only', nargs='+', help='parts of script names; other rows of the table are kept')
     main(parser.parse_args())

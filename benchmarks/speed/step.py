@@ -1,6 +1,6 @@
 """Training steps a second on the processor, EfficientNet-Lite0 at 128 pixels, batches of 64: the learner of this library with its defaults (mixUp, focal loss) against the learner that plain fastai builds.
 
-    python benchmarks/speed_step.py
+    python benchmarks/speed/step.py
 
 Timed from a batch's arrival to the optimiser's step, without the loader. With `--two-stage`, the two-stage learner against the one-stage learner of this library, training and prediction; with `--gains`, the learner against itself without one of its parts.
 """
@@ -76,7 +76,7 @@ def main(args):
         elif args.gains: rows = [('CPU training step, memory kept', 'the same without ReuseMemory', '', 'ours', {}, 'ours', dict(keep_memory=False)), ('CPU training step, channels_last', 'the same without channels_last', '', 'ours', {}, 'ours', dict(channels_last=False))]
         else: rows = [('CPU training step, EfficientNet-Lite0, 128 px, batch 64', "plain fastai's vision_learner", '>= 1.7', 'ours', {}, 'plain', {})]
         for what, against, goal, a, kwargs_a, b, kwargs_b in rows:
-            sides = [Side('speed_step', a, **common, **kwargs_a), Side('speed_step', b, **common, **kwargs_b)]
+            sides = [Side('step', a, **common, **kwargs_a), Side('step', b, **common, **kwargs_b)]
             report(what, against, goal, 'images/s', in_turn(*sides, args.repeats))
             for s in sides: s.close()
 

@@ -1,6 +1,6 @@
 """Seconds that `import skin_lesions.learner` takes in a fresh interpreter, against `import fastai.vision.all`.
 
-    python benchmarks/speed_import.py
+    python benchmarks/speed/imports.py
 """
 import argparse, subprocess, sys, time
 

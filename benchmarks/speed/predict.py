@@ -1,6 +1,6 @@
 """Pictures a second from a folder of JPEGs, as cameras make them and as the smaller working copies, to a table of probabilities on the processor: `load_predictor(run).predict(folder)` against a loop over `load_learner(file).predict(picture)` of plain fastai.
 
-    HAM10000_DIR=... python benchmarks/speed_predict.py
+    HAM10000_DIR=... python benchmarks/speed/predict.py
 """
 import argparse, os, tempfile, time
 from pathlib import Path
@@ -62,9 +62,9 @@ def main(args):
             folder = Path(tmp)/what
             folder.mkdir()
             for i in range(n): (folder/f'{i:04}.jpg').symlink_to(files[i%len(files)])
-            plain = Side('speed_predict', 'plain', folder=str(folder), exported=str(Path(tmp)/'plain.pkl'))
+            plain = Side('predict', 'plain', folder=str(folder), exported=str(Path(tmp)/'plain.pkl'))
             for function, kwargs, row, goal in (('ours', {}, f'prediction of a folder of {n} {what}, CPU, EfficientNet-Lite0, 128 px', '>= 10'), ('ours', dict(network=False), f'of this, opening and preparing the {what}', ''), ('network', {}, f'of this, the network ({what})', '')):
-                side = Side('speed_predict', function, folder=str(folder), bundle=str(Path(tmp)/'bundle'), **kwargs)
+                side = Side('predict', function, folder=str(folder), bundle=str(Path(tmp)/'bundle'), **kwargs)
                 report(row, 'a loop with load_learner().predict', goal, 'images/s', in_turn(side, plain, args.repeats))
                 side.close()
             plain.close()

@@ -1,6 +1,6 @@
 """What hair removal and colour constancy cost an image, as a ratio to decoding it: same JPEGs, one thread, each in turn in one process.
 
-    python benchmarks/preprocess_cost.py --images FOLDER
+    python benchmarks/speed/preprocess.py --images FOLDER
 """
 import argparse, os, statistics, time
 

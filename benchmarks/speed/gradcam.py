@@ -1,6 +1,6 @@
 """Grad-CAM here against the package grad-cam: one batch of 32 at 128 pixels, same network, layer and classes, both in this process in turn.
 
-    python benchmarks/gradcam_speed.py
+    python benchmarks/speed/gradcam.py
 """
 import argparse, statistics, time
 

@@ -47,7 +47,7 @@ def in_turn(ours, theirs, repeats, *, faster=True):
 
 
 def report(what, against, goal, unit, found):
-    "Print a row for people, and as JSON for `speed.py`"
+    "Print a row for people, and as JSON for `run_all.py`"
     row = dict(what=what, against=against, goal=goal, unit=unit, **{k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()})
     print(f"{what}: {found['ours']:.4g} against {found['theirs']:.4g} {unit}, ratio {found['ratio']:.2f} (from {found['lowest']:.2f} to {found['highest']:.2f} in {found['pairs']} pairs); goal {goal}", flush=True)
     print('JSON ' + json.dumps(row), flush=True)

@@ -1,6 +1,6 @@
 """Cost of the pretexts, as ratios measured in one run.
 
-    python benchmarks/pretext_speed.py [--threads 1]
+    python benchmarks/speed/pretext.py [--threads 1]
 
 1. `disorder_context` on a batch of 64 at 128 pixels, 20 swaps, against the algorithm written line by line (each image, each swap, each pixel), and against the same with one slice a patch.
 2. A training step of each pretext against the plain training step of the same network: rotation against EfficientNet-Lite0 with six outputs, restoration against the U-Net fed the images as they are.

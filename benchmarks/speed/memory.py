@@ -1,6 +1,6 @@
 """Memory of a training process with 1,000, 10,000 and 100,000 images, from files and from the cache: what belongs to the process alone (Linux), after the same number of steps.
 
-    python benchmarks/speed_memory.py
+    python benchmarks/speed/memory.py
 
 The images are links to a few drawn ones, which is all the same to a loader and spares the disk. Pages of the cache's file that the system keeps in memory are its to drop, and do not count.
 """

@@ -1,6 +1,6 @@
 """Whole epochs on a GPU from the cache: the learner of this library with its defaults against plain fastai in float32 with its own loader, and against the same network fed random tensors that are already on the GPU.
 
-    HAM10000_DIR=... python benchmarks/speed_gpu.py
+    HAM10000_DIR=... python benchmarks/speed/gpu.py
 
 Without a GPU it says so and measures nothing.
 """
@@ -62,8 +62,8 @@ def main(args):
         for arch in ('tf_efficientnet_lite0', 'resnet50'):
             for size in (128, 224):
                 common = dict(arch=arch, size=size, bs=args.bs, n=args.images)
-                us = Side('speed_gpu', 'ours', cache=cache, **common)
-                for against, goal, other in (('plain fastai, float32', '>= 3', Side('speed_gpu', 'plain', **common)), ('random tensors on the GPU', '>= .9', Side('speed_gpu', 'ours', cache=cache, resident=True, **common))):
+                us = Side('gpu', 'ours', cache=cache, **common)
+                for against, goal, other in (('plain fastai, float32', '>= 3', Side('gpu', 'plain', **common)), ('random tensors on the GPU', '>= .9', Side('gpu', 'ours', cache=cache, resident=True, **common))):
                     report(f'GPU epochs from the cache, {arch}, {size} px ({torch.cuda.get_device_name()})', against, goal, 'images/s', in_turn(us, other, args.repeats))
                     other.close()
                 us.close()
