@@ -9,15 +9,16 @@ from pathlib import Path
 
 def main(args):
     from skin_lesions.core import CODES, MALIGNANT
-    from skin_lesions.dataset import read_challenge
+
     from skin_lesions.readers import read_metadata
     from skin_lesions.decide import expected_calibration_error
     from skin_lesions.evaluate import scores
-    from skin_lesions.experiments import _interval, _recalls, _share_right
+    from skin_lesions.experiments import _interval, _share_right
+    from skin_lesions.metrics import _recalls
     from skin_lesions.bundle import BUNDLE_NAMES, named_bundle, read_bundle
     from skin_lesions.predict import load_predictor
     from skin_lesions.split import challenge_validation
-    both = challenge_validation(read_metadata(os.environ['HAM10000_DIR']), read_challenge(args.challenge or os.environ['HAM10000_DIR'])) # raises where a lesion is on both sides
+    both = challenge_validation(read_metadata(os.environ['HAM10000_DIR']), read_metadata(args.challenge or os.environ["HAM10000_DIR"], part="validation")) # raises where a lesion is on both sides
     valid = both[both.is_valid].reset_index(drop=True)
     record, out = read_bundle(named_bundle(args.bundle) if args.bundle in BUNDLE_NAMES else args.bundle), Path(args.out)
     looks = json.loads(out.read_text())['looks'] if out.is_file() else []
@@ -36,7 +37,7 @@ def main(args):
         found[reading] = dict(accuracy=float(right.right.mean()), average_recall=value, low=low, high=high, macro_auc=float(scores(table)['macro_auc']), calibration_error=float(expected_calibration_error(table)),
                               recall={c: float(right.right[right.dx == c].mean()) for c in CODES})
         if 'refer' in table: found[reading] |= dict(referred=float(table.refer.astype(bool).mean()), malignant_referred=float(table.refer[table.dx.isin(MALIGNANT)].astype(bool).mean()))
-        if 'unusual' in table: found[reading]['unusual'] = float(table.unusual.astype(bool).mean())
+        if 'ood' in table: found[reading]['unusual'] = float(table.ood.astype(bool).mean())
         print(reading, found[reading])
     c = (record.get('scores') or {}).get('config', {})
     look = dict(date=date.today().isoformat(), bundle=args.bundle, sha256=record['sha256'], network=f"{c['arch']}, {c['stages']} stages, {c['size']} pixels, {c['epochs']} epochs" if c else args.bundle, images=len(valid), groups=int(valid.group.nunique()), counts={c: int((valid.dx == c).sum()) for c in CODES}, readings=found)

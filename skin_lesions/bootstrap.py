@@ -26,7 +26,8 @@ def labelled(
     "The arrays of a table whose labels are all known"
     check_predictions(table)
     if 'dx' not in table or table.dx.isna().all():
-        raise ValueError("scores need labels: the predictions table has no known 'dx'; predict a meta frame that has it, or join it by image_id")
+        raise ValueError("scores need labels: the predictions table has no known 'dx'; predict a meta frame that has "
+                         "it, or join it by image_id")
     missing = table.dx.isna()
     if missing.any():
         raise ValueError(f"scores need labels: {int(missing.sum())} of {len(table)} rows have no dx, the first is "
@@ -40,7 +41,7 @@ def labelled(
 def units_of(
     table:pd.DataFrame, # predictions table
 )->tuple: # number of the unit of each image [n], and what a unit is: 'lesions' or 'images'
-    "What is drawn: the lesions of a table, or its images where no lesion is known; an image without `group` is a unit of its own"
+    "What is drawn: lesions, or images where no lesion is known; an image without `group` is a unit of its own"
     if 'group' not in table or table.group.isna().all(): return np.arange(len(table)),'images'
     own = 'image '+table.image_id.astype(str)
     return pd.factorize(table.group.astype(str).where(table.group.notna(), own))[0],'lesions'
@@ -52,14 +53,17 @@ def warn_of_absent(
     classes = classes_of(table)
     absent = [c for c in classes if not (table.dx==c).any()]
     if not absent: return
-    warnings.warn(f"no image of {', '.join(absent)} in the table: averages are over the other {len(classes)-len(absent)} classes", stacklevel=3)
+    warnings.warn(f"no image of {', '.join(absent)} in the table: averages are over the other "
+                  f"{len(classes)-len(absent)} classes", stacklevel=3)
 
+# %% ../nbs/61_bootstrap.ipynb #e57719f8
 def warn_of_images(
     unit:str, # of `units_of`
 ):
     "Warn where an interval is over images"
     if unit!='images': return
-    warnings.warn("the predictions table has no known 'group': the interval is over images, which is too narrow where a lesion has several", stacklevel=3)
+    warnings.warn("the predictions table has no known 'group': the interval is over images, which is too narrow where "
+                  "a lesion has several", stacklevel=3)
 
 # %% ../nbs/61_bootstrap.ipynb #b3f6c1d1
 _BLOCK = 1_000_000 # numbers in a block of draws: what is in memory at a time, whatever the number of draws
@@ -71,6 +75,7 @@ def divide(
     "a/b without a warning"
     return np.divide(a, b, out=np.full(np.shape(b), np.nan), where=np.asarray(b)>0)
 
+# %% ../nbs/61_bootstrap.ipynb #546156d5
 def unit_draws(
     stratum, # class of each unit [units]
     n:int, # number of draws
@@ -78,7 +83,7 @@ def unit_draws(
 )->np.ndarray: # how often each unit is drawn [n, units], float32
     "Draw from every stratum, with replacement, as many units as it has"
     rng = np.random.default_rng(seed)
-    draws = np.zeros((n, len(stratum)), dtype=np.float32)
+    draws:np.ndarray = np.zeros((n, len(stratum)), dtype=np.float32)
     for s in np.unique(stratum):
         members = np.flatnonzero(stratum==s)
         k = len(members)
@@ -131,6 +136,7 @@ def interval_ends(
     if some.any(): ends[:,some] = np.nanquantile(drawn[some], quantiles, axis=1)
     return ends
 
+# %% ../nbs/61_bootstrap.ipynb #37722183
 def two_sided(
     drawn, # differences in draws [scores, draws]
 )->np.ndarray: # [scores], between 0 and 1
@@ -149,7 +155,8 @@ def recall_draws(
     "Recall in draws of the units, with half a lesion right and half a lesion wrong"
     right,images = draws@hits,draws@total
     if seed is None: return divide(right, images)
-    images_of_lesion = (total**2).sum(0)/np.maximum(1, total.sum(0)) # of the lesion that an image of the class belongs to, on average
+    # of the lesion that an image of the class belongs to, on average
+    images_of_lesion = (total**2).sum(0)/np.maximum(1, total.sum(0))
     # Gamma(1/2) beside Gamma(1) for a whole lesion: normalised, these are the weights of Jeffreys' prior Beta(1/2, 1/2)
     weights = np.random.default_rng([seed, 1]).gamma(.5, size=(2, *right.shape))*images_of_lesion
     return divide(right+weights[0], images+weights.sum(0))
@@ -165,7 +172,8 @@ def fraction_right(
         _,true,decided = labelled(t)
         group = t.group if 'group' in t else None
         parts.append(pd.DataFrame(dict(image_id=t.image_id, dx=t.dx, group=group, right=(true==decided).astype(float))))
-    whole = pd.concat(parts).groupby('image_id', sort=False).agg({'dx': 'first', 'group': 'first', 'right': 'mean'}).reset_index()
+    of_image = pd.concat(parts).groupby('image_id', sort=False)
+    whole = of_image.agg({'dx': 'first', 'group': 'first', 'right': 'mean'}).reset_index()
     whole.attrs = dict(classes=classes_of(tables[0]).as_dict())
     return whole
 
@@ -192,7 +200,8 @@ def class_recall_intervals(
     recall = divide(hits.sum(0), total.sum(0))
     drawn = recall_draws(hits, total, unit_draws(total.argmax(1), n, seed), seed)
     low,high = interval_ends(drawn.T, level)
-    columns = dict(n=total.sum(0).astype(int), units=(total>0).sum(0), recall=recall, low=np.minimum(low, recall), high=np.maximum(high, recall))
+    columns = dict(n=total.sum(0).astype(int), units=(total>0).sum(0), recall=recall,
+                   low=np.minimum(low, recall), high=np.maximum(high, recall))
     return pd.DataFrame(columns, index=pd.Index(classes_of(right).codes, name='dx'))
 
 # %% ../nbs/61_bootstrap.ipynb #6f45c38f
@@ -244,9 +253,11 @@ def _same_rows(a, b)->pd.DataFrame:
     "`b` with its rows in the order of `a`, which must have the same images"
     common = set(a.image_id) & set(b.image_id)
     if not len(common)==len(a)==len(b):
-        raise ValueError(f"the two sides are of different images: {len(a)} and {len(b)}, {len(common)} in both; compare runs of the same split and folds")
+        raise ValueError(f"the two sides are of different images: {len(a)} and {len(b)}, {len(common)} in both; "
+                         f"compare runs of the same split and folds")
     return b.set_index('image_id').loc[a.image_id].reset_index()
 
+# %% ../nbs/61_bootstrap.ipynb #96f1f208
 def compare_tables(
     tables_a, # predictions tables of the base: one, or a list of seeds and folds
     tables_b, # of the other, of the same images
@@ -264,8 +275,9 @@ def compare_tables(
     base,other = (divide(h.sum(0), total.sum(0))[present].mean() for h in (hits, hits_b))
     drawn = recall_draws(hits_b-hits, total, draws)[:,present].mean(1)[None]
     (low,),(high,) = interval_ends(drawn, level)
-    return dict(images=len(a), base=float(base), average_recall=float(other), difference=float(other-base), low=float(low), high=float(high),
-                p=float(two_sided(drawn)[0]), accuracy_difference=float(b.right.mean()-a.right.mean()))
+    return dict(images=len(a), base=float(base), average_recall=float(other), difference=float(other-base),
+                low=float(low), high=float(high), p=float(two_sided(drawn)[0]),
+                accuracy_difference=float(b.right.mean()-a.right.mean()))
 
 # %% ../nbs/61_bootstrap.ipynb #5f463ed6
 class RankCurve(NamedTuple):
@@ -276,6 +288,7 @@ class RankCurve(NamedTuple):
     all_negatives:np.ndarray # negatives of each unit [units]
     thresholds:np.ndarray # of each step, falling [steps]
 
+# %% ../nbs/61_bootstrap.ipynb #e86dcc4f
 def rank_curve(
     score, # of each image [n], higher means more likely positive
     true, # whether each image is positive [n]
@@ -310,8 +323,9 @@ def rank_counts(
 )->RankCounts:
     "Positives and negatives at each step of a curve, in draws"
     positives,negatives = curve.positives@draws,curve.negatives@draws
-    false_positives = np.cumsum(negatives+curve.between@draws, axis=0)
-    return RankCounts(positives, negatives, np.cumsum(positives, axis=0), false_positives, positives.sum(0), curve.all_negatives@draws)
+    true_positives,false_positives = (np.cumsum(a, axis=0) for a in (positives, negatives+curve.between@draws))
+    n_negatives = curve.all_negatives@draws
+    return RankCounts(positives, negatives, true_positives, false_positives, positives.sum(0), n_negatives)
 
 # %% ../nbs/61_bootstrap.ipynb #8b43a3b9
 def _area_above(counts, rates, steps, sensitivity)->np.ndarray:
@@ -325,12 +339,13 @@ def _area_above(counts, rates, steps, sensitivity)->np.ndarray:
     later = np.where(np.arange(len(tpr))[:,None]>cross, steps, 0.).sum(0)
     return 1-sensitivity*start-((t-sensitivity)*(start+f)/2+later)
 
+# %% ../nbs/61_bootstrap.ipynb #dbc955ec
 def rank_scores(
     curve:RankCurve, # of `rank_curve`
     draws, # how often each unit counts [units, draws]
     sensitivity:float=.8, # above which the second area lies
-)->np.ndarray: # AUC, area above the sensitivity, average precision [3, draws]; without positives NaN, NaN, 0 as in the official ISIC scorer
-    "Scores of a ranking in draws"
+)->np.ndarray: # AUC, area above the sensitivity, average precision [3, draws]; without positives NaN, NaN, 0
+    "Scores of a ranking in draws, with the conventions of the official ISIC scorer"
     c = rank_counts(curve, draws)
     if not len(c.positives): return np.stack([c.n_positives*np.nan, c.n_positives*np.nan, c.n_positives])
     with np.errstate(divide='ignore', invalid='ignore'):

@@ -612,7 +612,7 @@ def _read_tensors(record, weights, where)->dict:
     raise ValueError(f"{file} has the checksum {checksum[:12]}..., but bundle.json names {record['sha256'][:12]}...: "
                      "the file is damaged or from another network; copy both files again")
 
-# %% ../nbs/65_bundle.ipynb #2ded5900
+# %% ../nbs/65_bundle.ipynb #e1fd03ea
 def open_files(
     weights:bytes, # of model.safetensors
     data:bytes, # of bundle.json
@@ -620,6 +620,7 @@ def open_files(
 )->tuple: # the record, with hashed ids; tensors by name
     "What the files of a bundle hold, checked"
     record = read_record(data, where)
+    check_view(record)
     tensors = _read_tensors(record, weights, where)
     try: return unpack_ids(record, tensors),tensors
     except KeyError as e: raise ValueError(f"{where} names ids that {BUNDLE_FILES[0]} does not have: {e}") from e

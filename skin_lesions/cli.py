@@ -6,8 +6,8 @@
 __all__ = ['Views', 'Rule', 'Calibration', 'Split', 'Scale', 'COMMANDS', 'Repeated', 'add_parameter', 'command_parser', 'note',
            'is_registered', 'open_bundle', 'bundle_folder', 'output_folder', 'named_images', 'check_source',
            'read_images', 'without_bad_images', 'run_predictions', 'print_scores', 'recipe_changes', 'print_run',
-           'train', 'train_and_print', 'unseen_images', 'validation_images', 'readable_rows', 'predict_labelled',
-           'print_decisions', 'write_report', 'evaluate', 'read_patients', 'note_ood', 'print_answer', 'with_patients',
+           'train', 'train_and_print', 'own_split', 'unseen_images', 'read_split', 'validation_images', 'readable_rows',
+           'predict_labelled', 'write_report', 'evaluate', 'read_patients', 'note_ood', 'print_answer', 'with_patients',
            'write_maps', 'predict', 'print_answers', 'gradcam', 'print_fitted', 'first_class', 'calibrate', 'ensemble',
            'combined', 'submit', 'export_onnx', 'app', 'paper_runs', 'print_recipes', 'run_line', 'run_all',
            'print_paper_table', 'paper', 'reproduce_bundle', 'print_reproduced', 'demo_recipe', 'demo', 'demo_sample',
@@ -198,10 +198,13 @@ def print_scores(
     "Print scores with what they were measured on"
     from skin_lesions.bootstrap import average_recall_interval
     from skin_lesions.evaluate import class_scores, scores
-    s,interval = scores(table),average_recall_interval(table)
+    s,interval = scores(table, warn=False),average_recall_interval(table)
     between = f'95 % interval {interval.low:.3f} to {interval.high:.3f}, bootstrap over {interval.unit}'
     print(f"accuracy {s['accuracy']:.3f}, average recall {s['average_recall']:.3f} ({between}), {len(table)} images")
-    recall,n = class_scores(table).recall,table.dx.value_counts()
+    # a decision may call another class than the most probable one
+    if s.get('argmax_accuracy', s['accuracy'])!=s['accuracy']:
+        print(f"by the most probable class: accuracy {s['argmax_accuracy']:.3f}, average recall {s['argmax_average_recall']:.3f}")
+    recall,n = class_scores(table, warn=False).recall,table.dx.value_counts()
     # of a class without images it is NaN
     parts = [f"{code} {'-' if r!=r else f'{r:.2f}'} (n={n.get(code, 0)})" for code,r in recall.items()]
     print(f"recall by class: {', '.join(parts)}")
@@ -267,15 +270,22 @@ def train_and_print(
     from skin_lesions.recipes import with_changes
     recipe = with_changes(recipe, changes)
     from skin_lesions.distributed import on_rank0, ranks
-    from skin_lesions.split import split_by_fold
     from skin_lesions.train import train_run
     with ranks():
         meta = on_rank0(read_images, **images)
-        if images.get('fold_col'):
-            meta = split_by_fold(meta, options['fold'])
-            options = options | dict(split='own')
+        if images.get('fold_col') or options['split']=='own':
+            meta = own_split(meta, options['fold'])
+            options = options | dict(split='own', fold=0)
         folder = train_run(recipe, meta, out, **options)
         return on_rank0(print_run, folder)
+
+def own_split(
+    meta, # metadata frame with column is_valid or fold
+    fold:int, # which fold validates, with a column fold
+): # metadata frame with column is_valid
+    "The split that the data brings along"
+    from skin_lesions.split import split_by_fold
+    return split_by_fold(meta, fold) if 'fold' in meta else meta
 
 # %% ../nbs/81_cli.ipynb #5f5ff086
 def unseen_images(
@@ -288,18 +298,29 @@ def unseen_images(
     if trained.any(): note(f'{int(trained.sum())} of {n} images left out: they or their lesions were used in training')
     return meta[~trained].reset_index(drop=True)
 
-def validation_images(
+# %% ../nbs/81_cli.ipynb #0014a372
+def read_split(
     run, # run folder
-): # metadata frame
-    "The validation images of a run, as its split.csv names them"
+): # metadata frame with column is_valid
+    "The images of a run, as its split.csv names them"
     import pandas as pd
+    from skin_lesions.core import check_columns
     from skin_lesions.predictions import original_cells
     file = Path(run)/'split.csv'
     if not file.is_file():
         raise FileNotFoundError(f"{run} has no split.csv that names its validation images; give --data with new images")
     # an id may look like a number or a missing value
     options = dict(dtype=dict.fromkeys(('image_id', 'dx', 'group'), str), keep_default_na=False, na_values=dict(age=['']))
-    split = original_cells(pd.read_csv(file, **options))
+    try: split = original_cells(pd.read_csv(file, **options))
+    except ValueError as e: raise ValueError(f"{file} cannot be read as a table: {e}") from e
+    check_columns(split, ['image_id', 'path', 'dx', 'is_valid'], name=str(file))
+    return split
+
+def validation_images(
+    run, # run folder
+): # metadata frame
+    "The validation images of a run"
+    split = read_split(run)
     return split[split.is_valid].reset_index(drop=True)
 
 # %% ../nbs/81_cli.ipynb #c66943be
@@ -325,16 +346,6 @@ def predict_labelled(
     return readable_rows(predictor.predict(meta, views=views, progress=images['show'])),source
 
 # %% ../nbs/81_cli.ipynb #3a7a056e
-def print_decisions(
-    table, # predictions table; nothing is printed where no decision differs from the most probable class
-):
-    "Print what the decision rule of a bundle achieves"
-    from skin_lesions.predictions import predicted_codes
-    if 'decision' not in table or (table.decision==predicted_codes(table)).all(): return
-    from skin_lesions.decide import compare_rules
-    row = compare_rules(table, {'rule': table.decision}).loc['rule']
-    print(f"by the decision rule: accuracy {row.accuracy:.3f}, average recall {row.average_recall:.3f}")
-
 def write_report(
     table, # predictions table
     run, # table or run folder that was evaluated
@@ -370,7 +381,6 @@ def evaluate(
     table,source = run_predictions(run) if not (named or views) else None,None
     if table is None: table,source = predict_labelled(run, kwargs | dict(show=not quiet), views, device)
     print_scores(table)
-    print_decisions(table)
     print(f'report: {write_report(table, run, out, source)}')
     return 0
 
@@ -721,10 +731,10 @@ def print_paper_table(
     scale, # of the runs
 ):
     "Print the tables of finished runs"
-    from skin_lesions.experiments import ablation, current_runs, show_table, table
+    from skin_lesions.experiments import ablation, current_runs, recipe_table, show_table
     from skin_lesions.recipes import RECIPES
     finished = {line['recipe'] for line in current_runs(out, names, scale)}
-    print(show_table(table(out, names, scale)).to_string())
+    print(show_table(recipe_table(out, names, scale)).to_string())
     compared = [n for n in names if RECIPES[n].base]
     if finished & set(compared):
         differences = ablation(out, compared, scale).drop(columns='about').round(4)
@@ -734,7 +744,7 @@ def print_paper_table(
 # %% ../nbs/81_cli.ipynb #4869cb67
 def paper(
     *,
-    recipe:tuple[str, ...]=('paper',), # recipes by name, or paper, ablations, weighted, all; --list shows them
+    recipe:tuple[str, ...]=('paper',), # recipes by name, or paper, ablations, inverse_weights, all; --list shows them
     seed:tuple[int, ...]=(42,), # of weights, order and augmentation
     split:tuple[Split, ...]=('image', 'lesion'), # the paper's split by image, and that by lesion
     fold:tuple[int, ...]=(0,), # which of the five folds by lesion validate

@@ -465,6 +465,16 @@ def _loader_settings(meta, bs, sampling, cache, kwargs)->dict:
     if cache is not None: settings['num_workers'] = cache.default_workers(kwargs.get('device'))
     return settings | kwargs
 
+# %% ../nbs/14_data.ipynb #c890b3df
+def _ready(dls, cache)->DataLoaders:
+    "Loaders that take any source of an image to predict, and that read from the cache if there is one"
+    sources = (str, Path, Image.Image, np.ndarray)
+    for dl in dls.loaders:
+        # fastai tells by the type of an item where it enters the pipeline: sources enter at `OpenImage`
+        images = dl.dataset.tls[0]
+        images.types = L([images.types[0], sources])
+    return dls if cache is None else cache.attach(dls)
+
 # %% ../nbs/14_data.ipynb #7a04ad73
 def ham10000_dataloaders(
     path_or_meta, # folder of the data set, or a reader's frame; without `is_valid` it is split by lesion, fold 0 of 5
@@ -489,7 +499,7 @@ def ham10000_dataloaders(
     block = ham10000_datablock(size, crop, classes=classes_of(meta), min_scale=min_scale, arch=arch, augment=augment,
                                item_tfms=item_tfms, batch_tfms=batch_tfms, patient=_encoder(meta, patient))
     dls = block.dataloaders(meta, **_loader_settings(meta, bs, sampling, cache, kwargs))
-    return dls if cache is None else cache.attach(dls)
+    return _ready(dls, cache)
 
 # %% ../nbs/14_data.ipynb #3c311b7e
 def warn_if_weighted_twice(

@@ -52,7 +52,7 @@ def _malignant_columns(classes)->list:
     "Places of the malignant classes; a `ValueError` where malignancy is unknown"
     if classes.knows_malignancy: return [classes.index(c) for c in classes.malignant]
     raise ValueError(f"it is not known which diagnoses of {classes.name} are malignant ({', '.join(classes.codes)}); "
-                     "make the class set with ClassSet.from_codes(codes, malignant=[...]) and use with_classes")
+                     "make the class set with classes.from_codes(codes, malignant=[...]) and use with_classes")
 
 def _is_malignant(y, classes)->np.ndarray:
     "Whether classes by number are malignant [n]"
@@ -167,8 +167,8 @@ _COLDEST,_HOTTEST = .01,100. # temperatures beyond these say that the table cann
 def _all_right(logits, y, fitted_name)->bool:
     "Whether the likelihood has no best temperature because every image is right; warns if so"
     if not (logits.argmax(1)==y).all(): return False
-    message = (f"every one of the {len(y)} images here is right, so they cannot settle {fitted_name} and the probabilities "
-               "stay as they are; are they images that the network was trained on, or too few?")
+    message = (f"every one of the {len(y)} images here is right, so they cannot settle {fitted_name} and the "
+               "probabilities stay as they are; are they images that the network was trained on, or too few?")
     warnings.warn(message, stacklevel=4)
     return True
 
@@ -447,7 +447,10 @@ def _check_prior(prior, codes)->dict:
         raise ValueError(f"prior must have a fraction for each of {', '.join(codes)}, got {', '.join(map(str, prior))}")
     if not all(math.isfinite(v) and v>0 for v in prior.values()):
         raise ValueError(f"fractions of the prior must be > 0, got {prior}")
-    return {c: float(prior[c]/sum(prior.values())) for c in codes}
+    total = sum(prior.values())
+    # what sums to 1 already stays as it is to the last bit, so that a rule comes back from its file unchanged
+    if abs(total-1)<1e-9: total = 1.
+    return {c: float(prior[c]/total) for c in codes}
 
 def _check_costs(costs, codes)->tuple:
     "Costs as nested tuples in the order of the codes"
@@ -992,7 +995,8 @@ def _measure_decisions(table, fit, fitted, n, seed)->dict:
         calibration,rule,referral = fit(train)
         return partial(decide_table, calibration=calibration, rule=rule, referral=referral)
     decided = crossfit(raw, decide, k)
-    return measured | dict(decided=_recalls_of(decided, n, seed), parts=k, referral=_referral_measures(decided, referral),
+    return measured | dict(decided=_recalls_of(decided, n, seed), parts=k,
+                           referral=_referral_measures(decided, referral),
                            error_of_calibrated=expected_calibration_error(decided))
 
 # %% ../nbs/63_decide.ipynb #p8038356

@@ -26,20 +26,28 @@ from torch.nn.parallel import DistributedDataParallel
 from .resume import ResumeCallback
 
 # %% ../nbs/32_distributed.ipynb #98e82323
-def n_ranks()->int: return max(1, num_distrib()) # how many processes train together; 1 unless a launcher started several
-def this_rank()->int: return rank_distrib() if n_ranks()>1 else 0 # the number of this one, from 0; rank 0 writes and prints
+def n_ranks()->int: # 1 unless a launcher started several
+    "How many processes train together"
+    return max(1, num_distrib())
 
+def this_rank()->int: # from 0
+    "The number of this process; rank 0 writes and prints"
+    return rank_distrib() if n_ranks()>1 else 0
+
+# %% ../nbs/32_distributed.ipynb #38264d0e
 _ONE_STARTED = ("accelerate was asked for several processes, but this one has not been told of the others: "
                 "`accelerate launch --cpu` starts only one, or several through MPI, which is not supported. Use "
-                "`accelerate launch --multi_gpu --num_processes N`, which works without GPUs too, or `torchrun --nproc_per_node N`")
+                "`accelerate launch --multi_gpu --num_processes N`, which works without GPUs too, "
+                "or `torchrun --nproc_per_node N`")
 _OTHER_PLUGINS = ('ACCELERATE_USE_DEEPSPEED', 'ACCELERATE_USE_FSDP', 'ACCELERATE_USE_MEGATRON_LM')
 
 def _check_launcher():
     "Raise where a launcher asks for what this library does not do"
-    wanted = [k for k in _OTHER_PLUGINS if os.environ.get(k, 'false').lower() in ('1', 'true')]
-    if wanted:
-        raise ValueError(f"this library trains with plain DDP, but the launcher asks for "
-                         f"{wanted[0].removeprefix('ACCELERATE_USE_')}; launch without it, e.g. accelerate launch --multi_gpu")
+    for name in _OTHER_PLUGINS:
+        if os.environ.get(name, 'false').lower() not in ('1', 'true'): continue
+        plugin = name.removeprefix('ACCELERATE_USE_')
+        raise ValueError(f"this library trains with plain DDP, but the launcher asks for {plugin}; "
+                         "launch without it, e.g. accelerate launch --multi_gpu")
     precision = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
     if precision!='no':
         raise ValueError(f"the launcher asks for mixed precision {precision}, which is not taken from it; "
@@ -56,7 +64,8 @@ def start_ranks(
         return None
     try: from accelerate import PartialState
     except ImportError as e:
-        raise ModuleNotFoundError(f"training in {n_ranks()} processes (WORLD_SIZE) needs accelerate: pip install accelerate") from e
+        raise ModuleNotFoundError(f"training in {n_ranks()} processes (WORLD_SIZE) needs accelerate: "
+                                  "pip install accelerate") from e
     _check_launcher()
     return PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(seconds=timeout)).device
 
@@ -99,7 +108,8 @@ def on_rank0(func, *args, **kwargs):
     return result
 
 # %% ../nbs/32_distributed.ipynb #124b6a76
-_LOST = ('connection closed by peer', 'connection reset', 'connection refused', 'broken pipe', 'remote process exited', 'timed out')
+_LOST = ('connection closed by peer', 'connection reset', 'connection refused', 'broken pipe', 'remote process exited',
+         'timed out')
 
 @contextlib.contextmanager
 def say_if_lost():
@@ -163,8 +173,8 @@ class _OfRank:
 def copy_loader(dl):
     "A loader like `dl` that shares its data"
     new,old = copy.copy(dl),dl.fake_l
-    new.fake_l = _FakeLoader(new, old.pin_memory, old.num_workers, old.timeout, persistent_workers=old.persistent_workers,
-                             pin_memory_device=old.pin_memory_device)
+    new.fake_l = _FakeLoader(new, old.pin_memory, old.num_workers, old.timeout, pin_memory_device=old.pin_memory_device,
+                             persistent_workers=old.persistent_workers)
     return new
 
 # %% ../nbs/32_distributed.ipynb #p1822804
@@ -195,10 +205,12 @@ _KNOWN_STATES = {AvgMetric: ('total', 'count'), AvgLoss: ('total', 'count'), Acc
 
 def _state_names(metric)->tuple:
     "The attributes of a metric that hold its sums, counts or lists"
-    names = getattr(metric, 'rank_state', None) or next((s for c,s in _KNOWN_STATES.items() if isinstance(metric, c)), None)
-    if names is not None: return tuple(names)
-    raise TypeError(f"the metric {type(metric).__name__} cannot be put together over ranks; give it an attribute rank_state, "
-                    "the names of the attributes that hold its sums, counts or lists")
+    names = getattr(metric, 'rank_state', None)
+    if names: return tuple(names)
+    for kind,names in _KNOWN_STATES.items():
+        if isinstance(metric, kind): return names
+    raise TypeError(f"the metric {type(metric).__name__} cannot be put together over ranks; "
+                    "give it an attribute rank_state, the names of the attributes that hold its sums, counts or lists")
 
 def _merged(values):
     "One value of the ranks': sums of numbers, joined lists, the first of anything else"
@@ -335,7 +347,8 @@ def _check_one_state(cb, state):
 def _prepare_resume(cb):
     "Let rank 0 alone write the state, and compare what the ranks find"
     if cb.minutes is not None:
-        raise ValueError("in several processes the state is written after epochs only; use ResumeCallback(folder) without minutes")
+        raise ValueError("in several processes the state is written after epochs only; "
+                         "use ResumeCallback(folder) without minutes")
     cb.found = lambda state: _check_one_state(cb, state)
     if this_rank(): cb.save = noop
 
@@ -351,7 +364,7 @@ def distributed(
     find_unused_parameters:bool=False, # for networks of which parts do not take part in every step
     timeout:float=1800., # how long a rank waits for the others, seconds
 ):
-    "Let `fit`, `validate` and `get_preds` in the block work over the processes of a launcher; a single process stays as it is"
+    "Let `fit`, `validate` and `get_preds` in the block work over the processes that a launcher started"
     device = start_ranks(timeout)
     if device is None:
         yield learn

@@ -23,11 +23,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.sparse import csr_matrix
 
-from .bootstrap import (average_recall_interval, check_draws, divide, in_draws, interval_ends, labelled, rank_counts, rank_curve, rank_scores,
-    recall_draws, two_sided, unit_draws, unit_sums, units_of, warn_of_absent, warn_of_images)
+from skin_lesions.bootstrap import (average_recall_interval, check_draws, divide, in_draws, interval_ends, labelled,
+    rank_counts, rank_curve, rank_scores, recall_draws, two_sided, unit_draws, unit_sums, units_of, warn_of_absent,
+    warn_of_images)
 from .classes import ClassSet, classes_of
 from .core import check_columns, unknown_name
-from .predictions import check_predictions, decided_probabilities, probabilities_of, without_decisions
+from .predictions import decided_probabilities
 
 # %% ../nbs/62_evaluate.ipynb #3e1a17d0
 def class_aucs(
@@ -44,20 +45,23 @@ def _accuracy_and_recall(y, called)->tuple:
     right = y==called
     return float(right.mean()),float(np.mean([right[y==c].mean() for c in np.unique(y)]))
 
+# %% ../nbs/62_evaluate.ipynb #eb08ff25
 def scores(
     table:pd.DataFrame, # predictions table with dx
     *,
     warn:bool=True, # say which classes have no image
-)->dict: # n_images, n_lesions (None without group), absent, accuracy, average_recall, macro_auc; with a decision argmax_accuracy, argmax_average_recall
+)->dict: # n_images, n_lesions (or None), absent, accuracy, average_recall, macro_auc; with a decision argmax_*
     "Accuracy, average recall and macro AUC of a table, by its decision where it has one"
     p,y,decided = labelled(table)
     if warn: warn_of_absent(table)
     units,unit = units_of(table)
     accuracy,average_recall = _accuracy_and_recall(y, decided)
     aucs = class_aucs(p, y)
-    result = dict(n_images=len(table), n_lesions=int(units.max())+1 if unit=='lesions' else None,
-                  absent=[c for c in classes_of(table) if not (table.dx==c).any()], accuracy=accuracy, average_recall=average_recall,
-                  macro_auc=float('nan') if np.isnan(aucs).all() else float(np.nanmean(aucs)))
+    macro_auc = float('nan') if np.isnan(aucs).all() else float(np.nanmean(aucs))
+    n_lesions = int(units.max())+1 if unit=='lesions' else None
+    absent = [c for c in classes_of(table) if not (table.dx==c).any()]
+    result = dict(n_images=len(table), n_lesions=n_lesions, absent=absent, accuracy=accuracy,
+                  average_recall=average_recall, macro_auc=macro_auc)
     if 'decision' not in table: return result
     return result | dict(zip(('argmax_accuracy', 'argmax_average_recall'), _accuracy_and_recall(y, p.argmax(1))))
 
@@ -75,24 +79,27 @@ def class_scores(
     table:pd.DataFrame, # predictions table with dx
     *,
     warn:bool=True, # say which classes have no image
-)->pd.DataFrame: # a row a class in the order of the class set: n (images), recall, precision, f1, auc; NaN where undefined
+)->pd.DataFrame: # a row a class: n (images), recall, precision, f1, auc; NaN where undefined
     "Recall, precision, F1 and AUC of each class against the rest"
     p,y,_ = labelled(table)
     if warn: warn_of_absent(table)
     counts = confusion_matrix(table).to_numpy()
     hits,n,called = counts.diagonal(),counts.sum(1),counts.sum(0)
     present = np.where(n>0, 1., np.nan) # of a class without images nothing is known
-    columns = dict(n=n, recall=divide(hits, n), precision=divide(hits, called)*present, f1=divide(2*hits, n+called)*present, auc=class_aucs(p, y))
+    columns = dict(n=n, recall=divide(hits, n), precision=divide(hits, called)*present,
+                   f1=divide(2*hits, n+called)*present, auc=class_aucs(p, y))
     return pd.DataFrame(columns, index=pd.Index(classes_of(table).codes, name='dx'))
 
 # %% ../nbs/62_evaluate.ipynb #945ef3dc
-ISIC_SCORES = ('accuracy', 'sensitivity', 'specificity', 'dice', 'ppv', 'npv', 'auc', 'auc_sens_80', 'ap') # of each class, in the official order
+# of each class, in the official order
+ISIC_SCORES = ('accuracy', 'sensitivity', 'specificity', 'dice', 'ppv', 'npv', 'auc', 'auc_sens_80', 'ap')
 ISIC_UNSCORED = ('ISIC_0035068',) # images of the test set that have weight 0
 
 def _ratio(a, b)->np.ndarray:
     "a/b; 0/0 counts as 1, as in the official scorer"
     return np.divide(a, b, out=np.ones_like(a), where=b>0)
 
+# %% ../nbs/62_evaluate.ipynb #bb8a3106
 class OfficialScores:
     "The official scores of one table in any number of draws of its units"
     def __init__(self,
@@ -113,7 +120,8 @@ class OfficialScores:
         tp,fp,n1,hits = (self.counts[:,:-1].T@draws).reshape(4, self.k, -1)
         n = self.counts[:,-1]@draws
         tn,fn = n-n1-fp,n1-tp
-        at_half = [(tp+tn)/n, _ratio(tp, n1), _ratio(tn, n-n1), _ratio(2*tp, 2*tp+fp+fn), _ratio(tp, tp+fp), _ratio(tn, tn+fn)]
+        at_half = [(tp+tn)/n, _ratio(tp, n1), _ratio(tn, n-n1), _ratio(2*tp, 2*tp+fp+fn)]
+        at_half += [_ratio(tp, tp+fp), _ratio(tn, tn+fn)]
         ranks = np.stack([rank_scores(curve, draws) for curve in self.curves], axis=1)
         return np.concatenate([np.stack(at_half), ranks]),_mean(divide(hits, n1), 0)
 
@@ -132,36 +140,43 @@ def official_labels(
 
 class ISICScores(NamedTuple):
     "What the official scorer says of a table"
-    balanced_accuracy:float # mean recall over the classes that have images, ties counting as wrong; the challenge ranked by it
+    balanced_accuracy:float # mean recall over the classes with images, a tie is wrong; the challenge ranked by it
     macro_average:pd.Series # mean of each score over the classes
     per_class:pd.DataFrame # a row a class, a column a score in the order of `ISIC_SCORES`
     columns:dict # the challenge's column by code, in its order
 
     def as_dict(self)->dict: # as the official scorer's JSON, with its names of the classes
         per_class = self.per_class.rename(index=self.columns).loc[list(self.columns.values())]
-        return {'overall': self.balanced_accuracy, 'validation': self.balanced_accuracy, 'per_category': per_class.to_dict(),
-                'macro_average': self.macro_average.to_dict(), 'aggregate': {'balanced_accuracy': self.balanced_accuracy}}
+        overall = self.balanced_accuracy
+        return {'overall': overall, 'validation': overall, 'per_category': per_class.to_dict(),
+                'macro_average': self.macro_average.to_dict(), 'aggregate': {'balanced_accuracy': overall}}
 
 # %% ../nbs/62_evaluate.ipynb #398f9b33
 def _official_arrays(table)->tuple:
     "Probabilities of the table's submission [n, classes], numbers of the true classes [n], which rows count [n]"
-    check_columns(table, ['image_id', *classes_of(table), 'dx'], name='the predictions table', why='the official scores need each image with its label')
+    check_columns(table, ['image_id', *classes_of(table), 'dx'], 'the predictions table', 'the official scores need '
+                                                                                          'labels')
     p = decided_probabilities(table, tol=None)
     missing = table.dx.isna().to_numpy()
-    if missing.any(): raise ValueError(f"image_id {table.image_id[missing].iloc[0]!r} has no dx ({int(missing.sum())} of {len(table)} rows)")
+    if missing.any():
+        raise ValueError(f"image_id {table.image_id[missing].iloc[0]!r} has no dx ({int(missing.sum())} of "
+                         f"{len(table)} rows)")
     counts = ~table.image_id.isin(ISIC_UNSCORED).to_numpy()
-    if not counts.any(): raise ValueError(f"no image counts: the table holds {table.image_id.iloc[0]} only, which has weight 0")
+    if not counts.any():
+        raise ValueError(f"no image counts: the table holds {table.image_id.iloc[0]} only, which has weight 0")
     return p,table.dx.map(list(classes_of(table).codes).index).to_numpy(dtype=int),counts
 
+# %% ../nbs/62_evaluate.ipynb #979e1338
 def isic_scores(
-    table:pd.DataFrame, # image_id, a probability for each code (their sum is not looked at), dx, and where known decision
+    table:pd.DataFrame, # predictions table with dx; the sums of its probabilities are not looked at
 )->ISICScores: # balanced_accuracy, macro_average, per_class
     "The official scores of a table's submission, equal to those of `isic-challenge-scoring` 5.6.0"
     p,y,counts = _official_arrays(table)
     p,y,classes = p[counts],y[counts],classes_of(table)
     absent = [c for i,c in enumerate(classes) if not (y==i).any()]
     if absent:
-        warnings.warn(f"no image of {', '.join(absent)} counts: the official scorer stops at such a table; here auc and auc_sens_80 are NaN, "
+        warnings.warn(f"no image of {', '.join(absent)} counts: the official scorer stops at such a table; here auc "
+                      f"and auc_sens_80 are NaN, "
                       "and the other scores what its functions say, which is no judgement", stacklevel=2)
     found,balanced = OfficialScores(p, y, official_labels(p), np.arange(len(y)), len(y))(np.ones((len(y), 1)))
     per_class = pd.DataFrame(found[:,:,0].T, index=pd.Index(classes.codes, name='dx'), columns=list(ISIC_SCORES))
@@ -190,6 +205,7 @@ def _codes_of(index)->list:
     "The codes of the rows of a `score_index`"
     return [dx for score,dx in index if score=='recall' and dx!='macro']
 
+# %% ../nbs/62_evaluate.ipynb #452b9a8a
 def malignant_probability(
     table:pd.DataFrame, # predictions table
 )->np.ndarray: # [n]
@@ -205,26 +221,26 @@ class AllScores:
     ):
         p,y,decided = labelled(table)
         self.k,one = p.shape[1],np.ones(len(y))
-        self.hits,self.total,self.called = (unit_sums(units, of, w, self.k) for of,w in ((y, y==decided), (y, one), (decided, one)))
+        self.hits,self.total = unit_sums(units, y, y==decided, self.k),unit_sums(units, y, one, self.k)
+        self.called = unit_sums(units, decided, one, self.k)
         self.present = np.isin(np.arange(self.k), y)
         self.stratum = self.total.argmax(1)
-        counts = ~table.image_id.isin(ISIC_UNSCORED).to_numpy()
-        labels = _labels_of(table, p, decided)
-        self.official = OfficialScores(p[counts], y[counts], labels[counts], units[counts], len(self.stratum))
-        self.malignant = _malignant_curve(table[counts], units[counts], len(self.stratum))
+        self.official,self.malignant = _curves(table, units, len(self.stratum))
 
     def __call__(self, draws)->np.ndarray: # [scores, k] of draws [units, k]
         hits,n,called = (counts.T@draws for counts in (self.hits, self.total, self.called))
         official,balanced = self.official(draws)
-        by_class = np.concatenate([np.stack([divide(hits, n), divide(hits, called), divide(2*hits, n+called)]), official])
+        own = np.stack([divide(hits, n), divide(hits, called), divide(2*hits, n+called)])
+        by_class = np.concatenate([own, official])
         by_class[:,~self.present] = np.nan
         whole = np.stack([hits.sum(0)/n.sum(0), _mean(by_class[0], 0), balanced])
         with_macro = np.concatenate([_mean(by_class, 1)[:,None], by_class], axis=1).reshape(-1, draws.shape[1])
-        return np.concatenate([whole, with_macro, *([] if self.malignant is None else [rank_scores(self.malignant, draws)])])
+        malignant = [] if self.malignant is None else [rank_scores(self.malignant, draws)]
+        return np.concatenate([whole, with_macro, *malignant])
 
 # %% ../nbs/62_evaluate.ipynb #188dc836
 def _labels_of(table, p, decided)->np.ndarray:
-    "The classes that the official scorer takes as called: the decision where there is one, else the largest probability, -1 for a tie"
+    "What the official scorer takes as called: the decision, else the largest probability, -1 for a tie"
     labels = official_labels(p)
     return np.where(table.decision.notna(), decided, labels) if 'decision' in table else labels
 
@@ -234,6 +250,15 @@ def _malignant_curve(table, units, n_units):
     if not malignancy_is_a_target(classes): return None
     return rank_curve(malignant_probability(table), table.dx.isin(classes.malignant).to_numpy(), units, n_units)
 
+def _curves(table, units, n_units)->tuple:
+    "What ranks: the official scores, and the curve of malignant against benign; without the images of weight 0"
+    counts = ~table.image_id.isin(ISIC_UNSCORED).to_numpy()
+    p,y,decided = (array[counts] for array in labelled(table))
+    table,units = table[counts],units[counts]
+    official = OfficialScores(p, y, _labels_of(table, p, decided), units, n_units)
+    return official,_malignant_curve(table, units, n_units)
+
+# %% ../nbs/62_evaluate.ipynb #e95552aa
 def _with_half_lesions(drawn, score, draws, seed, index)->np.ndarray:
     "The draws of all scores, those of recall with half a lesion right and half a lesion wrong"
     recalls = recall_draws(score.hits, score.total, draws, seed).T
@@ -249,7 +274,7 @@ def score_intervals(
     *,
     level:float=.95, # fraction of draws between the ends
     warn:bool=True, # say where classes or lesions are not known
-)->pd.DataFrame: # a row for each (score, dx): value, low, high, and draws (how many of the n have the score); NaN where not defined
+)->pd.DataFrame: # a row for each (score, dx): value, low, high, draws (that have the score); NaN where not defined
     "All scores of a table, each with its bootstrap interval over lesions, drawn class by class"
     check_draws(n, level)
     units,unit = units_of(table)
@@ -279,6 +304,7 @@ def _draw_intervals(ax, labels, frame, value, hollow=None):
     ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.grid(axis='x', alpha=.3)
 
+# %% ../nbs/62_evaluate.ipynb #d1bab884
 def plot_intervals(
     intervals:pd.DataFrame, # what `score_intervals` or `compare` returned
     scores=('recall', 'auc'), # scores of a class, a panel each
@@ -290,7 +316,8 @@ def plot_intervals(
     fig = plt.figure(figsize=(.9+2.6*len(scores), .7+.25*(len(codes)+1)), layout='constrained')
     for ax,s in zip(fig.subplots(1, len(scores), sharey=True, squeeze=False)[0], scores):
         if compared: ax.axvline(0, color='.4', linewidth=1, linestyle='--')
-        _draw_intervals(ax, ['mean', *codes], intervals.loc[s].loc[['macro', *codes]], 'difference' if compared else 'value')
+        rows = intervals.loc[s].loc[['macro', *codes]]
+        _draw_intervals(ax, ['mean', *codes], rows, 'difference' if compared else 'value')
         ax.axhline(len(codes)-.5, color='.85', linewidth=1)
         ax.set(xlabel=f'{s}, b - a' if compared else s)
     return fig
@@ -300,8 +327,10 @@ def _check_same_images(table_a, table_b):
     "Raise a `ValueError` that says where the images of two tables differ"
     a,b = set(table_a.image_id),set(table_b.image_id)
     if a==b: return
-    def only(ids, name): return f"{len(ids)} only in {name}, the first is {min(ids)!r}" if ids else f"none only in {name}"
-    raise ValueError(f"compare needs two tables of the same images: {len(a&b)} are in both, {only(a-b, 'table_a')}, {only(b-a, 'table_b')}; "
+    def only(ids, name):
+        return f"{len(ids)} only in {name}, the first is {min(ids)!r}" if ids else f"none only in {name}"
+    raise ValueError(f"compare needs two tables of the same images: {len(a&b)} are in both, {only(a-b, 'table_a')}, "
+                     f"{only(b-a, 'table_b')}; "
                      "keep the common ones with table[table.image_id.isin(other.image_id)]")
 
 def _check_same_column(table_a, table_b, column):
@@ -312,9 +341,11 @@ def _check_same_column(table_a, table_b, column):
     differ = (a.to_numpy()!=b.to_numpy()) & ~(a.isna().to_numpy() & b.isna().to_numpy())
     if not differ.any(): return
     i = int(differ.argmax())
-    raise ValueError(f"the tables differ in {column!r} of {int(differ.sum())} images, the first is {table_a.image_id.iloc[i]!r}: "
+    raise ValueError(f"the tables differ in {column!r} of {int(differ.sum())} images, the first is "
+                     f"{table_a.image_id.iloc[i]!r}: "
                      f"{a.iloc[i]!r} in table_a, {b.iloc[i]!r} in table_b; compare needs the same labels and lesions")
 
+# %% ../nbs/62_evaluate.ipynb #a37c1683
 def _same_images(table_a, table_b)->pd.DataFrame:
     "`table_b` with its rows in the order of `table_a`, which must have the same images, labels and lesions"
     _check_same_images(table_a, table_b)
@@ -331,7 +362,7 @@ def compare(
     *,
     level:float=.95, # fraction of draws between the ends
 )->pd.DataFrame: # a row for each (score, dx): a, b, difference (b - a), low, high, p
-    "Every score of two tables of the same images, their difference with its interval over lesions, and the p of no difference"
+    "Every score of two tables of the same images, their difference with its interval, and the p of no difference"
     check_draws(n, level)
     for table in (table_a, table_b): labelled(table)
     table_b = _same_images(table_a, table_b)
@@ -368,7 +399,9 @@ def _meta_of(table, meta)->pd.DataFrame:
     repeated = meta.image_id[meta.image_id.duplicated()]
     if len(repeated): raise ValueError(f"meta has two rows for image {repeated.iloc[0]!r}")
     missing = table.image_id[~table.image_id.isin(meta.image_id)]
-    if len(missing): raise ValueError(f"meta lacks {len(missing)} of the {len(table)} images of the table, the first is {missing.iloc[0]!r}")
+    if len(missing):
+        raise ValueError(f"meta lacks {len(missing)} of the {len(table)} images of the table, the first is "
+                         f"{missing.iloc[0]!r}")
     return meta.set_index('image_id', drop=False).loc[table.image_id]
 
 def _column_of(meta, by)->pd.Series:
@@ -378,12 +411,14 @@ def _column_of(meta, by)->pd.Series:
     check_columns(meta, ['age'], name='meta', why='age bands need it')
     return age_bands(meta.age)
 
+# %% ../nbs/62_evaluate.ipynb #66d99ccb
 def _subgroups(table, meta, by)->pd.Series:
     "The subgroup of each row of a table; categories in the order to show, 'unknown' last"
     value = _column_of(_meta_of(table, meta), by)
     ordered = isinstance(value.dtype, pd.CategoricalDtype) and value.cat.ordered
     # the most frequent first, equals in the order of their names
-    order = value.cat.categories if ordered else value.value_counts().sort_index().sort_values(ascending=False, kind='stable').index
+    by_count = value.value_counts().sort_index().sort_values(ascending=False, kind='stable').index
+    order = value.cat.categories if ordered else by_count
     text = value.astype(object).where(value.notna(), 'unknown').astype(str).to_numpy()
     names = [str(v) for v in order if str(v)!='unknown'] + ['unknown']
     return pd.Series(pd.Categorical(text, [name for name in names if name in set(text)]), index=table.index)
@@ -396,9 +431,11 @@ def _subgroup_row(table, n, seed, level)->dict:
     s = scores(table, warn=False)
     interval = average_recall_interval(table, n, seed, level=level, warn=False)
     fewest = pd.Series(units_of(table)[0]).groupby(table.dx.to_numpy()).nunique().min()
-    return dict(images=len(table), lesions=interval.n_units, classes=len(classes_of(table))-len(s['absent']), fewest=int(fewest),
+    n_classes = len(classes_of(table))-len(s['absent'])
+    return dict(images=len(table), lesions=interval.n_units, classes=n_classes, fewest=int(fewest),
                 accuracy=s['accuracy'], average_recall=interval.value, low=interval.low, high=interval.high)
 
+# %% ../nbs/62_evaluate.ipynb #c7ab5dcc
 def scores_by(
     table:pd.DataFrame, # predictions table with dx and group
     meta:pd.DataFrame, # a row an image: image_id and what to split by
@@ -407,8 +444,8 @@ def scores_by(
     seed:int=42, # same seed, same intervals
     *,
     level:float=.95, # fraction of draws between the ends
-)->pd.DataFrame: # a row a subgroup, 'all' first: images, lesions, classes, fewest (lesions of the rarest class), accuracy, average_recall, low, high
-    "Average recall with its interval in each subgroup of the patients or images; none is left out for being small"
+)->pd.DataFrame: # by subgroup, 'all' first: images, lesions, classes, fewest, accuracy, average_recall, low, high
+    "Average recall with its interval in each subgroup; none is left out, `fewest` is the lesions of its rarest class"
     check_draws(n, level)
     labelled(table)
     warn_of_images(units_of(table)[1])
@@ -483,6 +520,7 @@ def roc_points(
     fpr,tpr,_ = skm.roc_curve(true, p, drop_intermediate=False)
     return fpr,tpr
 
+# %% ../nbs/62_evaluate.ipynb #da3988e1
 def plot_roc(
     table:pd.DataFrame, # predictions table with dx
     *,
@@ -492,17 +530,22 @@ def plot_roc(
     (p,y,_),classes = labelled(table),classes_of(table)
     if ax is None: _,ax = plt.subplots(figsize=(5, 4.6), layout='constrained')
     ax.plot([0, 1], [0, 1], color='.75', linewidth=1, zorder=0)
-    outline = [patheffects.Stroke(linewidth=2.5, foreground='.35'), patheffects.Normal()] # light colours stay visible on white
+    # light colours stay visible on white
+    outline = [patheffects.Stroke(linewidth=2.5, foreground='.35'), patheffects.Normal()]
     for i,(code,auc) in enumerate(zip(classes, class_aucs(p, y))):
         curve = ([], []) if np.isnan(auc) else roc_points(p[:,i], y==i)
         label = f'{code}: not defined' if np.isnan(auc) else f'{code}: {auc:.3f}'
-        ax.plot(*curve, color=classes.colors[code], linestyle=_LINES[i%len(_LINES)], linewidth=1.7, label=label, path_effects=outline)
-    ax.set(xlabel='false positive rate (1 - specificity)', ylabel='true positive rate (sensitivity)', xlim=(-.01, 1.01), ylim=(-.01, 1.01))
+        style = dict(color=classes.colors[code], linestyle=_LINES[i%len(_LINES)], linewidth=1.7)
+        ax.plot(*curve, label=label, path_effects=outline, **style)
+    ax.set(xlabel='false positive rate (1 - specificity)', ylabel='true positive rate '
+                                                                  '(sensitivity)', xlim=(-.01, 1.01), ylim=(-.01, 1.01))
     ax.legend(loc='lower right', title='AUC, one against the rest', handlelength=3.6, fontsize=9, alignment='left')
     return ax
 
 # %% ../nbs/62_evaluate.ipynb #87899ae6
-POINTS = tuple((free, fixed, at) for free,fixed in (('sensitivity', 'specificity'), ('specificity', 'sensitivity')) for at in (.90, .95))
+# the rate to be had, the rate that is asked for, and how much of it
+POINTS = (('sensitivity', 'specificity', .90), ('sensitivity', 'specificity', .95),
+          ('specificity', 'sensitivity', .90), ('specificity', 'sensitivity', .95))
 
 def default_targets(
     classes:ClassSet, # of a table
@@ -516,16 +559,18 @@ def _target_arrays(table, targets)->dict:
     "Probability and truth [n] by name of the target"
     classes = classes_of(table)
     if targets is None: targets = default_targets(classes)
-    if not targets: raise ValueError(f"{classes.name} has neither 'mel' nor known malignancy; give targets={{name: codes}}")
+    if not targets:
+        raise ValueError(f"{classes.name} has neither 'mel' nor known malignancy; give targets={{name: codes}}")
     for codes in targets.values():
         for code in codes: classes.index(code)
-    return {name: (table[list(codes)].sum(axis=1).to_numpy(dtype=float), table.dx.isin(codes).to_numpy()) for name,codes in targets.items()}
+    def probability(codes): return table[list(codes)].sum(axis=1).to_numpy(dtype=float)
+    return {name: (probability(codes), table.dx.isin(codes).to_numpy()) for name,codes in targets.items()}
 
 def _point_name(free, fixed, at)->str: return f'{free} at {100*at:.0f} % {fixed}'
 
 # %% ../nbs/62_evaluate.ipynb #4cedc963
 def _best(curve, draws, free, at)->tuple:
-    "In each draw the best `free` rate with the other at least `at`, the other, and the step where; step -1 calls nothing"
+    "In each draw the best `free` rate with the other at least `at`, the other, and the step; -1 calls nothing"
     c = rank_counts(curve, draws)
     sensitivity = divide(c.true_positives, np.broadcast_to(c.n_positives, c.true_positives.shape))
     specificity = divide(c.n_negatives-c.false_positives, np.broadcast_to(c.n_negatives, c.false_positives.shape))
@@ -561,7 +606,8 @@ def _given_points(thresholds, prob, true, units, draws, level)->dict:
         rates = lambda d: divide(right[:,order].T@d, images[:,order].T@d)
         value,reached = rates(np.ones((draws.shape[1], 1)))[:,0]
         (low,reached_low),(high,reached_high) = interval_ends(in_draws(rates, draws, len(prob)), level)
-        rows[name] = dict(threshold=threshold, value=value, low=low, high=high, reached=reached, reached_low=reached_low, reached_high=reached_high)
+        rows[name] = dict(threshold=threshold, value=value, low=low, high=high,
+                          reached=reached, reached_low=reached_low, reached_high=reached_high)
     return rows
 
 # %% ../nbs/62_evaluate.ipynb #6b164dff
@@ -571,20 +617,23 @@ def operating_points(
     seed:int=42, # same seed, same intervals
     *,
     level:float=.95, # fraction of draws between the ends
-    points:pd.DataFrame=None, # operating points of another table, whose thresholds are applied to this one; None chooses them from this table
+    points:pd.DataFrame=None, # of another table, whose thresholds are applied; None chooses them from this table
     targets:dict=None, # codes by name of the target; None takes `default_targets`
     warn:bool=True, # say where lesions are not known
-)->pd.DataFrame: # four rows (target, score) a target: threshold, value, low, high, reached (the other of the two rates); with `points` also reached_low, reached_high
+)->pd.DataFrame: # by (target, score): threshold, value, low, high, reached; with `points` reached_low, reached_high
     "Sensitivity at 90 and 95 % specificity and the reverse, with intervals over lesions"
     check_draws(n, level)
     _,y,_ = labelled(table)
-    if points is not None: check_columns(points, ['threshold'], name='points', why='expected what operating_points returned for another table')
+    if points is not None: check_columns(points, ['threshold'], name='points', why='expected what operating_points '
+                                                                                   'returned for another table')
     units,unit = units_of(table)
     if warn: warn_of_images(unit)
-    draws,rows = unit_draws(unit_sums(units, y, np.ones(len(y)), len(classes_of(table))).argmax(1), n, seed),{}
-    for target,arrays in _target_arrays(table, targets).items():
-        make = _chosen_points if points is None else partial(_given_points, points.threshold[target])
-        rows |= {(target, name): row for name,row in make(*arrays, units, draws, level).items()}
+    draws = unit_draws(unit_sums(units, y, np.ones(len(y)), len(classes_of(table))).argmax(1), n, seed)
+    rows:dict = {}
+    for target,(prob,true) in _target_arrays(table, targets).items():
+        if points is None: found = _chosen_points(prob, true, units, draws, level)
+        else: found = _given_points(points.threshold[target], prob, true, units, draws, level)
+        rows |= {(target, name): row for name,row in found.items()}
     return pd.DataFrame(list(rows.values()), index=pd.MultiIndex.from_tuples(rows, names=['target', 'score']))
 
 # %% ../nbs/62_evaluate.ipynb #5da9059f

@@ -18,6 +18,7 @@ from fastai.callback.progress import ProgressCallback # gives learners `no_bar`
 from fastai.learner import Learner
 from fastai.torch_core import TensorImage
 from fastai.vision.augment import RandomCrop, RandomResizedCrop, Resize, ResizeMethod
+from fastai.vision.core import PILImage
 from fastcore.basics import noop
 from fasttransform import Pipeline, Transform
 from PIL import Image
@@ -35,10 +36,12 @@ def _frame_of_paths(paths)->pd.DataFrame:
     frame = pd.DataFrame({'image_id': [p.stem for p in paths], 'path': [str(p) for p in paths]})
     repeated = frame[frame.image_id.duplicated(keep=False)].sort_values('image_id', kind='stable')
     if len(repeated):
-        raise ValueError(f"two images have the name {repeated.image_id.iloc[0]!r}: {repeated.path.iloc[0]} and {repeated.path.iloc[1]}; "
+        raise ValueError(f"two images have the name {repeated.image_id.iloc[0]!r}: {repeated.path.iloc[0]} and "
+                         f"{repeated.path.iloc[1]}; "
                          "give a frame with image_id and path instead")
     return frame
 
+# %% ../nbs/59_inference.ipynb #9e30f0c5
 def items_frame(
     learn:Learner, # trained
     items=None, # meta frame with path, image file, folder, or list of paths; None takes the learner's data set `ds_idx`
@@ -48,7 +51,8 @@ def items_frame(
     if items is None:
         items = getattr(learn.dls[ds_idx], 'items', None)
         if items is None or not len(items):
-            raise ValueError(f"the learner has no data set {ds_idx} (an exported learner has none); give items: a meta frame, a folder or image files")
+            raise ValueError(f"the learner has no data set {ds_idx} (an exported learner has none); give items: a meta "
+                             f"frame, a folder or image files")
     if isinstance(items, (str, Path)): items = image_files(items)
     if not isinstance(items, pd.DataFrame): return _frame_of_paths(items)
     check_columns(items, ['path'], name='items', why='each image is read from it')
@@ -75,10 +79,12 @@ def learner_classes(
     dls = learn.dls
     if getattr(dls, 'class_set', None) is not None: return dls.class_set
     vocab = list(dls.vocab)
-    if not all(isinstance(v, str) for v in vocab): raise ValueError(f"expected one vocabulary of diagnosis codes, got {vocab}")
+    if not all(isinstance(v, str) for v in vocab):
+        raise ValueError(f"expected one vocabulary of diagnosis codes, got {vocab}")
     known = [s for s in CLASS_SETS.values() if sorted(s.codes)==sorted(vocab)]
     return known[0] if known else classes_of(vocab)
 
+# %% ../nbs/59_inference.ipynb #1ea88731
 def class_columns(
     learn:Learner, # with a vocabulary of codes
     classes:ClassSet, # as from `learner_classes`
@@ -89,7 +95,8 @@ def class_columns(
         if v not in classes: raise ValueError("dls.vocab: " + unknown_name('diagnosis code', v, classes.codes))
     missing = [c for c in classes if c not in vocab]
     if missing:
-        raise ValueError(f"dls.vocab lacks {', '.join(missing)}: a predictions table has all {len(classes)} classes of {classes.name}; "
+        raise ValueError(f"dls.vocab lacks {', '.join(missing)}: a predictions table has all {len(classes)} classes of "
+                         f"{classes.name}; "
                          "use CategoryBlock(vocab=classes.codes) where the training images do not show all of them")
     return [vocab.index(c) for c in classes]
 
@@ -135,8 +142,9 @@ class ViewCrops(Transform):
     def encodes(self, x:Image.Image):
         width,height = self.crop.size # fastai keeps the width first
         crops = view_images(x, self.views, _crop_name(self.crop), (height, width), part=self.part)
-        return torch.stack([self.tail(type(x)(crop)) for crop in crops])
+        return torch.stack([self.tail(PILImage(crop)) for crop in crops])
 
+# %% ../nbs/59_inference.ipynb #0a75902f
 class FlattenViews(Transform):
     "Batches of views become batches of images: [bs, n, 3, h, w] -> [bs*n, 3, h, w]"
     order = -99
@@ -153,11 +161,13 @@ def view_dataloader(
     crops = [i for i,t in enumerate(transforms) if isinstance(t, (RandomCrop, RandomResizedCrop, Resize))]
     if not crops:
         names = ', '.join(t.name for t in transforms) or 'none'
-        raise ValueError(f"views={views!r} takes the place of the crop, and the learner's item transforms have none (Resize, RandomResizedCrop, RandomCrop); "
+        raise ValueError(f"views={views!r} takes the place of the crop, and the learner's item transforms have none "
+                         f"(Resize, RandomResizedCrop, RandomCrop); "
                          f"they are {names}; use views='dihedral'")
     at = crops[-1]
     items = Pipeline([*transforms[:at], ViewCrops(transforms[at], views, part, transforms[at+1:])])
-    return dl.new(bs=max(1, dl.bs//n_crops(views)), after_item=items, after_batch=Pipeline([FlattenViews(), *dl.after_batch.fs]))
+    batches = Pipeline([FlattenViews(), *dl.after_batch.fs])
+    return dl.new(bs=max(1, dl.bs//n_crops(views)), after_item=items, after_batch=batches)
 
 # %% ../nbs/59_inference.ipynb #296b05b8
 class AnswerNet(nn.Module):
@@ -181,6 +191,7 @@ class AnswerNet(nn.Module):
             return to_probabilities(raw, self.loss_func, self.n_classes).numpy()
         return torch.from_numpy(answer_of_views(probabilities, x, self.views, self.average))
 
+# %% ../nbs/59_inference.ipynb #2ca6e187
 @contextmanager
 def _answering(learn, views, average):
     "Inside the block the learner's network is an `AnswerNet`, and nothing casts to 16 bits"
@@ -198,6 +209,7 @@ def _item_dataloader(learn, frame, bs):
     reads_rows = not lists or issubclass(pd.Series, lists[0].types[0])
     return learn.dls.test_dl(frame if reads_rows else [Path(p) for p in frame.path], **kwargs)
 
+# %% ../nbs/59_inference.ipynb #16cf05d3
 def learner_probabilities(
     learn:Learner, # its network returns [bs, classes] logits or log-probabilities in the order of `dls.vocab`
     frame:pd.DataFrame, # as from `items_frame`
@@ -213,7 +225,8 @@ def learner_probabilities(
     try:
         dl = _item_dataloader(learn, frame, bs)
         if n_crops(views)>1: dl = view_dataloader(dl, views, part)
-        with nullcontext() if show else learn.no_bar(), _answering(learn, views, average): return learn.get_preds(dl=dl, act=noop)[0].numpy()
+        with nullcontext() if show else learn.no_bar(), _answering(learn, views, average):
+            return learn.get_preds(dl=dl, act=noop)[0].numpy()
     except Exception as e:
         raise_unreadable(list(frame.path), e)
         raise

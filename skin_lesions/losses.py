@@ -259,6 +259,7 @@ def _first_class(first, vocab:tuple)->str:
                          "train in one stage")
     return first
 
+# %% ../nbs/20_losses.ipynb #dc4b3b85
 def stage_losses(
     inp:Tensor, # [n,c] logits or log-probabilities
     q:Tensor, # [n,c] targets, one-hot or soft
@@ -267,8 +268,8 @@ def stage_losses(
     alphas, # stage one's weights [c] and stage two's [c-1]
 )->tuple: # stage one's and stage two's losses, [n] each
     "The two parts of each item's loss"
-    x,others = _scores(inp),_without(_scores(inp), first)
-    q1 = q*alphas[0].to(x)
+    x = _scores(inp)
+    others,q1 = _without(x, first),q*alphas[0].to(x)
     odds = x[:,first] - others.logsumexp(-1)
     one = q1[:,first]*focal_term(odds, gammas[0]) + _without(q1, first).sum(-1)*focal_term(-odds, gammas[0])
     two = _without(q, first)*alphas[1].to(x)*focal_term(log_odds(others), gammas[1])

@@ -39,24 +39,35 @@ def _check_rows(table, bad, why):
     raise ValueError(f"predictions row {i} (image_id {table.image_id.iloc[i]!r}): {why(i)}{more}")
 
 # %% ../nbs/60_predictions.ipynb #ad46b57e
+def _nearly_known(classes)->ClassSet:
+    "The known set that lacks the fewest of its codes here, where more than half are there; else the classes themselves"
+    if classes.name in CLASS_SETS: return classes
+    def is_part(known): return set(classes.codes)<set(known.codes) and len(classes)>len(known)/2
+    return min(filter(is_part, CLASS_SETS.values()), key=len, default=classes)
+
 def _check_form(table, classes)->ClassSet:
     "The class set of a table; a `ValueError` for missing and repeated columns, and for a table without rows"
     twice = table.columns[table.columns.duplicated()]
     if len(twice): raise ValueError(f"the predictions table has two columns {twice[0]!r}")
-    classes = classes_of(table) if classes is None else class_set(classes)
+    # who has six of seven codes and does not say that these are all has lost one
+    if classes is None: classes = classes_of(table) if 'classes' in table.attrs else _nearly_known(classes_of(table))
+    classes = class_set(classes)
     why = f"a row is an image with its {len(classes)} probabilities of {classes.name}"
     check_columns(table, ['image_id', *classes.codes], name='the predictions table', why=why)
     if not len(table): raise ValueError("the predictions table is empty, expected a row an image")
     return classes
 
+# %% ../nbs/60_predictions.ipynb #80281ff9
 def _check_probabilities(table, classes, tol):
     "Raise a `ValueError` for the first row whose probabilities are not a distribution"
     p,codes = probabilities_of(table, classes),np.array(classes.codes)
     def outside(i): return ', '.join(f"{c}={v}" for c,v in zip(codes, p[i]) if not 0<=v<=1)
-    _check_rows(table, np.isnan(p).any(1), lambda i: f"probability is missing (NaN) for {', '.join(codes[np.isnan(p[i])])}")
+    def missing(i): return ', '.join(codes[np.isnan(p[i])])
+    _check_rows(table, np.isnan(p).any(1), lambda i: f"probability is missing (NaN) for {missing(i)}")
     _check_rows(table, ((p<0)|(p>1)).any(1), lambda i: f"probabilities must lie between 0 and 1, got {outside(i)}")
     if tol is None: return
-    _check_rows(table, np.abs(p.sum(1)-1)>tol, lambda i: f"probabilities sum to {p[i].sum():.6g}, expected 1 within {tol:g}")
+    total = p.sum(1)
+    _check_rows(table, np.abs(total-1)>tol, lambda i: f"probabilities sum to {total[i]:.6g}, expected 1 within {tol:g}")
 
 # %% ../nbs/60_predictions.ipynb #22098f41
 def check_predictions(
@@ -81,16 +92,16 @@ def check_predictions(
 
 # %% ../nbs/60_predictions.ipynb #bce46558
 def get_predictions(
-    learn, # trained fastai `Learner`; its network returns [bs, classes] logits or log-probabilities in the order of `dls.vocab`
-    items=None, # meta frame (path, and where known image_id, dx, group), image file, folder, or list of paths; None takes the learner's data set `ds_idx`
+    learn, # fastai `Learner`; its network returns [bs, classes] logits or log-probabilities in the order of `dls.vocab`
+    items=None, # meta frame with path, image file, folder, or list of paths; None takes the data set `ds_idx`
     *,
     ds_idx:int=1, # data set of the learner where `items` is None: 0 training, 1 validation
     bs:int=None, # images in a batch; None takes that of `learn.dls`
     views:str=None, # views of each image, one of `skin_lesions.views.VIEWS`; None looks once
-    part:float=.8, # side of a crop as a fraction of the image's short side, in (0,1]; used by crops of a learner that scales its images
+    part:float=.8, # side of a crop as a fraction of the image's short side, see `skin_lesions.views.view_window`
     average:str='geometric', # how views are averaged, one of `AVERAGES`
     show:bool=False, # show the learner's progress bar
-)->pd.DataFrame: # a row an image in the order of `items`: image_id, a probability for each code, and where known dx and group
+)->pd.DataFrame: # a row an image, as `items`: image_id, a probability for each code, where known dx and group
     "The predictions table of a learner, every image prepared as for validation, in float32"
     from skin_lesions.inference import class_columns, items_frame, learner_classes, learner_probabilities # needs fastai
     classes = learner_classes(learn)
@@ -160,13 +171,15 @@ def write_csv(
     "Write a table as CSV in one step, cells neutralised, numbers without loss of digits"
     path = Path(path)
     if path.suffix.lower() in _PACKED:
-        raise ValueError(f"{path}: tables are plain CSV, a packed one could fill the memory of who reads it; leave {path.suffix} away")
+        raise ValueError(f"{path}: tables are plain CSV, a packed one could fill the memory of who reads it; leave "
+                         f"{path.suffix} away")
     path.parent.mkdir(parents=True, exist_ok=True)
     table = neutralise_cells(table)
     # Python before 3.13 writes a carriage return bare
     bare = any(isinstance(v, str) and '\r' in v for c in table for v in table[c])
     quoting = csv.QUOTE_NONNUMERIC if bare else csv.QUOTE_MINIMAL
-    with atomic_path(path) as tmp: table.to_csv(tmp, index=False, lineterminator='\n', encoding='utf-8', compression=None, quoting=quoting)
+    with atomic_path(path) as tmp:
+        table.to_csv(tmp, index=False, lineterminator='\n', encoding='utf-8', compression=None, quoting=quoting)
     return path
 
 # %% ../nbs/60_predictions.ipynb #5e8d4fbb
@@ -176,7 +189,8 @@ def save_predictions(
 )->Path: # where the file is
     "Check a predictions table and write it as CSV, in one step and without loss of digits"
     plain = table.copy(deep=False)
-    plain.attrs = {k: v for k,v in table.attrs.items() if k!='confidences'} # what is written must be readable again: rows sum to 1
+    # what is written must be readable again: rows sum to 1
+    plain.attrs = {k: v for k,v in table.attrs.items() if k!='confidences'}
     check_predictions(plain)
     return write_csv(plain.astype({c: np.float64 for c in classes_of(plain)}), path)
 
@@ -188,14 +202,16 @@ def _exact_numbers(texts, name)->np.ndarray:
         if not text: continue
         # Python reads 1_0 as 10
         try: numbers[i] = float(text.replace('_', '?'))
-        except ValueError: raise ValueError(f"row {i} (line {i+2} where no line is blank): {name} is no number: {text!r}") from None
+        except ValueError:
+            raise ValueError(f"row {i} (line {i+2} where no line is blank): {name} is no number: {text!r}") from None
     return numbers
 
 def _read_texts(path, multiline=True, **kwargs):
     "A table by pandas after a check of its form"
     if path.suffix.lower() in _PACKED: raise ValueError(f"it is packed ({path.suffix}); unpack it first")
     text,separator = table_text(path, multiline=multiline)
-    table = pd.read_csv(io.StringIO(text, newline=''), sep=separator, index_col=False, keep_default_na=False, skipinitialspace=True, **kwargs)
+    table = pd.read_csv(io.StringIO(text, newline=''), sep=separator, index_col=False, keep_default_na=False,
+                        skipinitialspace=True, **kwargs)
     return table.rename(columns=str.strip)
 
 # %% ../nbs/60_predictions.ipynb #4ebae5bf
@@ -213,7 +229,7 @@ def _set_of_columns(texts)->ClassSet:
     known = [s for s in CLASS_SETS.values() if set(s.codes)<=set(texts.columns)]
     if known: return max(known, key=len)
     numbers = [c for c in texts if c not in TABLE_COLUMNS and len(texts) and texts[c].map(_is_number).all()]
-    if len(numbers)>1: return class_set(numbers)
+    if len(numbers)>1: return _nearly_known(class_set(numbers))
     check_columns(texts, ['image_id'], name='the predictions table', why='a row is an image with its probabilities')
     raise ValueError(f"the predictions table has no columns of probabilities (has: {first_few(texts.columns, 12)})")
 
@@ -222,14 +238,15 @@ _TEXT_COLUMNS = ('image_id', 'dx', 'group', 'lesion_id', 'decision', 'reason', '
 
 def read_predictions(
     path, # of a CSV file
-    classes=None, # see `class_set`; None for the known set with these columns, else a set of the columns that hold numbers
+    classes=None, # see `class_set`; None for the known set with these columns, else the columns that hold numbers
 )->pd.DataFrame: # predictions table, checked; it carries its class set
     "Read a predictions table from CSV and check it"
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no predictions at {path}")
     try:
         texts = original_cells(_read_texts(path, dtype=str))
-        if _challenge_set(texts.columns): raise ValueError("it is in the ISIC challenge's form; use read_isic_submission")
+        if _challenge_set(texts.columns):
+            raise ValueError("it is in the ISIC challenge's form; use read_isic_submission")
         classes = _set_of_columns(texts) if classes is None else class_set(classes)
         given = [c for c in (*_TEXT_COLUMNS, *classes.codes) if c in texts]
         empty = {c: [''] for c in texts if c not in ('image_id', *classes.codes)}
@@ -264,15 +281,16 @@ def isic_submission(
     table:pd.DataFrame, # predictions table; only image_id, probabilities and decision are used
     path, # of the CSV file; folders that do not exist are made
 )->Path: # where the file is
-    "Write a predictions table as the ISIC challenges want it, its decisions included, in one step and without loss of digits"
+    "Write a predictions table as the ISIC challenges want it, its decisions included, without loss of digits"
     p,classes = decided_probabilities(table),classes_of(table)
     columns = {column: p[:,classes.index(code)] for code,column in classes.challenge_columns.items()}
     return write_csv(pd.DataFrame({'image': table.image_id.to_numpy(), **columns}), path)
 
 def _without_suffix(names)->pd.Series:
     "Image names without the suffix of a file"
-    return names.str.strip().str.replace(r'\.(?:jpe?g|png)$', '', regex=True, case=False)
+    return names.str.replace(r'\.(?:jpe?g|png)$', '', regex=True, case=False)
 
+# %% ../nbs/60_predictions.ipynb #e73b45cc
 def read_isic_submission(
     path, # of a CSV file as `isic_submission` writes it, or a challenge's ground truth
     classes=None, # see `class_set`; None for the known set whose challenge has these columns
@@ -284,7 +302,8 @@ def read_isic_submission(
         table = original_cells(_read_texts(path, dtype=str))
         classes = (_challenge_set(table.columns) or CLASS_SETS['HAM10000']) if classes is None else class_set(classes)
         columns = classes.challenge_columns
-        check_columns(table, ['image', *columns.values()], name='the submission', why=f'a row is an image with its {len(classes)} confidences')
+        check_columns(table, ['image', *columns.values()], name='the submission', why=f'a row is an image with its '
+                                                                                      f'{len(classes)} confidences')
         numbers = {code: _exact_numbers(table[columns[code]], columns[code]) for code in classes}
         result = with_classes(pd.DataFrame({'image_id': _without_suffix(table.image), **numbers}), classes)
         if (np.abs(probabilities_of(result).sum(1)-1)>1e-3).any(): result.attrs['confidences'] = True
@@ -311,14 +330,16 @@ def _check_same_dx(name, a, other, b):
     differ = a.dx.notna().to_numpy() & b.dx.notna().to_numpy() & (x!=y)
     if not differ.any(): return
     i = int(np.flatnonzero(differ)[0])
-    raise ValueError(f"{int(differ.sum())} images have different dx in tables {name!r} and {other!r}; image {a.image_id.iloc[i]!r} is {x[i]!r} and {y[i]!r}")
+    raise ValueError(f"{int(differ.sum())} images have different dx in tables {name!r} and {other!r}; image "
+                     f"{a.image_id.iloc[i]!r} is {x[i]!r} and {y[i]!r}")
 
 # %% ../nbs/60_predictions.ipynb #0a2a7c0f
 def _check_none_missing(name, ids, other, other_ids):
     "Raise a `ValueError` if table `other` does not have the images of table `name`"
     missing = ids.difference(other_ids, sort=False)
     if len(missing):
-        raise ValueError(f"tables of an ensemble must be of the same images: table {other!r} lacks {len(missing)} of table {name!r}, the first is {missing[0]!r}")
+        raise ValueError(f"tables of an ensemble must be of the same images: table {other!r} lacks {len(missing)} of "
+                         f"table {name!r}, the first is {missing[0]!r}")
 
 def _aligned(tables:dict)->list:
     "The tables with their rows in the order of the first one"
@@ -339,11 +360,13 @@ def _table_weights(weights, tables:dict)->np.ndarray:
     if weights is None: return np.full(len(tables), 1/len(tables))
     if isinstance(weights, pd.Series): weights = weights.to_dict()
     if isinstance(weights, dict):
-        if set(weights)!=set(tables): raise ValueError(f"weights are for {list(weights)}, the tables are {list(tables)}")
+        if set(weights)!=set(tables):
+            raise ValueError(f"weights are for {list(weights)}, the tables are {list(tables)}")
         weights = [weights[name] for name in tables]
     w = np.asarray(weights, dtype=np.float64)
     if w.shape!=(len(tables),): raise ValueError(f"expected a weight for each of {len(tables)} tables, got {w.size}")
-    if not (np.isfinite(w).all() and (w>=0).all() and w.sum()>0): raise ValueError(f"weights must be 0 or more and not all 0, got {w.tolist()}")
+    if not (np.isfinite(w).all() and (w>=0).all() and w.sum()>0):
+        raise ValueError(f"weights must be 0 or more and not all 0, got {w.tolist()}")
     return w/w.sum()
 
 def _ranks(p)->np.ndarray:
@@ -367,7 +390,8 @@ def ensemble(
     tables = _named_tables(tables)
     w,aligned = _table_weights(weights, tables),_aligned(tables)
     result = with_classes(without_decisions(aligned[0]), classes_of(aligned[0]))
-    result[list(classes_of(result).codes)] = _combined([probabilities_of(t, classes_of(result)) for t in aligned], w, how)
+    classes = classes_of(result)
+    result[list(classes.codes)] = _combined([probabilities_of(t, classes) for t in aligned], w, how)
     for c in ('dx', 'group'):
         for t in aligned[1:]:
             if c in t: result[c] = result[c].fillna(t[c]) if c in result else t[c]
@@ -385,7 +409,8 @@ def _selected(ps, score, n, how)->np.ndarray:
     counts,best,best_counts = np.zeros(len(ps)),-np.inf,None
     for _ in range(n):
         found = [score(_combined(ps, w/w.sum(), how)) for w in counts+np.eye(len(ps))]
-        if np.isnan(found).any(): raise ValueError("the score is NaN; greedy selection needs a number for every ensemble")
+        if np.isnan(found).any():
+            raise ValueError("the score is NaN; greedy selection needs a number for every ensemble")
         i = int(np.argmax(found))
         counts[i] += 1
         if found[i]>best: best,best_counts = found[i],counts.copy()
@@ -422,21 +447,27 @@ def _check_folds(table, meta):
     check_columns(meta, ['image_id'], why='out_of_fold compares the images of the tables with it')
     missing = pd.Index(meta.image_id).difference(table.image_id, sort=False)
     foreign = pd.Index(table.image_id).difference(meta.image_id, sort=False)
-    if len(missing): raise ValueError(f"{len(missing)} of {len(meta)} images are in no table, the first is {missing[0]!r}; are all folds there?")
-    if len(foreign): raise ValueError(f"{len(foreign)} images of the tables are not in meta, the first is {foreign[0]!r}")
+    if len(missing):
+        raise ValueError(f"{len(missing)} of {len(meta)} images are in no table, the first is {missing[0]!r}; are all "
+                         f"folds there?")
+    if len(foreign):
+        raise ValueError(f"{len(foreign)} images of the tables are not in meta, the first is {foreign[0]!r}")
     _check_same_dx('the tables', table, 'meta', meta.set_index('image_id').loc[table.image_id].reset_index())
 
+# %% ../nbs/60_predictions.ipynb #6fbbc0e4
 def _check_apart(table):
     "Raise a `ValueError` for images in two folds, and for lesions in two folds"
     repeated = table[table.image_id.duplicated(keep=False)].sort_values('image_id', kind='stable')
     if len(repeated):
-        raise ValueError(f"{repeated.image_id.nunique()} images are in more than one table, the first is {repeated.image_id.iloc[0]!r} in tables "
+        raise ValueError(f"{repeated.image_id.nunique()} images are in more than one table, the first is "
+                         f"{repeated.image_id.iloc[0]!r} in tables "
                          f"{repeated.fold.iloc[0]!r} and {repeated.fold.iloc[1]!r}; the folds must not overlap")
     if 'group' not in table: return
     folds = table.groupby('group').fold.nunique()
     leaked = folds.index[folds>1]
     if len(leaked):
-        raise ValueError(f"{len(leaked)} lesions have images in more than one fold, the first is {leaked[0]!r}: a network "
+        raise ValueError(f"{len(leaked)} lesions have images in more than one fold, the first is {leaked[0]!r}: a "
+                         f"network "
                          "has trained on them; make the folds with lesion_folds")
 
 # %% ../nbs/60_predictions.ipynb #cb4acc6a

@@ -14,8 +14,8 @@ import matplotlib.pyplot as plt
 import matplotlib.style
 import numpy as np
 import pandas as pd
-from fastcore.xml import (Body, Dd, Details, Div, Dl, Dt, Figcaption, H1, H2, H3, Head, Html, Img, Li, Main, Meta, P, Small, Span, Strong, Style,
-    Summary, Table, Tbody, Td, Th, Thead, Title, Tr, Ul, to_xml)
+from fastcore.xml import (Body, Dd, Details, Div, Dl, Dt, Figcaption, H1, H2, H3, Head, Html, Img, Li, Main, Meta, P,
+    Small, Strong, Style, Summary, Table, Tbody, Td, Th, Thead, Title, Tr, Ul, to_xml)
 from fastcore.xml import Figure as FigureTag
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -23,8 +23,8 @@ from matplotlib.ticker import MaxNLocator
 from .bootstrap import labelled, units_of
 from .classes import classes_of
 from .core import NOTICE, atomic_path, check_columns
-from .evaluate import (confusion_matrix, default_targets, operating_points, plot_confusion, plot_operating_points, plot_roc,
-    score_intervals, scores, scores_by)
+from .evaluate import (confusion_matrix, default_targets, operating_points, plot_confusion,
+    plot_operating_points, plot_roc, score_intervals, scores, scores_by)
 
 # %% ../nbs/64_report.ipynb #6c357da2
 _RECALLS = ('average_recall', 'balanced_accuracy_score') # names of the metric in `skin_lesions.metrics` and in fastai
@@ -37,8 +37,10 @@ def read_history(
         path = Path(history)
         if not path.is_file(): raise FileNotFoundError(f"no history at {path}")
         try: history = pd.read_csv(path, compression=None)
-        except pd.errors.EmptyDataError: raise ValueError(f"{path} is empty; a history has a header and a row for each epoch") from None
-    check_columns(history, ['epoch', 'train_loss', 'valid_loss'], name='history', why="expected what fastai's CSVLogger writes")
+        except pd.errors.EmptyDataError:
+            raise ValueError(f"{path} is empty; a history has a header and a row for each epoch") from None
+    check_columns(history, ['epoch', 'train_loss', 'valid_loss'], name='history', why="expected what fastai's "
+                                                                                      "CSVLogger writes")
     columns = [c for c in ('epoch', 'train_loss', 'valid_loss', *_RECALLS) if c in history]
     history = history[columns].apply(pd.to_numeric, errors='coerce')
     history = history[history.epoch.notna()].reset_index(drop=True) # a second header, from a log that was appended to
@@ -99,6 +101,7 @@ def interval_text(
     "A score with its interval as text"
     return '–' if np.isnan(value) else f'{number_text(value)} ({number_text(low)} to {number_text(high)})'
 
+# %% ../nbs/64_report.ipynb #80bea25c
 def html_table(
     rows, # sequences of cells; the first cell of a row is its heading
     head=None, # heading of each column
@@ -118,47 +121,92 @@ def html_figure(
     "A figure inside the page as a tag"
     fig,file = Figure(figsize=size, layout='constrained'),io.BytesIO()
     draw(fig)
-    fig.savefig(file, format='png', dpi=160, metadata={'Software': None}) # the same bytes whatever the version of matplotlib
+    fig.savefig(file, format='png', dpi=160, metadata={'Software': None}) # the version would change the bytes
     data = base64.b64encode(file.getvalue()).decode()
     image = Img(alt=alt, style=f'max-width:min(100%,{size[0]:g}in)', src=f'data:image/png;base64,{data}')
     return FigureTag(image, Figcaption(caption))
 
-# %% ../nbs/64_report.ipynb #d147e28f
-_NO_SCRIPTS = "default-src 'none'; img-src data:; style-src 'unsafe-inline'" # a second lock, should a text ever come through unescaped
+# %% ../nbs/64_report.ipynb #1bdcb912
+# a second lock, should a text ever come through unescaped
+_NO_SCRIPTS = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
-_STYLE = """
+_PAGE_STYLE = """
 :root{color-scheme:light}
 body{margin:0 auto;max-width:44rem;padding:1rem 1rem 3rem;background:#fff;color:#1a1a1a;
  font:1rem/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
 h1{font-size:1.6rem;line-height:1.2;margin:.5rem 0 1rem}
-h2{font-size:1.2rem;margin:2.2rem 0 .6rem;border-bottom:1px solid #d0d0d0;padding-bottom:.2rem}h3{font-size:1rem;margin:1.2rem 0 .3rem}
+h2{font-size:1.2rem;margin:2.2rem 0 .6rem;border-bottom:1px solid #d0d0d0;padding-bottom:.2rem}
+h3{font-size:1rem;margin:1.2rem 0 .3rem}
 .notice{border-left:.3rem solid #b35900;background:#fff6e5;padding:.6rem .8rem;margin:1rem 0}
 .scores{display:flex;flex-wrap:wrap;gap:.8rem;padding:0;margin:1rem 0;list-style:none}
 .scores li{flex:1 1 11rem;border:1px solid #d0d0d0;border-radius:.4rem;padding:.6rem .8rem}
-.scores strong{display:block;font-size:1.7rem;line-height:1.3;font-variant-numeric:tabular-nums}.scores small{display:block;color:#444}
+.scores strong{display:block;font-size:1.7rem;line-height:1.3;font-variant-numeric:tabular-nums}
+.scores small{display:block;color:#444}
+figure{margin:1rem 0}
+.pair{display:flex;flex-wrap:wrap;gap:0 1rem}
+.pair figure{flex:1 1 18rem;max-width:3.6in}
+img{height:auto}
+figcaption,.small{font-size:.9rem;color:#444}
+"""
+
+# %% ../nbs/64_report.ipynb #aab6661d
+_TABLE_STYLE = """
 .wide{overflow-x:auto;margin:.6rem 0}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #e4e4e4;vertical-align:top}
-th{font-weight:600}thead th{border-bottom:2px solid #888;white-space:nowrap}tbody th{text-align:left;white-space:nowrap}thead th:first-child{text-align:left}
-.num td{white-space:nowrap}.num th,.num td{padding-left:.45rem;padding-right:.45rem}.num th:first-child{padding-left:0}
+th{font-weight:600}
+thead th{border-bottom:2px solid #888;white-space:nowrap}
+tbody th{text-align:left;white-space:nowrap}
+thead th:first-child{text-align:left}
+.num td{white-space:nowrap}
+.num th,.num td{padding-left:.45rem;padding-right:.45rem}
+.num th:first-child{padding-left:0}
 .names td:last-child,.names th:last-child,.run td{text-align:left}
-.run td{overflow-wrap:anywhere}.run th{font-weight:400;color:#444;padding-left:0}
-figure{margin:1rem 0}.pair{display:flex;flex-wrap:wrap;gap:0 1rem}.pair figure{flex:1 1 18rem;max-width:3.6in}
-img{height:auto}figcaption,.small{font-size:.9rem;color:#444}
-dt{font-weight:600;margin-top:.5rem}dd{margin-left:0}summary{cursor:pointer}
-@media(max-width:30rem){table{font-size:.88rem}th,td{padding:.25rem .35rem}th:first-child{padding-left:0}h1{font-size:1.35rem}}
+.run td{overflow-wrap:anywhere}
+.run th{font-weight:400;color:#444;padding-left:0}
+dt{font-weight:600;margin-top:.5rem}
+dd{margin-left:0}
+summary{cursor:pointer}
+@media(max-width:30rem){table{font-size:.88rem}th,td{padding:.25rem .35rem}th:first-child{padding-left:0}}
 @media print{details{display:block}}
 """
 
-# %% ../nbs/64_report.ipynb #b1620e3d
-def _called_by(table)->str:
-    "How a diagnosis is made, in words"
-    if 'decision' in table: return "the table's decision"
-    return 'the most probable class; of equally probable ones the first in the order below'
+# %% ../nbs/64_report.ipynb #4c110404
+_METHOD = (
+    'Intervals here and below: percentile bootstrap, 1,000 draws over {n:,} {unit}; drawn class by class, 95 %. '
+    'In each draw the recall of a class gets half a lesion right and half a lesion wrong more, '
+    'so that a class with few lesions does not look certain. '
+    'The intervals cover the choice of images, not the training: other random seeds give other networks.')
+_LESIONS_UNKNOWN = 'images: the table does not say which images show one lesion, so it is too narrow if any do'
+_POINTS_NOTE = (
+    'Value: the first of the two rates; reached: the second. '
+    'An image is called positive if its probability is at least the threshold. '
+    'The thresholds were chosen on these images; on others they give other rates.')
+_SUBGROUPS_NOTE = (
+    'Average recall over the classes that the subgroup has. Fewest: lesions of its rarest class; '
+    'with few of them the interval is wide. Subgroups with different classes are different tasks.')
 
+# %% ../nbs/64_report.ipynb #5e7ac972
+_CAPTIONS = dict(
+    points='Circles: sensitivity at a given specificity; squares: the reverse. The bars are 95 % intervals.',
+    confusion='Rows: true class (number of images). Columns: predicted class. '
+              'Large: fraction of the row; the diagonal shows the recalls. Small: images.',
+    roc='Each class against the rest, over all thresholds of its probability.',
+    losses='Training loss is a running mean in training mode (with augmentation, and mixUp where used), '
+           'so it may lie above the validation loss.',
+    recall='Average recall on the validation images after each epoch.')
+_ALTERNATIVES = dict( # for people who do not see the figures
+    points='ROC curves of {targets} against the rest; the points are in the table below',
+    confusion='Confusion matrix; the same numbers are in the table below it',
+    roc='ROC curves of each class against the rest; the AUCs are in the table of classes',
+    losses='Training and validation loss by epoch',
+    recall='Average recall by epoch')
+
+# %% ../nbs/64_report.ipynb #8e2aeef3
 def _score_card(name, row):
     "One of the large numbers at the top"
-    return Li(name, Strong(number_text(row.value)), Small(f'95 % interval {number_text(row.low)} to {number_text(row.high)}'))
+    interval = f'95 % interval {number_text(row.low)} to {number_text(row.high)}'
+    return Li(name, Strong(number_text(row.value)), Small(interval))
 
 def _absent_note(absent, classes):
     "Which classes the averages leave out"
@@ -169,43 +217,55 @@ def _absent_note(absent, classes):
 def _argmax_note(s):
     "The scores of the most probable class, where a decision has the headline"
     if 'argmax_accuracy' not in s: return None
-    return P(f"Scores of the table's decision. By the most probable class instead: average recall {number_text(s['argmax_average_recall'])}, "
-             f"accuracy {number_text(s['argmax_accuracy'])}.")
+    recall,accuracy = number_text(s['argmax_average_recall']),number_text(s['argmax_accuracy'])
+    return P("Scores of the table's decision. By the most probable class instead: "
+             f"average recall {recall}, accuracy {accuracy}.")
 
-# %% ../nbs/64_report.ipynb #1e6ec2f1
+# %% ../nbs/64_report.ipynb #c7236c09
 def _score_section(table, intervals)->list:
     "The three scores, with their intervals"
     s,(units,unit) = scores(table, warn=False),units_of(table)
-    drawn = unit if unit=='lesions' else 'images: the table does not say which images show one lesion, so it is too narrow if any do'
     rows = {'average recall': ('average_recall', 'all'), 'accuracy': ('accuracy', 'all'), 'macro AUC': ('auc', 'macro')}
-    cards = Ul(*[_score_card(name, intervals.loc[row]) for name,row in rows.items()], cls='scores')
-    method = P(f'Intervals here and below: percentile bootstrap, 1,000 draws over {int(units.max())+1:,} {drawn}; drawn class by class, 95 %. '
-               'In each draw the recall of a class has half a lesion right and half a lesion wrong added, so that a class with few lesions is not called sure. '
-               'The intervals cover the choice of images, not the training: other random seeds give other networks.', cls='small')
-    return [cards, _absent_note(s['absent'], classes_of(table)), _argmax_note(s), method]
+    cards = [_score_card(name, intervals.loc[row]) for name,row in rows.items()]
+    method = _METHOD.format(n=int(units.max())+1, unit=unit if unit=='lesions' else _LESIONS_UNKNOWN)
+    notes = [_absent_note(s['absent'], classes_of(table)), _argmax_note(s)]
+    return [Ul(*cards, cls='scores'), *notes, P(method, cls='small')]
+
+def _called_by(table)->str:
+    "How a diagnosis is made, in words"
+    if 'decision' in table: return "the table's decision"
+    return 'the most probable class; of equally probable ones the first in the order below'
+
+# %% ../nbs/64_report.ipynb #9faa3359
+def _class_counts(table, with_lesions)->list:
+    "A row a class: code, images, lesions where they are known, name"
+    units,classes,rows = units_of(table)[0],classes_of(table),[]
+    for c in classes:
+        own = (table.dx==c).to_numpy()
+        lesions = [len(np.unique(units[own]))] if with_lesions else []
+        rows.append((c, int(own.sum()), *lesions, classes.full_name(c)))
+    return rows
 
 def _evaluated_section(table, run)->list:
     "What was evaluated: split, counts"
-    s,units,classes = scores(table, warn=False),units_of(table)[0],classes_of(table)
+    s,split,mapping = scores(table, warn=False),(run or {}).get('split'),table.attrs.get('mapping')
     known = s['n_lesions'] is not None
     lesions = f" of {s['n_lesions']:,} lesions" if known else ' (lesions unknown)'
-    split = (run or {}).get('split')
-    mapping = table.attrs.get('mapping')
-    sentences = [f"{s['n_images']:,} images{lesions}.", f'Split: {_text(split)}.' if split is not None else '',
-                 f'Diagnoses mapped: {mapping}.' if mapping else '', f'The diagnosis is {_called_by(table)}.']
-    counts = [[c, int((table.dx==c).sum())] for c in classes]
-    for row in counts: row += [len(np.unique(units[(table.dx==row[0]).to_numpy()]))]*known + [classes.full_name(row[0])]
+    sentences = [f"{s['n_images']:,} images{lesions}."]
+    if split is not None: sentences.append(f'Split: {_text(split)}.')
+    if mapping: sentences.append(f'Diagnoses mapped: {mapping}.')
+    sentences.append(f'The diagnosis is {_called_by(table)}.')
     head = ['class', 'images', *(['lesions'] if known else []), 'name']
-    return [H2('What was evaluated'), P(' '.join(filter(None, sentences))), html_table(counts, head, 'names')]
+    return [H2('What was evaluated'), P(' '.join(sentences)), html_table(_class_counts(table, known), head, 'names')]
 
-# %% ../nbs/64_report.ipynb #a600019b
+# %% ../nbs/64_report.ipynb #a917e439
 def _class_section(table, intervals)->list:
     "The table by class, recall and AUC with their intervals"
+    def with_interval(score, c): return interval_text(*intervals.loc[(score, c), ['value', 'low', 'high']])
     rows = []
     for c in classes_of(table):
-        cells = [interval_text(*intervals.loc[(s, c), ['value', 'low', 'high']]) if s in ('recall', 'auc') else number_text(intervals.value[s, c])
-                 for s in ('recall', 'precision', 'f1', 'auc')]
-        rows.append((c, int((table.dx==c).sum()), *cells))
+        precision,f1 = (number_text(intervals.value[score, c]) for score in ('precision', 'f1'))
+        rows.append((c, int((table.dx==c).sum()), with_interval('recall', c), precision, f1, with_interval('auc', c)))
     return [H2('By class'), html_table(rows, ['class', 'images', 'recall', 'precision', 'F1', 'AUC'], 'num')]
 
 def _point_table(points):
@@ -216,6 +276,7 @@ def _point_table(points):
         rows.append((score, interval_text(row.value, row.low, row.high), number_text(row.reached), threshold))
     return html_table(rows, ['operating point', 'value', 'reached', 'threshold'], 'num')
 
+# %% ../nbs/64_report.ipynb #be26ec56
 def _point_section(table)->list:
     "Operating points as a figure and tables; [] where the class set has no target"
     classes = classes_of(table)
@@ -224,94 +285,105 @@ def _point_section(table)->list:
     points = operating_points(table, warn=False)
     malignant = ', '.join(classes.full_name(c) for c in targets.get('malignant', ()))
     caption = f'Malignant: {malignant}, by the sum of their probabilities. ' if malignant else ''
-    figure = html_figure(lambda fig: plot_operating_points(table, points, fig=fig), (3.3*len(targets), 3.4),
-                         f"ROC curves of {' and of '.join(targets)} against the rest; the points are in the table below",
-                         caption+'Circles: sensitivity at a given specificity; squares: the reverse. The bars are 95 % intervals.')
-    tables = [tag for target in targets for tag in (H3(target.capitalize()), _point_table(points.loc[target]))]
-    note = P('Value: the first of the two rates; reached: the second. An image is called positive if its probability is at least the threshold. '
-             'The thresholds were chosen on these images; on others they give other rates.', cls='small')
-    return [H2('Operating points: '+' and '.join(targets)), figure, *tables, note]
+    alt = _ALTERNATIVES['points'].format(targets=' and of '.join(targets))
+    def draw(fig): plot_operating_points(table, points, fig=fig)
+    sections = [H2('Operating points: '+' and '.join(targets)),
+                html_figure(draw, (3.3*len(targets), 3.4), alt, caption+_CAPTIONS['points'])]
+    for target in targets: sections += [H3(target.capitalize()), _point_table(points.loc[target])]
+    return [*sections, P(_POINTS_NOTE, cls='small')]
 
-# %% ../nbs/64_report.ipynb #20c46339
+# %% ../nbs/64_report.ipynb #10fa2c42
 _SUBGROUPS = dict(age_band='Age', sex='Sex', site='Anatomical site', source='Source')
+
+def _subgroup_table(table, meta, by):
+    "Average recall in each subgroup"
+    rows = []
+    for group,r in scores_by(table, meta, by).iterrows():
+        counts = [int(r[c]) for c in ('images', 'lesions', 'classes', 'fewest')]
+        rows.append((group, *counts, interval_text(r.average_recall, r.low, r.high)))
+    head = [_SUBGROUPS[by].lower(), 'images', 'lesions', 'classes', 'fewest', 'average recall']
+    return html_table(rows, head, 'num')
 
 def _subgroup_section(table, meta)->list:
     "Average recall by age band, sex, site and source, as far as `meta` has them"
     known = [by for by in _SUBGROUPS if by in meta or (by=='age_band' and 'age' in meta)]
     if not known: return []
     sections = [H2('By subgroup')]
-    for by in known:
-        rows = [(g, int(r.images), int(r.lesions), int(r.classes), int(r.fewest), interval_text(r.average_recall, r.low, r.high))
-                for g,r in scores_by(table, meta, by).iterrows()]
-        head = [_SUBGROUPS[by].lower(), 'images', 'lesions', 'classes', 'fewest', 'average recall']
-        sections += [H3(_SUBGROUPS[by]), html_table(rows, head, 'num')]
-    note = ('Average recall over the classes that the subgroup has. Fewest: lesions of its rarest class; with few of them the interval is wide. '
-            'Subgroups with different classes are different tasks.')
-    return [*sections, P(note, cls='small')]
+    for by in known: sections += [H3(_SUBGROUPS[by]), _subgroup_table(table, meta, by)]
+    return [*sections, P(_SUBGROUPS_NOTE, cls='small')]
 
-# %% ../nbs/64_report.ipynb #e9764afd
+# %% ../nbs/64_report.ipynb #1db91175
+def _named_figure(name, draw, size):
+    "A figure with the text and the caption of its name"
+    return html_figure(draw, size, _ALTERNATIVES[name], _CAPTIONS[name])
+
 def _confusion_section(table)->list:
     "Confusion matrix and ROC curves"
     counts,codes = confusion_matrix(table),classes_of(table).codes
     side = 1.5+.5*len(codes)
-    matrix = html_figure(lambda fig: plot_confusion(table, ax=fig.subplots()), (side, side-.4), 'Confusion matrix; the same numbers are in the table below it',
-                         'Rows: true class (number of images). Columns: predicted class. Large: fraction of the row; the diagonal shows the recalls. Small: images.')
-    roc = html_figure(lambda fig: plot_roc(table, ax=fig.subplots()), (5, 4.6), 'ROC curves of each class against the rest; the AUCs are in the table of classes',
-                      'Each class against the rest, over all thresholds of its probability.')
+    matrix = _named_figure('confusion', lambda fig: plot_confusion(table, ax=fig.subplots()), (side, side-.4))
+    roc = _named_figure('roc', lambda fig: plot_roc(table, ax=fig.subplots()), (5, 4.6))
     as_table = html_table([(c, *map(int, counts.loc[c])) for c in codes], ['true \\ predicted', *codes])
     return [H2('Confusion matrix'), matrix, Details(Summary('Counts as a table'), as_table), H2('ROC curves'), roc]
 
 def _history_section(history)->list:
     "Losses and average recall by epoch; [] without a finished epoch"
     if history is None or not len(history): return []
-    figures = [html_figure(lambda fig: _draw_losses(fig.subplots(), history), (3.6, 3), 'Training and validation loss by epoch',
-                           'Training loss is a running mean in training mode (with augmentation, and mixUp where used), so it may lie above the validation loss.')]
+    figures = [_named_figure('losses', lambda fig: _draw_losses(fig.subplots(), history), (3.6, 3))]
     if _recall_column(history):
-        figures.append(html_figure(lambda fig: _draw_recall(fig.subplots(), history), (3.6, 3), 'Average recall by epoch',
-                                   'Average recall on the validation images after each epoch.'))
+        figures.append(_named_figure('recall', lambda fig: _draw_recall(fig.subplots(), history), (3.6, 3)))
     return [H2('Training'), Div(*figures, cls='pair')]
 
-# %% ../nbs/64_report.ipynb #de6681fb
+# %% ../nbs/64_report.ipynb #d4f1818f
 DEFINITIONS = {
-    'Accuracy': 'The fraction of images whose diagnosis is the true one. Where most images are of one class, it mostly says how that class is told.',
+    'Accuracy': 'The fraction of images whose diagnosis is the true one. '
+                'Where most images are of one class, it mostly says how that class is told.',
     'Recall': 'Of the images of a class, the fraction that is called so (sensitivity).',
     'Average recall': 'The mean of the recalls, each class counting the same. The ISIC 2018 challenge ranks by it.',
-    'Precision': 'Of the images called so, the fraction that is of the class. It depends on how frequent the class is here.',
+    'Precision': 'Of the images called so, the fraction that is of the class. '
+                 'It depends on how frequent the class is here.',
     'F1': 'The harmonic mean of precision and recall.',
-    'Sensitivity, specificity': 'Of the positive images, the fraction that is called so; of the others, the fraction that is not.',
-    'AUC': 'How often an image of the class gets a higher probability of it than an image of another class; 0.5 is chance. Macro AUC is the mean over the classes.'}
+    'Sensitivity, specificity': 'Of the positive images, the fraction that is called so; '
+                                'of the others, the fraction that is not.',
+    'AUC': 'How often an image of the class gets a higher probability of it than an image of another class; '
+           '0.5 is chance. Macro AUC is the mean over the classes.'}
 
 def _definition_section()->list:
     "What the scores mean"
-    return [H2('What the scores mean'), Dl(*[tag for term,text in DEFINITIONS.items() for tag in (Dt(term), Dd(text))])]
+    terms = [tag for term,text in DEFINITIONS.items() for tag in (Dt(term), Dd(text))]
+    return [H2('What the scores mean'), Dl(*terms)]
 
+# %% ../nbs/64_report.ipynb #3cab99cc
 def _run_section(run)->list:
     "Arguments, versions and the rest of a run; its scores are left out, they are above"
     if not run: return []
     plain = [(k, v) for k,v in run.items() if not isinstance(v, dict)]
     sections = [H2('Run')] + ([html_table(plain, css='run')] if plain else [])
     for name,values in run.items():
-        if isinstance(values, dict) and values and name!='scores': sections += [H3(_text(name)), html_table(values.items(), css='run')]
+        if not isinstance(values, dict) or not values or name=='scores': continue
+        sections += [H3(_text(name)), html_table(values.items(), css='run')]
     return sections
 
 # %% ../nbs/64_report.ipynb #d0d91476
 def _head(title):
     "Encoding, width, policy, title and style of the page"
     policy = Meta(**{'http-equiv': 'Content-Security-Policy', 'content': _NO_SCRIPTS})
-    return Head(Meta(charset='utf-8'), Meta(name='viewport', content='width=device-width, initial-scale=1'), policy, Title(title), Style(_STYLE))
+    width = Meta(name='viewport', content='width=device-width, initial-scale=1')
+    return Head(Meta(charset='utf-8'), width, policy, Title(title), Style(_PAGE_STYLE+_TABLE_STYLE))
 
 def report_sections(
     table:pd.DataFrame, # predictions table with dx
-    history:pd.DataFrame, # as from `read_history`; None leaves it out
-    run:dict, # see `html_report`
-    meta:pd.DataFrame, # see `html_report`
+    history:pd.DataFrame=None, # as from `read_history`; None leaves it out
+    run:dict=None, # see `html_report`
+    meta:pd.DataFrame=None, # see `html_report`
 )->list: # tags
     "Everything in a report below its title"
     intervals = score_intervals(table, warn=False)
-    sections = [*_score_section(table, intervals), *_evaluated_section(table, run), *_class_section(table, intervals), *_point_section(table)]
+    sections = _score_section(table, intervals) + _evaluated_section(table, run)
+    sections += _class_section(table, intervals) + _point_section(table)
     if meta is not None: sections += _subgroup_section(table, meta)
-    sections += [*_confusion_section(table), *_history_section(history), *_definition_section(), *_run_section(run)]
-    return [s for s in sections if s is not None]
+    sections += _confusion_section(table) + _history_section(history) + _definition_section() + _run_section(run)
+    return [section for section in sections if section is not None]
 
 # %% ../nbs/64_report.ipynb #276a979b
 def html_report(
@@ -319,8 +391,8 @@ def html_report(
     path, # of the HTML file; folders that do not exist are made
     *,
     history=None, # CSV file of `CSVLogger` or DataFrame: training and validation losses; None leaves them out
-    run:dict=None, # arguments, versions, split, seed...: shown as they are; a dict in it gets a heading; None leaves them out
-    meta:pd.DataFrame=None, # a row an image with any of age, sex, site, source: scores by subgroup; None leaves them out
+    run:dict=None, # arguments, versions, split, seed...; a dict in it gets a heading; None leaves them out
+    meta:pd.DataFrame=None, # with any of age, sex, site, source: scores by subgroup; None leaves them out
     title:str='Evaluation of a skin lesion classifier', # heading
 )->Path: # where the file is
     "Write scores, class table, figures and the run's arguments into one HTML file that needs nothing else"

@@ -189,7 +189,8 @@ def _load_own_states(cbs, plain, tensors, folder):
     cbs = {type(c).__name__: c for c in cbs if hasattr(type(c), 'load_training_state')}
     if set(cbs)!=set(plain):
         raise ValueError(f"{folder} has the state of a training with the callbacks {', '.join(plain) or 'none'} "
-                         f"that keep a state, and here are {', '.join(cbs) or 'none'}; call fit with the same callbacks")
+                         f"that keep a state, and here are {', '.join(cbs) or 'none'}; "
+                         "call fit with the same callbacks")
     for name,c in cbs.items(): c.load_training_state(plain[name], _part(tensors, f'callback.{name}.'))
 
 # %% ../nbs/23_resume.ipynb #p5735119
@@ -249,8 +250,10 @@ def _unreadable(error, resume):
     reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
     kind = OSError if isinstance(error, OSError) else ValueError
     return kind(f"{reason[0]}; a file of epoch {resume.epoch} could not be read. {_where(resume.folder)}; "
-                "put the data back and call fit again with the same arguments (in the shell: the same command and --resume)")
+                "put the data back and call fit again with the same arguments "
+                "(in the shell: the same command and --resume)")
 
+# %% ../nbs/23_resume.ipynb #8ccbcf37
 def _batch_items(learn)->list:
     "Names of the images of the current batch"
     dl = learn.dls.train
@@ -360,6 +363,7 @@ def _check_minutes(minutes):
     if minutes is None or minutes>=0: return minutes
     raise ValueError(f"minutes must be a number >= 0 or None, got {minutes}")
 
+# %% ../nbs/23_resume.ipynb #4803cf3b
 class _Epochs(_GoesOn):
     "The events of `ResumeCallback` around an epoch"
     def before_fit(self):

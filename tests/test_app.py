@@ -1,4 +1,4 @@
-"The app in a real browser: what a person sees and does, and what is left behind."
+"The web demo in a real browser: what a person sees and does, and what is left behind."
 import io, os, shutil, subprocess, sys, time, urllib.request
 from pathlib import Path
 
@@ -9,7 +9,8 @@ from PIL import Image
 
 pytest.importorskip('gradio', reason="the app is an extra: pip install 'skin-lesions[app]'")
 from skin_lesions.app import launch_app
-from skin_lesions.core import CODES, NOTICE, full_name
+from skin_lesions.classes import HAM10000
+from skin_lesions.core import NOTICE
 from skin_lesions.data import ham10000_dataloaders
 from skin_lesions.readers import read_metadata
 from skin_lesions.decide import Referral, fit_calibration, fit_referral
@@ -27,7 +28,7 @@ SHOTS = os.environ.get('APP_SCREENSHOTS') # a folder to look at them
 
 @pytest.fixture(scope='module')
 def bundle(sample, tmp_path_factory):
-    "A small network with calibration, referral and a score of unusual pictures"
+    "A small network with calibration, referral and an out-of-distribution score"
     meta = split_by_lesion(read_metadata(sample))
     torch.manual_seed(0)
     learn = two_stage_learner(ham10000_dataloaders(meta, 64, bs=16, arch='test_efficientnet', num_workers=0, device='cpu'), 'test_efficientnet', pretrained=False)
@@ -88,7 +89,7 @@ def shot(page, name):
 
 
 def photograph(sample, path, i=0):
-    "A picture with what a phone writes beside it"
+    "An image with what a phone writes beside it"
     image = Image.open(sorted(sample.rglob('*.jpg'))[i])
     exif = Image.Exif()
     exif[0x010f], exif[0x8825] = 'SECRETPHONE', {1: 'N', 2: (48.0, 12.0, 30.0)}
@@ -100,30 +101,30 @@ def test_a_photograph(page, sample, bundle, tmp_path):
     file = photograph(sample, tmp_path/'mole <b>.jpg')
     assert b'SECRETPHONE' in file.read_bytes()
     assert NOTICE.split(':')[0] in page.locator('#notice').inner_text() and page.locator('#notice').is_visible()
-    said = ask(page, file)
+    shown = ask(page, file)
     shot(page, 'answer')
     row = load_predictor(bundle, 'cpu').predict(file, progress=False).iloc[0]
-    for c in CODES: assert full_name(c) in said and f'{float(row[c]):.1%}' in said
-    assert ('Have this lesion seen by a dermatologist.' if row.refer else 'This is no all-clear.') in said and f"{load_predictor(bundle, 'cpu').referral.reached:.0%} of the malignant" in said and 'mole b.jpg' in said # Gradio takes <> out of names
-    pictures = page.locator('#result img')
-    assert pictures.count() == 2 and all(pictures.nth(i).evaluate('e => e.complete && e.naturalWidth > 0') for i in range(2))
+    for c in HAM10000: assert HAM10000.full_name(c) in shown and f'{float(row[c]):.1%}' in shown
+    assert ('Have this lesion seen by a dermatologist.' if row.refer else 'This is no all-clear.') in shown and f"{load_predictor(bundle, 'cpu').referral.reached:.0%} of the malignant" in shown and 'mole b.jpg' in shown # Gradio takes <> out of names
+    images = page.locator('#result img')
+    assert images.count() == 2 and all(images.nth(i).evaluate('e => e.complete && e.naturalWidth > 0') for i in range(2))
     content = page.content()
-    assert 'SECRETPHONE' not in content and 'SECRETPHONE' not in ''.join(filter(None, (pictures.nth(i).get_attribute('src') for i in range(2))))
+    assert 'SECRETPHONE' not in content and 'SECRETPHONE' not in ''.join(filter(None, (images.nth(i).get_attribute('src') for i in range(2))))
     assert page.locator('#notice').is_visible()
 
 
-def test_what_is_no_lesion(page, tmp_path):
+def test_an_image_without_a_lesion(page, tmp_path):
     Image.fromarray(draw_non_lesion('text', 0, size=(300, 225))).save(tmp_path/'page.png')
-    said = ask(page, tmp_path/'page.png')
+    shown = ask(page, tmp_path/'page.png')
     shot(page, 'no-lesion')
-    assert 'does not look like a dermatoscopic image' in said and 'Named' not in said
+    assert 'does not look like a dermatoscopic image' in shown and 'Named' not in shown
 
 
-def test_a_file_that_is_no_picture(page, tmp_path):
-    (tmp_path/'bad.jpg').write_text('this is no picture')
-    said = ask(page, tmp_path/'bad.jpg')
+def test_a_file_that_is_not_an_image(page, tmp_path):
+    (tmp_path/'bad.jpg').write_text('this is not an image')
+    shown = ask(page, tmp_path/'bad.jpg')
     shot(page, 'bad')
-    assert 'This file cannot be used.' in said and 'bad.jpg' in said and 'Traceback' not in page.content()
+    assert 'This file cannot be used.' in shown and 'bad.jpg' in shown and 'Traceback' not in page.content()
 
 
 def test_a_file_that_is_too_large(page, sample, tmp_path):
@@ -138,18 +139,18 @@ def test_a_file_that_is_too_large(page, sample, tmp_path):
     assert '%' in ask(page, photograph(sample, tmp_path/'small.jpg')), 'and the page goes on'
 
 
-def test_several_pictures_and_their_table(page, sample, bundle, tmp_path):
+def test_several_images_and_their_table(page, sample, bundle, tmp_path):
     files = [photograph(sample, tmp_path/f'{name}.jpg', i) for i, name in enumerate(('one', '=two'))] + [tmp_path/'bad.jpg']
     files[-1].write_text('no')
-    said = ask(page, *files)
+    shown = ask(page, *files)
     shot(page, 'table')
-    assert 'one.jpg' in said and 'all seven probabilities of 3 pictures' in said
+    assert 'one.jpg' in shown and 'all 7 probabilities of 3 images' in shown
     with page.expect_download() as download: page.locator('#result a[download]').click()
     text = Path(download.value.path()).read_text()
     table, right = pd.read_csv(io.StringIO(text)), load_predictor(bundle, 'cpu').predict(files[:2], progress=False)
     assert list(table.image_id) == ['one.jpg', "'=two.jpg", 'bad.jpg'] and table.problem.notna().tolist() == [False, False, True]
-    pd.testing.assert_frame_equal(table.loc[:1, list(CODES)].astype(float), right[list(CODES)].astype(float), atol=1e-6)
-    said = ask(page, *[photograph(sample, tmp_path/f'{i}.jpg', i) for i in range(5)])
+    pd.testing.assert_frame_equal(table.loc[:1, list(HAM10000)].astype(float), right[list(HAM10000)].astype(float), atol=1e-6)
+    shown = ask(page, *[photograph(sample, tmp_path/f'{i}.jpg', i) for i in range(5)])
     page.get_by_text('too many at once').wait_for(timeout=30_000)
 
 
@@ -166,7 +167,7 @@ def test_other_doors_are_shut(app):
 def test_the_command_and_the_space(bundle, repo, tmp_path):
     "Both serve the page and end with Ctrl-C"
     space = [sys.executable, '-W', 'ignore', str(repo/'spaces'/'app.py')]
-    command = [sys.executable, '-W', 'ignore', '-m', 'skin_lesions.cli', 'app', '--model', str(bundle), '--port', '0', '--device', 'cpu']
+    command = [sys.executable, '-W', 'ignore', '-m', 'skin_lesions.cli', 'app', '--bundle', str(bundle), '--port', '0', '--device', 'cpu']
     import socket
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     for args, env in ((command, {}), (space, dict(MODEL=str(bundle), GRADIO_SERVER_PORT=str(port)))):

@@ -16,17 +16,17 @@ from skin_lesions.synthetic import synthetic_ham10000
 FORK = multiprocessing.get_context('fork') # no imports anew
 
 def fill_slowly(paths, folder):
-    "A picture at a time, so that a kill falls between writes and within them"
+    "An image at a time, so that a kill falls between writes and within them"
     append = skin_lesions.cache._append
-    def one_by_one(store, pixels, index, found):
-        for f in found: append(store, pixels, index, [f])
+    def one_by_one(store, pixels, index, decoded):
+        for one in decoded: append(store, pixels, index, [one])
     skin_lesions.cache._append = one_by_one
     PixelStore(folder, whole).fill(paths, n_workers=1, show=False)
 
 
 @pytest.fixture(scope='module')
 def meta(tmp_path_factory):
-    return split_by_lesion(read_metadata(synthetic_ham10000(tmp_path_factory.mktemp('drawn')/'ham', n_images=90, seed=7)))
+    return split_by_lesion(read_metadata(synthetic_ham10000(tmp_path_factory.mktemp('synthetic')/'ham', n_images=90, seed=7)))
 
 
 def whole(data): return np.asarray(read_image(data))
@@ -75,7 +75,7 @@ def test_two_processes_fill_one_store(meta, tmp_path):
     for p in processes: p.join(); assert p.exitcode == 0
     store = PixelStore(tmp_path/'store', whole)
     assert len(store) == len(meta) and store.fill(meta.path, show=False, verify=True) == 0
-    assert store.pixels_file.stat().st_size == sum(whole(Path(p).read_bytes()).nbytes for p in meta.path), 'no picture twice'
+    assert store.pixels_file.stat().st_size == sum(whole(Path(p).read_bytes()).nbytes for p in meta.path), 'no image twice'
 
 
 @pytest.fixture
@@ -86,10 +86,10 @@ def small_disk(tmp_path):
     subprocess.run(['umount', '-l', str(folder)])
 
 
-def test_full_disk(meta, small_disk, tmp_path):
+def test_full_disk(meta, small_disk, monkeypatch):
     with pytest.raises(OSError, match='need about .* MB.*train without one: cache=None'): resize_cache(meta, 224, folder=small_disk, show=False)
     store = PixelStore(small_disk/'store', whole)
-    store._check_room = lambda *_: None # another program takes the room meanwhile
+    monkeypatch.setattr(skin_lesions.cache, '_check_room', lambda *_: None) # another program takes the room meanwhile
     with pytest.raises(OSError, match='cannot be written .*No space left.*train without one: cache=None'): store.fill(meta.path, show=False, n_workers=1)
     subprocess.run(['mount', '-o', 'remount,size=200m', str(small_disk)], check=True)
     store = PixelStore(small_disk/'store', whole)
@@ -145,3 +145,21 @@ if __name__ == '__main__':
     (tmp_path/'run.py').write_text(script)
     out = subprocess.run([sys.executable, '-W', 'ignore', str(tmp_path/'run.py')], capture_output=True, text=True)
     assert out.returncode == 0 and int(out.stdout) == meta.is_valid.sum(), out.stderr
+
+
+def test_what_changes_the_pixels_changes_the_folder(meta, tmp_path):
+    "Size, crop, smallest part of the crop and preprocessing each lead to other stores"
+    from skin_lesions.preprocess import ShadesOfGray
+    few = meta.iloc[:6]
+    settings = [dict(), dict(size=48), dict(crop='resize'), dict(crop='window'), dict(min_scale=1.), dict(item_tfms=ShadesOfGray())]
+    caches = [resize_cache(few, **(dict(size=32) | s), folder=tmp_path, show=False) for s in settings]
+    for k in ('images', 'squares'): assert len({getattr(c, k).folder for c in caches}) == len(settings), k
+    assert len(resize_cache(few, 32, folder=tmp_path, show=False)) == len(caches[0]) # the same settings, the same folder
+
+
+def test_a_cache_of_whole_images_does_not_serve_small_crops(meta, tmp_path):
+    few = meta.iloc[:40]
+    whole_images = resize_cache(few, 32, min_scale=1., folder=tmp_path, show=False)
+    with pytest.raises(ValueError, match='the loader has min_scale=0.35'): ham10000_dataloaders(few, 32, num_workers=0, cache=whole_images)
+    dls = ham10000_dataloaders(few, 32, bs=4, min_scale=1., num_workers=0, cache=whole_images)
+    assert dls.one_batch()[0].shape == (4, 3, 32, 32)

@@ -5,10 +5,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from skin_lesions.classes import HAM10000, ISIC2019, MELANOMA, ClassSet, with_classes
+from skin_lesions.classes import HAM10000, ISIC2019, MELANOMA, from_codes, with_classes
 from skin_lesions.core import NOTICE
 from skin_lesions.decide import (CALIBRATIONS, RULES, advise, brier_score, calibration_report, compare_rules, crossfit,
-                                 decide_table, decision_rule, expected_calibration_error, fit_calibration, fit_referral,
+                                 decide_table, decision_rule, expected_calibration_error, fit_calibration, fit_decisions,
+                                 fit_referral,
                                  from_dict, negative_log_likelihood, referral_report, reliability, risk_coverage)
 
 CODES, MALIGNANT = HAM10000.codes, HAM10000.malignant
@@ -152,3 +153,67 @@ def test_crossfit_never_uses_a_lesion_for_itself():
                                     dict(codes=None), dict(first='nv')])
 def test_broken_files_get_a_value_error(change):
     with pytest.raises(ValueError): from_dict({**fit_calibration(draw()).as_dict(), **change})
+
+
+def any_table(classes, seed=0, n=160, name='L'):
+    "Predictions of an overconfident network for any class set, two images a lesion"
+    rng = np.random.default_rng(seed)
+    y = rng.integers(len(classes), size=n//2).repeat(2)
+    z = 3*(1.5*np.eye(len(classes))[y]+rng.normal(size=(n, len(classes))))
+    p = np.exp(z)/np.exp(z).sum(1, keepdims=True)
+    table = pd.DataFrame(p, columns=list(classes)).assign(image_id=[f'{name}{seed}-{i}' for i in range(n)], dx=np.array(list(classes))[y])
+    return with_classes(table.assign(group=[f'{name}{seed}-{i//2}' for i in range(n)]), classes)
+
+
+@pytest.mark.parametrize('classes, first', [(ISIC2019, 'mel'), (MELANOMA, None), (from_codes('abc', malignant='c'), 'b')])
+def test_any_class_set_from_fit_to_file_to_table(classes, first):
+    fitted = fit_decisions(any_table(classes), first=first, n=50)
+    new = any_table(classes, 1)
+    again = [from_dict(json.loads(json.dumps(o.as_dict(), allow_nan=False))) for o in fitted[:3]]
+    table = decide_table(new, *again)
+    pd.testing.assert_frame_equal(table, decide_table(new, *fitted[:3]))
+    assert set(table.decision) <= set(classes.codes) and table.refer.dtype == bool and again == list(fitted[:3])
+    assert expected_calibration_error(table) < expected_calibration_error(new)
+    assert fitted.measured['decided']['average_recall'] > 1.5/len(classes) and fitted.measured['parts'] >= 3
+    with pytest.raises(ValueError, match='is for the classes'): fitted.calibration.calibrate(any_table(['x', 'y'], 2))
+
+
+def test_nothing_that_was_measured_saw_the_lesion(monkeypatch):
+    "Every calibration, rule and threshold that decides a part was fitted on other lesions, and every rule on probabilities calibrated by others"
+    from skin_lesions import decide
+    table, decided = any_table(ISIC2019, n=160), []
+    original = decide.decide_table
+    def watched(part, calibration=None, rule=None, referral=None, **kwargs):
+        for o in (calibration, rule, referral): assert o.fitted_on is None or not o.fitted_on.seen(part).any()
+        decided.extend(part.image_id)
+        return original(part, calibration, rule, referral, **kwargs)
+    monkeypatch.setattr(decide, 'decide_table', watched)
+    fit_decisions(table, first='nv', n=20)
+    assert sorted(decided) == sorted(table.image_id)
+
+
+def test_without_malignancy_there_is_no_referral_and_an_error_says_so():
+    table = any_table(['a', 'b', 'c'])
+    fitted = fit_decisions(table, n=20)
+    assert fitted.referral is None and fitted.measured['referral'] is None and 'refer' not in decide_table(any_table(['a', 'b', 'c'], 1), *fitted[:3])
+    for call in (lambda: fit_referral(table), lambda: brier_score(table, of='malignant'), lambda: decision_rule('cost', table)):
+        with pytest.raises(ValueError, match='it is not known which diagnoses'): call()
+
+
+def test_images_without_a_decision_say_why():
+    table = any_table(MELANOMA, n=12)
+    fitted = fit_decisions(any_table(MELANOMA, 3), n=20)
+    table['ood'] = [i == 0 for i in range(12)]
+    table['problem'] = ['' if i != 1 else 'cannot be decoded' for i in range(12)]
+    table.loc[1, list(MELANOMA)] = np.nan
+    out = decide_table(table, *fitted[:3])
+    assert out.decision.isna().tolist() == out.refer.isna().tolist() == [True, True]+[False]*10
+    assert out.reason[:2].tolist() == ['does not look like a dermatoscopic image', 'cannot be decoded'] and out.reason[2:].isna().all()
+    assert out.loc[0, list(MELANOMA)].notna().all() and out.loc[1, list(MELANOMA)].isna().all() and out.columns[-1] == 'problem'
+    nothing = decide_table(table[1:2], *fitted[:3])
+    assert nothing.decision.isna().all() and nothing.reason.tolist() == ['cannot be decoded']
+
+
+def test_whoever_predicts_needs_no_plots_and_no_scikit_learn(python, tmp_path):
+    done = python("import sys, skin_lesions.decide; print([m for m in ('matplotlib', 'sklearn', 'fastai') if m in sys.modules])", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.strip() == '[]', done.stdout+done.stderr

@@ -39,8 +39,8 @@ class Handler(BaseHTTPRequestHandler):
         self.repos.asked.append(('POST', path, self.headers.get('authorization')))
         if path == '/api/validate-yaml': return self.answer(dict(errors=[], warnings=[]))
         if path == '/api/repos/create':
-            said = json.loads(body); repo = f"{said['organization']}/{said['name']}"
-            self.repos.private.setdefault(repo, said.get('private', said.get('visibility') == 'private')); self.repos.commits.setdefault(repo, [])
+            asked_for = json.loads(body); repo = f"{asked_for['organization']}/{asked_for['name']}"
+            self.repos.private.setdefault(repo, asked_for.get('private', asked_for.get('visibility') == 'private')); self.repos.commits.setdefault(repo, [])
             return self.answer(dict(url=f"http://{self.headers['Host']}/{repo}", id=repo, name=repo))
         repo, what = '/'.join(path.split('/')[3:5]), path.split('/')[5]
         if what == 'preupload': return self.answer(dict(files=[dict(path=f['path'], uploadMode='regular', shouldIgnore=False) for f in json.loads(body)['files']]))
@@ -67,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    "A hub without anything in it, to which huggingface_hub turns"
+    "A hub without anything in it, which huggingface_hub asks"
     from huggingface_hub import HfApi
     import skin_lesions.hub as ours
     repos = Repos()
@@ -88,11 +88,11 @@ def bundle(tmp_path_factory):
     from skin_lesions.readers import read_metadata
     from skin_lesions.learner import two_stage_learner
     from skin_lesions.bundle import save_bundle
-    from skin_lesions.synthetic import synthetic_ham10000
+    from skin_lesions.synthetic import synthetic_dataset
     folder = tmp_path_factory.mktemp('hub')
-    meta = read_metadata(synthetic_ham10000(folder/'sample', 56, seed=1, size=(96, 72)))
+    meta = read_metadata(synthetic_dataset(folder/'sample', 56, seed=1, size=(96, 72)))
     meta['is_valid'] = [i % 3 == 0 for i in range(len(meta))]
-    learn = two_stage_learner(ham10000_dataloaders(meta, 64, bs=4, arch='test_efficientnet', num_workers=0, device='cpu'), 'test_efficientnet', pretrained=False, alpha=None)
+    learn = two_stage_learner(ham10000_dataloaders(meta, 64, bs=4, arch='test_efficientnet', num_workers=0, device='cpu'), 'test_efficientnet', pretrained=False)
     return save_bundle(learn, folder/'bundle', scores=dict(accuracy=.5, average_recall=.25, macro_auc=None, average_recall_95_low=.125, average_recall_95_high=.375, n_images=7, n_lesions=7))
 
 
@@ -110,7 +110,7 @@ def test_there_and_back(hub, bundle, tmp_path):
     assert data.license == 'cc-by-nc-4.0' and [(r.metric_type, r.metric_value, r.dataset_name) for r in data.eval_results] == [('accuracy', .5, 'HAM10000'), ('recall', .25, 'HAM10000')]
     assert b'0.250 (0.125 to 0.375)' in files['README.md'] and b'CC BY-NC' in files['README.md']
     hub.commit('owner/lesions', {'bundle.json': b'{}'})
-    with pytest.raises(ValueError, match='no record of a bundle'): from_hub('owner/lesions', cache_dir=tmp_path/'cache')
+    with pytest.raises(ValueError, match='not the record of a bundle'): from_hub('owner/lesions', cache_dir=tmp_path/'cache')
     predictor = from_hub(first, device='cpu', cache_dir=tmp_path/'cache')
     assert predictor.hub == first and predictor.record['scores']['accuracy'] == .5
     assert not [p for m, p, a in hub.asked if m != 'POST' and 'README' in p]
@@ -141,6 +141,6 @@ def test_from_the_command_line(hub, bundle, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path/'cache')) # not the user's
     where = push_to_hub(bundle, 'owner/lesions', dataset='HAM10000')
     image = next((bundle.parent/'sample').rglob('*.jpg'))
-    assert cli.main(['predict', where, str(image), '--out', str(tmp_path/'table.csv'), '--quiet']) == 0
+    assert cli.main(['predict', str(image), '--bundle', where, '--out', str(tmp_path/'table.csv'), '--quiet']) == 0
     assert image.stem in (tmp_path/'table.csv').read_text()
-    assert cli.main(['predict', 'hf://lesions', str(image), '--quiet']) == 2 and 'no repository on the hub' in capsys.readouterr().err
+    assert cli.main(['predict', str(image), '--bundle', 'hf://lesions', '--quiet']) == 2 and 'not a repository on the hub' in capsys.readouterr().err

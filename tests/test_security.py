@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from skin_lesions.cli import _patient_table, _read_split, main, open_run
+from skin_lesions.cli import main, read_patients, read_split
 from skin_lesions.cache import resize_cache
 from skin_lesions.core import CODES
 from skin_lesions.data import ham10000_dataloaders
@@ -23,6 +23,7 @@ from skin_lesions.architectures import read_weights
 from skin_lesions.predict import load_predictor
 from skin_lesions.bundle import read_bundle, save_bundle
 from skin_lesions.predictions import get_predictions, isic_submission, read_isic_submission, read_predictions, save_predictions, write_csv
+from skin_lesions.recipes import with_changes
 from skin_lesions.resume import read_state, write_state
 
 
@@ -61,7 +62,7 @@ def test_the_gifts_would_work(open_it, tmp_path, request):
     assert (tmp_path/'mark').is_dir()
 
 
-def a_train(f, sample, small, out='new'): return ['train', '--data', str(sample), '--out', str(f.parent/out), '--epochs', '1', '--no-check', *[a for a in small if a != '--no-pretrained'], '--weights', str(f)]
+def a_train(f, sample, small, out='new'): return ['train', '--data', str(sample), '--out', str(f.parent/out), '--no-check', *small, '--set', 'epochs=1', '--pretrained-weights', str(f)]
 
 
 def through_main(args, capsys):
@@ -70,25 +71,24 @@ def through_main(args, capsys):
     if status: raise ValueError(capsys.readouterr().err)
 
 
+TINY = with_changes('quick', dict(arch='test_efficientnet', pretrained=False, size=32, bs=8))
+
 # name of the file that is planted -> what a user calls; `here` is its folder with a bundle, an old run, a data set and a state in it
 DOORS = {
     'bundle/model.safetensors': lambda here, **kw: load_predictor(here/'bundle'),
     'bundle/bundle.json': lambda here, **kw: read_bundle(here/'bundle'),
     'bundle.zip': lambda here, **kw: load_predictor(here/'bundle.zip'),
-    'old/model.safetensors': lambda here, **kw: open_run(here/'old'),
-    'old/run.json': lambda here, **kw: open_run(here/'old'),
     'w.pth': lambda here, **kw: read_weights(here/'w.pth'),
     'w.safetensors': lambda here, **kw: read_weights(here/'w.safetensors'),
     'w.pt': lambda here, sample, small, capsys, **kw: through_main(a_train(here/'w.pt', sample, small), capsys),
     'state/state.safetensors': lambda here, **kw: read_state(here/'state'),
-    'state/arguments.json': lambda here, sample, small, capsys, **kw: through_main([*a_train(here/'w.pt', sample, small, 'run')[:-2], '--resume'], capsys),
+    'state/asked.json': lambda here, sample, small, capsys, **kw: through_main([*a_train(here/'w.pt', sample, small, 'run')[:-2], '--resume'], capsys),
     'predictions.csv': lambda here, **kw: read_predictions(here/'predictions.csv'),
     'isic.csv': lambda here, **kw: read_isic_submission(here/'isic.csv'),
-    'patients.csv': lambda here, **kw: _patient_table(here/'patients.csv'),
-    'split.csv': lambda here, **kw: _read_split(here),
+    'patients.csv': lambda here, **kw: read_patients(here/'patients.csv'),
+    'split.csv': lambda here, **kw: read_split(here),
     'data/HAM10000_metadata.csv': lambda here, **kw: read_metadata(here/'data'),
-    'scratch_0.5.csv': lambda here, meta, **kw: compare_pretraining(meta, ('scratch',), (.5,), arch='test_efficientnet', size=32, out=here),
-    'rotation.pth': lambda here, meta, **kw: compare_pretraining(meta, ('rotation',), (.5,), arch='test_efficientnet', size=32, bs=8, out=here, num_workers=0),
+    'rotation.safetensors': lambda here, meta, **kw: compare_pretraining(meta, ('rotation',), (.5,), recipe=TINY, epochs=1, pretext_epochs=1, out=here, workers=0, cache=None, show=False),
     'archive.zip': lambda here, **kw: _unzip(here/'archive.zip', here/'unpacked', show=False),
 }
 
@@ -96,12 +96,9 @@ DOORS = {
 @pytest.fixture(scope='module')
 def honest(learn, table, tmp_path_factory):
     "One of everything that can be opened, to be copied"
-    from safetensors.torch import save_file
     here = tmp_path_factory.mktemp('honest')
     save_bundle(learn, here/'bundle')
-    for d in ('old', 'data/images', 'run/state'): (here/d).mkdir(parents=True)
-    (here/'old'/'run.json').write_text(json.dumps(dict(arguments=dict(arch='test_efficientnet', model='one-stage', size=32, crop='random', gamma=2., mixup=.4, lr=.001))))
-    save_file({k: v.contiguous() for k, v in learn.model.state_dict().items()}, here/'old'/'model.safetensors')
+    for d in ('data/images', 'run/state'): (here/d).mkdir(parents=True)
     write_state(here/'state', dict(epoch=1), dict(a=torch.ones(3)))
     return here
 
@@ -109,10 +106,10 @@ def honest(learn, table, tmp_path_factory):
 @pytest.mark.parametrize('plant', [as_pickle, as_torch, as_old_torch, as_numpy])
 @pytest.mark.parametrize('door', DOORS)
 def test_no_gift_is_opened(door, plant, honest, sample, small, capsys, tmp_path, request):
-    if door in ('w.pt', 'rotation.pth') and plant in (as_old_torch, as_numpy): pytest.skip('a slow door, tried with the other kinds')
+    if door in ('w.pt', 'rotation.safetensors') and plant in (as_old_torch, as_numpy): pytest.skip('a slow door, tried with the other kinds')
     here = tmp_path/'here'
     shutil.copytree(honest, here)
-    file = here/('run/'+door if door == 'state/arguments.json' else door)
+    file = here/('run/'+door if door == 'state/asked.json' else door)
     plant(tmp_path/'mark', file)
     unpacked = door == 'archive.zip' and plant is as_torch # that is a zip, and nobody opens what is in it
     with nullcontext() if unpacked else pytest.raises((ValueError, OSError, zipfile.BadZipFile, pickle.UnpicklingError)) as e:
@@ -148,7 +145,7 @@ def calls(tree):
 
 
 UNSAFE = r'(c?[pP]ickle|dill|cloudpickle|joblib|marshal|shelve)\.\w+|(pd|pandas)\.read_pickle|load_learner|eval|exec|os\.(system|popen)|subprocess\.\w+|yaml\.load|shutil\.unpack_archive|.*\.extractall|tar\.extract'
-HARMLESS = ('distributed.py: pickle.loads(pickle.dumps(e))', 'distributed.py: pickle.dumps(e)') # an error of this process: can it be sent to the other ranks?
+HARMLESS = ('distributed.py: pickle.loads(pickle.dumps(error))', 'distributed.py: pickle.dumps(error)') # an error of this process: can it be sent to the other ranks?
 
 
 def test_the_package_calls_nothing_that_unpickles_or_executes(repo):
@@ -187,8 +184,7 @@ RECORDS = {'nested': lambda f: f.write_text('['*10**5+']'*10**5), 'nested in a r
 @pytest.mark.parametrize('what', RECORDS)
 def test_absurd_records(what, honest, tmp_path):
     shutil.copytree(honest, tmp_path/'h')
-    for file, f in (('bundle/bundle.json', lambda: load_predictor(tmp_path/'h'/'bundle')), ('bundle/bundle.json', lambda: read_bundle(tmp_path/'h'/'bundle')), ('old/run.json', lambda: open_run(tmp_path/'h'/'old'))):
-        if what == 'nested in a record' and 'old' in file: continue # its other keys are not looked at
+    for file, f in (('bundle/bundle.json', lambda: load_predictor(tmp_path/'h'/'bundle')), ('bundle/bundle.json', lambda: read_bundle(tmp_path/'h'/'bundle'))):
         RECORDS[what](tmp_path/'h'/file)
         with pytest.raises(ValueError, match=file.split('/')[1]): f()
         shutil.copy(honest/file, tmp_path/'h'/file)
@@ -221,7 +217,7 @@ def test_packed_tables(suffix, table, tmp_path):
     "pandas unpacks tables by their suffix, to any size: here none is"
     file = tmp_path/f't.csv{suffix}'
     table.to_csv(file, index=False)
-    for f in (read_predictions, read_isic_submission, _patient_table):
+    for f in (read_predictions, read_isic_submission, read_patients):
         with pytest.raises(ValueError, match=re.escape(file.name)): f(file)
 
 
@@ -326,20 +322,20 @@ def test_no_cell_is_a_formula_and_every_text_comes_back(table, tmp_path):
     for _ in range(30):
         p = np.roll(np.array([1-6e-5, *[1e-5]*6]), 1)
         bad = pd.DataFrame([p]*20, columns=CODES).assign(image_id=[f'{text()}{i}' for i in range(20)], group=[text() for _ in range(20)], problem=[text() for _ in range(20)])
-        bad['score'] = -1e-5
+        bad['ood_score'] = -1e-5
         file = save_predictions(bad, tmp_path/'p.csv')
         with open(file, newline='', encoding='utf-8') as f: rows = list(csv.reader(f))
         for row in rows[1:]:
             for name, cell in zip(rows[0], row):
-                if name in (*CODES, 'score'): float(cell)
+                if name in (*CODES, 'ood_score'): float(cell)
                 else: assert not cell or cell[0] not in '=+-@\t\r\n＝＋－＠', cell
         back = read_predictions(file)
         for c in ('image_id', 'group', 'problem'): assert list(back[c]) == list(bad[c])
-        assert (back[list(CODES)].to_numpy() == bad[list(CODES)].to_numpy()).all() and (back.score == -1e-5).all()
+        assert (back[list(CODES)].to_numpy() == bad[list(CODES)].to_numpy()).all() and (back.ood_score == -1e-5).all()
         back = read_isic_submission(isic_submission(bad, tmp_path/'i.csv'))
         assert list(back.image_id) == list(bad.image_id)
-        write_csv(bad[['image_id', 'group']].assign(dx='nv', is_valid=True), tmp_path/'split.csv')
-        back = _read_split(tmp_path)
+        write_csv(bad[['image_id', 'group']].assign(path='a.jpg', dx='nv', is_valid=True), tmp_path/'split.csv')
+        back = read_split(tmp_path)
         assert list(back.image_id) == list(bad.image_id) and list(back.group) == list(bad.group)
 
 

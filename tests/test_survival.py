@@ -178,7 +178,7 @@ def test_a_training_on_a_bad_disk(trouble, disk, tmp_path):
 def test_command_line_on_a_read_only_disk(disk, sample, small, capsys):
     place = disk('1m')
     read_only(place)
-    assert main(['train', '--data', str(sample), '--out', str(place/'run'), '--epochs', '1', *small]) == 2
+    assert main(['train', '--data', str(sample), '--out', str(place/'run'), *small, '--set', 'epochs=1']) == 2
     said = capsys.readouterr().err
     assert 'Read-only file system' in said and str(place/'run') in said
 
@@ -195,7 +195,7 @@ def command_line(args, errors):
 def test_a_disk_that_is_full_after_the_last_epoch(tmp_path, sample, small, capsys, monkeypatch):
     "The training is not lost: --resume makes the rest of the run folder, with the same weights"
     from skin_lesions import cli
-    args = ['train', '--data', str(sample), '--out', str(tmp_path/'run'), '--epochs', '1', '--no-check', *small]
+    args = ['train', '--data', str(sample), '--out', str(tmp_path/'run'), '--no-check', *small, '--set', 'epochs=1']
     def full(*args, **kw): raise OSError(28, 'No space left on device')
     with monkeypatch.context() as m:
         m.setattr(cli, 'finish_run', full)
@@ -209,7 +209,7 @@ def test_a_disk_that_is_full_after_the_last_epoch(tmp_path, sample, small, capsy
 def test_the_data_folder_vanishes_in_mid_epoch(tmp_path, sample, small, capsys):
     "The error names a file and the folder of the state; with the data back, --resume ends as if nothing had happened"
     data = shutil.copytree(sample, tmp_path/'data')
-    args = ['train', '--data', str(data), '--out', str(tmp_path/'run'), '--epochs', '6', '--cache', 'none', '--no-check', *small[:-3], '--workers', '2', '--quiet'] # two processes read the images
+    args = ['train', '--data', str(data), '--out', str(tmp_path/'run'), '--no-check', *small, '--set', 'epochs=6', '--workers', '2'] # two processes read the images
     child = multiprocessing.get_context('fork').Process(target=command_line, args=(args, tmp_path/'errors.txt'))
     child.start()
     state = tmp_path/'run'/'state'/'state.safetensors'

@@ -1,0 +1,30 @@
+"What the tests of bundles and predictions share: learners with random weights whose answers differ from image to image."
+import numpy as np
+import torch
+
+from skin_lesions.data import ham10000_dataloaders
+from skin_lesions.learner import lesion_learner, two_stage_learner
+
+
+def spread(learn):
+    "Give the last layers outputs of mean 0 and deviation 1 over some images"
+    batches = [learn.dls.train.one_batch()[:-1] for _ in range(4)]
+    with torch.no_grad():
+        for b in batches: learn.model.train()(*b) # batch statistics
+        learn.model.eval()
+        for last in (getattr(learn.model, n)[-1] for n in ('head', 'head1', 'head2') if hasattr(learn.model, n)):
+            kept = []
+            hook = last.register_forward_hook(lambda m, i, o: kept.append(o))
+            for b in batches: learn.model(*b)
+            hook.remove()
+            mean, std = torch.cat(kept).mean(0), torch.cat(kept).std(0)
+            last.weight.div_(std[:, None]); last.bias.sub_(mean).div_(std)
+
+
+def make(meta, kind='two', size=64, crop='random', arch='test_efficientnet', data=None, **kwargs):
+    "A learner with random weights whose answers differ from image to image"
+    torch.manual_seed(0); np.random.seed(0)
+    dls = ham10000_dataloaders(meta, size, crop, 8, arch=arch, num_workers=0, device='cpu', **(data or {}))
+    learn = (two_stage_learner if kind == 'two' else lesion_learner)(dls, arch, pretrained=False, **kwargs)
+    spread(learn)
+    return learn

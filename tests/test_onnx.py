@@ -1,0 +1,71 @@
+"ONNX: the file gives the predictor's probabilities, or is not written."
+import importlib.util, json
+
+import numpy as np
+import pytest
+import torch
+
+from serving import make
+from skin_lesions.bundle import save_bundle
+from skin_lesions.classes import HAM10000
+from skin_lesions.onnx import ONNX_PACKAGES, export_onnx
+from skin_lesions.predict import load_predictor
+from skin_lesions.predictions import get_predictions
+from skin_lesions.readers import read_metadata
+
+CODES = list(HAM10000)
+
+
+@pytest.fixture(scope='module')
+def meta(sample):
+    meta = read_metadata(sample)
+    return meta.assign(is_valid=meta.groupby('dx').cumcount() % 5 == 0)
+
+
+@pytest.fixture(scope='module')
+def learn(meta): return make(meta)
+
+
+@pytest.fixture(scope='module')
+def bundle(learn, tmp_path_factory): return save_bundle(learn, tmp_path_factory.mktemp('bundle')/'b')
+
+
+def numbers(table): return table[CODES].to_numpy(float)
+
+needs_onnx = pytest.mark.skipif(not all(importlib.util.find_spec(p) for p in ONNX_PACKAGES), reason=f"needs the packages {', '.join(ONNX_PACKAGES)}")
+
+
+@needs_onnx
+@pytest.mark.parametrize('kind, more', [('one', {}), ('two', dict(combine='paper')), ('two', dict(data=dict(patient=True)))])
+def test_onnx_gives_the_probabilities_of_the_predictor(kind, more, meta, tmp_path):
+    import onnx, onnxruntime
+    from skin_lesions.decide import fit_calibration
+    learn = make(meta, kind, **more)
+    save_bundle(learn, tmp_path/'b', calibration=fit_calibration(get_predictions(learn), 'stages_vector' if kind == 'two' else 'vector', first='nv' if kind == 'two' else None))
+    predictor, some = load_predictor(tmp_path/'b', device='cpu'), meta[~meta.is_valid].iloc[:64]
+    assert export_onnx(predictor, tmp_path/'net.onnx') <= 1e-4
+    session = onnxruntime.InferenceSession(str(tmp_path/'net.onnx'), providers=['CPUExecutionProvider'])
+    assert [p.name for p in tmp_path.glob('net*')] == ['net.onnx'], 'weights outside the file'
+    inputs = {'pixels': torch.stack([predictor.prepare(p) for p in some.path]).permute(0, 2, 3, 1).contiguous().numpy()}
+    if predictor.patient is not None: inputs['patient'] = np.asarray(predictor.patient.encode(some), dtype=np.float32)
+    table = predictor.predict(some, progress=False)
+    assert len(table) == 64 and np.abs(session.run(None, inputs)[0] - numbers(table)).max() < 1e-4
+    assert np.abs(session.run(None, {k: v[:5] for k, v in inputs.items()})[0] - numbers(table)[:5]).max() < 1e-4
+    facts = session.get_modelmeta().custom_metadata_map
+    assert json.loads(facts['classes']) == CODES and 'not a medical device' in facts['notice'] and json.loads(facts['crop'])['size'] == [64, 64]
+
+
+@needs_onnx
+def test_onnx_that_differs_is_not_written(bundle, tmp_path):
+    predictor = load_predictor(bundle, device='cpu')
+    with pytest.raises(ValueError, match='differ from PyTorch'): export_onnx(predictor, tmp_path/'net.onnx', tol=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_the_onnx_packages_one_line(bundle, tmp_path, monkeypatch):
+    real = importlib.import_module
+    def without(name, *args):
+        if name == 'onnxscript': raise ModuleNotFoundError("No module named 'onnxscript'", name='onnxscript')
+        return real(name, *args)
+    monkeypatch.setattr(importlib, 'import_module', without)
+    with pytest.raises(ModuleNotFoundError, match=r'export_onnx needs onnx\w*: pip install onnx onnxscript onnxruntime'): export_onnx(load_predictor(bundle), tmp_path/'net.onnx')

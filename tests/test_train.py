@@ -1,0 +1,132 @@
+"A training is killed, stopped, resumed, run beside another one: its folder ends as if nothing had happened."
+import multiprocessing, os, random, signal, time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from skin_lesions.recipes import at_scale
+from skin_lesions.train import RUN_FILES, STATE_FOLDER, read_run, run_state, train_run
+
+KILLS = int(os.environ.get('TRAIN_KILLS', 4))
+QUICK = dict(workers=0, device='cpu', cache=None, show=False, report=False, minutes=0)
+RECIPES = dict(
+    steps=replace(at_scale('best', 'tiny'), steps=((24, 2), (32, 2)), ema=True, lr_factor=.5),
+    pretext=replace(at_scale('rotation', 'tiny'), steps=((32, 2),), pretext_epochs=2),
+    unet=replace(at_scale('restoration_sequential', 'tiny'), steps=((32, 1),)))
+KEPT = ('model.safetensors', 'predictions.csv', 'history.csv', 'split.csv') # whose bytes must be the same
+
+
+@pytest.fixture(scope='module')
+def meta(tmp_path_factory):
+    from skin_lesions.readers import read_metadata
+    from skin_lesions.synthetic import synthetic_dataset
+    return read_metadata(synthetic_dataset(tmp_path_factory.mktemp('train')/'sample', 80, size=(96, 72), show=False))
+
+
+@pytest.fixture(scope='module')
+def straight(meta, tmp_path_factory):
+    "Run folders that were never interrupted"
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp('straight')
+    return {name: train_run(recipe, meta, out/name, **QUICK) for name, recipe in RECIPES.items()}
+
+
+def go(recipe, meta, out):
+    "In a process of its own"
+    torch.set_num_threads(1)
+    train_run(recipe, meta, out, resume=True, **QUICK)
+    os._exit(0)
+
+
+def start(*args):
+    child = multiprocessing.get_context('fork').Process(target=go, args=args)
+    child.start()
+    return child
+
+
+def contents(folder): return {name: (folder/name).read_bytes() for name in KEPT}
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_killed_at_random_moments(name, meta, straight, tmp_path):
+    "Within an epoch, between steps, in the pretext, while the folder is written"
+    rng, killed = random.Random(name), 0
+    for _ in range(KILLS):
+        child = start(RECIPES[name], meta, tmp_path/'run')
+        time.sleep(rng.uniform(.2, 3))
+        if child.is_alive(): os.kill(child.pid, signal.SIGKILL)
+        child.join(60)
+        killed += child.exitcode != 0
+    child = start(RECIPES[name], meta, tmp_path/'run')
+    child.join(300)
+    assert killed and child.exitcode == 0
+    assert run_state(tmp_path/'run') == 'complete' and contents(tmp_path/'run') == contents(straight[name])
+    assert not (tmp_path/'run'/STATE_FOLDER).exists() and not list((tmp_path/'run').rglob('.*-*'))
+
+
+def test_killed_between_steps(meta, straight, tmp_path, monkeypatch):
+    "The second step begins anew from the weights of the first, which is not trained again"
+    from skin_lesions import train
+    out, own, sizes = tmp_path/'run', train.recipe_learner, []
+    def learner(*args, size, **kwargs):
+        sizes.append(size)
+        if size == 32 and sizes.count(32) == 1: raise KeyboardInterrupt
+        return own(*args, size=size, **kwargs)
+    monkeypatch.setattr(train, 'recipe_learner', learner)
+    with pytest.raises(KeyboardInterrupt): train_run(RECIPES['steps'], meta, out, **QUICK)
+    assert run_state(out) == 'unfinished' and (out/STATE_FOLDER/'step0.safetensors').is_file()
+    train_run(RECIPES['steps'], meta, out, resume=True, **QUICK)
+    assert sizes == [24, 32, 32] and contents(out) == contents(straight['steps'])
+
+
+def test_two_processes_want_one_folder(meta, straight, tmp_path):
+    children = [start(RECIPES['steps'], meta, tmp_path/'run') for _ in range(2)]
+    for c in children: c.join(300)
+    assert sorted(c.exitcode for c in children) in ([0, 1], [0, 0]) # the second is refused, or came when all was done
+    assert contents(tmp_path/'run') == contents(straight['steps'])
+
+
+def test_a_disk_that_is_full_after_the_last_epoch(meta, straight, tmp_path, monkeypatch):
+    "The training is not lost: resume makes the rest of the folder"
+    from skin_lesions import train
+    def full(*args, **kwargs): raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as m:
+        m.setattr(train, 'save_predictions', full)
+        with pytest.raises(OSError, match='No space left.*The training is complete, its state is in .*--resume'):
+            train_run(RECIPES['steps'], meta, tmp_path/'run', **QUICK)
+    train_run(RECIPES['steps'], meta, tmp_path/'run', resume=True, **QUICK)
+    assert contents(tmp_path/'run') == contents(straight['steps'])
+
+
+def test_the_folder_is_complete_and_nothing_else_is_touched(meta, tmp_path):
+    (tmp_path/'run').mkdir()
+    (tmp_path/'run'/'notes.txt').write_text('mine')
+    with pytest.raises(FileExistsError, match='not empty'): train_run('quick', meta, tmp_path/'run', **QUICK)
+    recipe = at_scale('quick', 'tiny')
+    for _ in range(2): train_run(recipe, meta, tmp_path/'run', overwrite=True, **(QUICK | dict(report=True)))
+    names = {p.name for p in (tmp_path/'run').iterdir() if not p.name.startswith('.')}
+    assert names == {*RUN_FILES, 'notes.txt'}
+    record = read_run(tmp_path/'run')
+    assert record['recipe'] == recipe.as_dict() and record['split']['valid_fraction_with_group_in_training'] == 0
+    split = pd.read_csv(tmp_path/'run'/'split.csv')
+    assert set(split.image_id) == set(meta.image_id) and split.is_valid.sum() == record['scores']['n_images']
+
+
+@pytest.mark.parametrize('name', ('ISIC2019', 'MELANOMA'))
+def test_other_sets_of_diagnoses(name, tmp_path):
+    "Eight classes in two stages, two classes in one: trained, predicted, in the bundle"
+    from skin_lesions.classes import CLASS_SETS
+    from skin_lesions.predict import load_predictor
+    from skin_lesions.readers import read_csv_dataset
+    from skin_lesions.synthetic import synthetic_dataset
+    classes = CLASS_SETS[name]
+    sample = synthetic_dataset(tmp_path/'sample', 100, classes=classes, size=(80, 64), show=False)
+    frame = read_csv_dataset(sample/'HAM10000_metadata.csv', classes=classes, folder=sample)
+    folder = train_run(at_scale('quick', 'tiny'), frame, tmp_path/'run', folds=2, **(QUICK | dict(report=True)))
+    predictor, table = load_predictor(folder, 'cpu'), pd.read_csv(folder/'predictions.csv')
+    assert predictor.classes.codes == classes.codes and set(classes.codes) <= set(table.columns)
+    assert type(predictor.model).__name__ == ('TwoStageNet' if len(classes) > 2 else 'LesionNet')
+    assert table[list(classes.codes)].sum(axis=1).between(.999, 1.001).all()
