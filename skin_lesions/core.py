@@ -191,7 +191,8 @@ def _try_lock_windows(f, wait)->bool:
     import msvcrt
     while True:
         f.seek(0)
-        try: msvcrt.locking(f.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        mode = msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK # type: ignore[attr-defined]
+        try: msvcrt.locking(f.fileno(), mode, 1) # type: ignore[attr-defined]
         except OSError:
             if not wait: return False
         else: return True
@@ -236,6 +237,7 @@ _MODES = ('1', 'L', 'LA', 'La', 'P', 'PA', 'RGB', 'RGBA', 'RGBa', 'RGBX') # of P
 
 class ImageError(ValueError):
     "An image that cannot be used: its name and why"
+    why = '' # the reason without the name
     def __init__(self, message):
         message = str(message)
         # PyTorch raises the error of a data-loading worker anew, with the worker's traceback before the message
