@@ -8,7 +8,8 @@ from pathlib import Path
 
 
 def main(args):
-    from skin_lesions.core import CODES, MALIGNANT
+    from skin_lesions.core import CODES
+    from skin_lesions.classes import MALIGNANT
 
     from skin_lesions.readers import read_metadata
     from skin_lesions.decide import expected_calibration_error
