@@ -354,7 +354,9 @@ class JointPretext(PretextCallback):
 
     def after_cancel_batch(self):
         self.target = None
-        _inner_net(self.learn).take()
+        # another network may predict in its place, see `get_predictions`
+        net = _inner_net(self.learn)
+        if isinstance(net, JointNet): net.take()
     def after_fit(self): self.after_cancel_batch()
 
 # %% ../nbs/40_pretext.ipynb #6f11729b
