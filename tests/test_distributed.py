@@ -293,22 +293,22 @@ def test_accelerate_launch_makes_a_run(lesions, tmp_path, small, cli):
     run = tmp_path/'run'
     record = json.loads((run/'run.json').read_text())
     assert record['processes'] == 2 and record['complete'] and record['epochs_done'] == 2
-    assert sorted(p.name for p in run.iterdir()) == sorted(['model.safetensors', 'bundle.json', 'run.json', 'split.csv', 'history.csv', 'predictions.csv', 'report.html'])
+    assert sorted(p.name for p in run.iterdir() if not p.name.startswith('.')) == sorted(['model.safetensors', 'bundle.json', 'run.json', 'split.csv', 'history.csv', 'predictions.csv', 'report.html'])
     table = pd.read_csv(run/'predictions.csv')
     split = pd.read_csv(run/'split.csv')
     assert table.image_id.tolist() == split.image_id[split.is_valid].tolist()
-    last = (run/'history.csv').read_text().strip().splitlines()[-1].split(',')
-    assert last[0] == '1' and abs(float(last[3])-record['scores']['accuracy']) < 1e-6
+    last = pd.read_csv(run/'history.csv').iloc[-1]
+    assert last.epoch == 1 and abs(last.accuracy-record['scores']['accuracy']) < 1e-6
     image = next(lesions[0].rglob(f'{table.image_id[0]}.jpg'))
     from skin_lesions.predict import load_predictor
     torch.testing.assert_close(torch.tensor(load_predictor(run).predict(image).mel[0]), torch.tensor(table.mel[0]), rtol=1e-3, atol=1e-5)
 
 
 def test_torchrun_ends_with_the_message(lesions, tmp_path, small):
-    "A picture that the rank cannot read which meets it ends both"
+    "An image that a rank cannot read ends both"
     data = tmp_path/'data'
     shutil.copytree(lesions[0], data)
     train = lesions[1][~lesions[1].is_valid]
-    for image_id in train.image_id[:20]: next(data.rglob(f'{image_id}.jpg')).write_bytes(b'no picture')
+    for image_id in train.image_id[:20]: next(data.rglob(f'{image_id}.jpg')).write_bytes(b'no image')
     done = launch(['torch.distributed.run', '--nproc_per_node', '2', '--master_port', '0', '--rdzv_backend', 'c10d', '--rdzv_endpoint', 'localhost:0'], data, 'run', small, tmp_path, '--no-check', '--set', 'epochs=1')
     assert done.returncode != 0 and 'skin_lesions train: ' in done.stderr and '.jpg: not an image of a kind' in done.stderr, done.stderr

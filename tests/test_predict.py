@@ -127,7 +127,7 @@ def test_test_time_augmentation_is_that_of_the_learner(learn, bundle, meta):
     predictor = load_predictor(bundle, device='cpu')
     some = meta[meta.is_valid].iloc[:6]
     for views in ('dihedral', 'multicrop', 'crops9'):
-        expected, ours = get_predictions(learn, some, tta=views), predictor.predict(some, views=views, bs=20, progress=False)
+        expected, ours = get_predictions(learn, some, views=views), predictor.predict(some, views=views, bs=20, progress=False)
         np.testing.assert_allclose(numbers(ours), numbers(expected), atol=1e-5)
 
 

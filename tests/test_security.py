@@ -11,7 +11,7 @@ import torch
 
 from skin_lesions.cli import main, read_patients, read_split
 from skin_lesions.cache import resize_cache
-from skin_lesions.core import CODES
+from skin_lesions.classes import HAM10000
 from skin_lesions.data import ham10000_dataloaders
 from skin_lesions.dataset import _unzip
 from skin_lesions.readers import read_metadata
@@ -23,6 +23,7 @@ from skin_lesions.architectures import read_weights
 from skin_lesions.predict import load_predictor
 from skin_lesions.bundle import read_bundle, save_bundle
 from skin_lesions.predictions import get_predictions, isic_submission, read_isic_submission, read_predictions, save_predictions, write_csv
+from skin_lesions.recipes import with_changes
 from skin_lesions.resume import read_state, write_state
 
 
@@ -70,6 +71,8 @@ def through_main(args, capsys):
     if status: raise ValueError(capsys.readouterr().err)
 
 
+TINY = with_changes('quick', dict(arch='test_efficientnet', pretrained=False, size=32, bs=8))
+
 # name of the file that is planted -> what a user calls; `here` is its folder with a bundle, an old run, a data set and a state in it
 DOORS = {
     'bundle/model.safetensors': lambda here, **kw: load_predictor(here/'bundle'),
@@ -85,8 +88,7 @@ DOORS = {
     'patients.csv': lambda here, **kw: read_patients(here/'patients.csv'),
     'split.csv': lambda here, **kw: read_split(here),
     'data/HAM10000_metadata.csv': lambda here, **kw: read_metadata(here/'data'),
-    'scratch_0.5.csv': lambda here, meta, **kw: compare_pretraining(meta, ('scratch',), (.5,), arch='test_efficientnet', size=32, out=here),
-    'rotation.pth': lambda here, meta, **kw: compare_pretraining(meta, ('rotation',), (.5,), arch='test_efficientnet', size=32, bs=8, out=here, num_workers=0),
+    'rotation.safetensors': lambda here, meta, **kw: compare_pretraining(meta, ('rotation',), (.5,), recipe=TINY, epochs=1, pretext_epochs=1, out=here, workers=0, cache=None, show=False),
     'archive.zip': lambda here, **kw: _unzip(here/'archive.zip', here/'unpacked', show=False),
 }
 
@@ -104,7 +106,7 @@ def honest(learn, table, tmp_path_factory):
 @pytest.mark.parametrize('plant', [as_pickle, as_torch, as_old_torch, as_numpy])
 @pytest.mark.parametrize('door', DOORS)
 def test_no_gift_is_opened(door, plant, honest, sample, small, capsys, tmp_path, request):
-    if door in ('w.pt', 'rotation.pth') and plant in (as_old_torch, as_numpy): pytest.skip('a slow door, tried with the other kinds')
+    if door in ('w.pt', 'rotation.safetensors') and plant in (as_old_torch, as_numpy): pytest.skip('a slow door, tried with the other kinds')
     here = tmp_path/'here'
     shutil.copytree(honest, here)
     file = here/('run/'+door if door == 'state/asked.json' else door)
@@ -143,7 +145,7 @@ def calls(tree):
 
 
 UNSAFE = r'(c?[pP]ickle|dill|cloudpickle|joblib|marshal|shelve)\.\w+|(pd|pandas)\.read_pickle|load_learner|eval|exec|os\.(system|popen)|subprocess\.\w+|yaml\.load|shutil\.unpack_archive|.*\.extractall|tar\.extract'
-HARMLESS = ('distributed.py: pickle.loads(pickle.dumps(e))', 'distributed.py: pickle.dumps(e)') # an error of this process: can it be sent to the other ranks?
+HARMLESS = ('distributed.py: pickle.loads(pickle.dumps(error))', 'distributed.py: pickle.dumps(error)') # an error of this process: can it be sent to the other ranks?
 
 
 def test_the_package_calls_nothing_that_unpickles_or_executes(repo):
@@ -319,17 +321,17 @@ def test_no_cell_is_a_formula_and_every_text_comes_back(table, tmp_path):
     def text(): return ''.join(rng.choices(pieces, k=rng.randint(1, 6)))
     for _ in range(30):
         p = np.roll(np.array([1-6e-5, *[1e-5]*6]), 1)
-        bad = pd.DataFrame([p]*20, columns=CODES).assign(image_id=[f'{text()}{i}' for i in range(20)], group=[text() for _ in range(20)], problem=[text() for _ in range(20)])
+        bad = pd.DataFrame([p]*20, columns=list(HAM10000)).assign(image_id=[f'{text()}{i}' for i in range(20)], group=[text() for _ in range(20)], problem=[text() for _ in range(20)])
         bad['ood_score'] = -1e-5
         file = save_predictions(bad, tmp_path/'p.csv')
         with open(file, newline='', encoding='utf-8') as f: rows = list(csv.reader(f))
         for row in rows[1:]:
             for name, cell in zip(rows[0], row):
-                if name in (*CODES, 'ood_score'): float(cell)
+                if name in (*HAM10000, 'ood_score'): float(cell)
                 else: assert not cell or cell[0] not in '=+-@\t\r\n＝＋－＠', cell
         back = read_predictions(file)
         for c in ('image_id', 'group', 'problem'): assert list(back[c]) == list(bad[c])
-        assert (back[list(CODES)].to_numpy() == bad[list(CODES)].to_numpy()).all() and (back.ood_score == -1e-5).all()
+        assert (back[list(HAM10000)].to_numpy() == bad[list(HAM10000)].to_numpy()).all() and (back.ood_score == -1e-5).all()
         back = read_isic_submission(isic_submission(bad, tmp_path/'i.csv'))
         assert list(back.image_id) == list(bad.image_id)
         write_csv(bad[['image_id', 'group']].assign(path='a.jpg', dx='nv', is_valid=True), tmp_path/'split.csv')

@@ -1,4 +1,4 @@
-"The official scores against the official scorer's own answers, and what intervals and comparisons promise."
+"The official scores against the official scorer's own answers; what scores, intervals and comparisons promise."
 import json, os, subprocess, warnings
 from pathlib import Path
 
@@ -6,7 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from skin_lesions.core import CODES, ISIC_COLUMNS
+from skin_lesions.classes import HAM10000, ISIC2019, MELANOMA
+from skin_lesions.evaluate import compare, isic_scores, score_intervals, scores
+from skin_lesions.predictions import isic_submission, read_isic_submission
+from tables import synthetic_table
+
+CODES, ISIC_COLUMNS = HAM10000.codes, tuple(HAM10000.challenge_columns.values())
 
 DATA = Path(__file__).resolve().parent/'data'
 REFERENCE = json.loads((DATA/'isic_scores.json').read_text())
@@ -30,7 +35,6 @@ def assert_same(ours, theirs, where=''):
 
 
 def scored(table):
-    from skin_lesions.evaluate import isic_scores
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='no image of')
         return isic_scores(table).as_dict()
@@ -79,10 +83,8 @@ def test_equal_to_the_installed_package(name, tmp_path):
 
 def test_a_submission_is_what_the_official_scorer_took(tmp_path):
     "isic_submission writes the file that the package accepted and scored"
-    predictions = pytest.importorskip('skin_lesions.predictions')
-    if not hasattr(predictions, 'isic_submission'): pytest.skip('no isic_submission yet')
     table = TABLES['random']
-    predictions.isic_submission(table, tmp_path/'mine.csv')
+    isic_submission(table, tmp_path/'mine.csv')
     mine, accepted = pd.read_csv(tmp_path/'mine.csv'), pd.read_csv(DATA/'isic_submission.csv')
     assert list(mine.columns) == list(accepted.columns) == ['image', *ISIC_COLUMNS]
     assert mine.image.tolist() == accepted.image.tolist()
@@ -92,9 +94,7 @@ def test_a_submission_is_what_the_official_scorer_took(tmp_path):
 def test_a_submission_of_whole_numbers_has_decimal_points(tmp_path):
     "The package refuses a column that holds nothing but 0 and 1 without a point"
     assert REFERENCE['refused']['a column of whole numbers'].startswith('CSV contains non-floating-point')
-    predictions = pytest.importorskip('skin_lesions.predictions')
-    if not hasattr(predictions, 'isic_submission'): pytest.skip('no isic_submission yet')
-    predictions.isic_submission(TABLES['perfect'], tmp_path/'mine.csv')
+    isic_submission(TABLES['perfect'], tmp_path/'mine.csv')
     mine = pd.read_csv(tmp_path/'mine.csv')
     assert (mine.dtypes[list(ISIC_COLUMNS)] == np.float64).all()
     assert mine[list(ISIC_COLUMNS)].isin([0, 1]).all(axis=None)
@@ -102,38 +102,12 @@ def test_a_submission_of_whole_numbers_has_decimal_points(tmp_path):
 
 # intervals and comparisons ---------------------------------------------------------------------------------------------------------------
 
-def drawn_table(n_lesions, seed=0, skill=1.5, most=3, noise=0):
-    "Lesions of one to `most` images; `noise` is another network of the same skill on the same images"
-    rng, own = np.random.default_rng(seed), np.random.default_rng([seed, noise])
-    y = np.append(np.arange(7), rng.choice(7, n_lesions-7, p=[.04, .05, .11, .03, .12, .61, .04]))
-    lesion = np.repeat(np.arange(n_lesions), rng.integers(1, most+1, n_lesions))
-    x = own.normal(size=(n_lesions, 7))[lesion] + own.normal(size=(len(lesion), 7)) + skill*np.eye(7)[y[lesion]]
-    p = np.exp(x)/np.exp(x).sum(1, keepdims=True)
-    return pd.DataFrame(p, columns=CODES).assign(image_id=[f'I{i}' for i in range(len(p))], dx=np.array(CODES)[y[lesion]], group=[f'L{g}' for g in lesion])
-
-
-def test_draws_are_the_same_in_blocks(monkeypatch):
-    "What was drawn before there were blocks: all units of a stratum and all draws at once"
-    from skin_lesions import evaluate
-    def at_once(stratum, n, seed):
-        rng, draws = np.random.default_rng(seed), np.zeros((n, len(stratum)), dtype=np.float32)
-        for s in np.unique(stratum):
-            units = np.flatnonzero(stratum == s)
-            picked = rng.integers(len(units), size=(n, len(units)))
-            for row, p in zip(draws, picked): row[units] = np.bincount(p, minlength=len(units))
-        return draws
-    stratum = np.random.default_rng(0).permutation(np.repeat([0, 1, 4, 5], [1, 7, 33, 500]))
-    for block in (1, 1000, 10**6):
-        monkeypatch.setattr(evaluate, '_BLOCK', block)
-        np.testing.assert_array_equal(evaluate._unit_draws(stratum, 50, 3), at_once(stratum, 50, 3))
 
 
 def test_intervals_agree_with_the_values_of_the_other_functions():
     from skin_lesions.bootstrap import average_recall_interval
-    from skin_lesions.evaluate import score_intervals
-    from skin_lesions.evaluate import isic_scores
     for seed in range(3):
-        t = drawn_table(150, seed)
+        t = synthetic_table(150, seed)
         res, official = score_intervals(t, 200), isic_scores(t)
         np.testing.assert_allclose(res.loc[('average_recall', 'all')].iloc[:3], average_recall_interval(t, 200)[:3], rtol=0, atol=1e-12)
         assert res.value['balanced_accuracy', 'all'] == official.balanced_accuracy
@@ -143,37 +117,45 @@ def test_intervals_agree_with_the_values_of_the_other_functions():
 
 
 def test_p_is_small_by_chance_as_often_as_it_says():
-    "Two networks of the same skill, a hundred times: about five in a hundred are below .05"
-    from skin_lesions.evaluate import compare
+    "Two networks of the same skill, sixty times: about five in a hundred are below .05"
     small = []
-    for seed in range(100):
-        res = compare(drawn_table(80, seed, noise=1), drawn_table(80, seed, noise=2), 200)
+    for seed in range(60):
+        res = compare(synthetic_table(80, seed, noise=1), synthetic_table(80, seed, noise=2), 200)
         small.append([res.p['accuracy', 'all'] < .05, res.p['auc', 'nv'] < .05, res.p['auc', 'malignant'] < .05])
     assert (np.mean(small, axis=0) < .12).all() and np.mean(small) > .01, np.mean(small, axis=0)
 
 
-def test_p_by_hand():
-    "Twice the share of draws on the smaller side, the table itself counted there too; draws of exactly 0 are on both sides"
-    from skin_lesions.evaluate import _two_sided
-    nan = np.nan
-    drawn = np.array([[1, 1, 1, 1., 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, -1], [-1, -1, -1, -1, -1, -1, -1, -1, 0], [0]*9, [1, -1, 1, -1, 1, -1, 1, -1, 1], [1, 1, 1, nan, nan, nan, nan, nan, nan], [nan]*9])
-    np.testing.assert_allclose(_two_sided(drawn), [2*1/10, 2*2/10, 2*2/10, 1, 1, 2*1/4, nan])
-
 
 def test_p_is_small_where_there_is_a_difference():
-    from skin_lesions.evaluate import compare
-    small = [compare(drawn_table(150, seed, 1.5, noise=1), drawn_table(150, seed, 3., noise=2), 200).p['accuracy', 'all'] < .05 for seed in range(20)]
+    small = [compare(synthetic_table(150, seed, 1.5, noise=1), synthetic_table(150, seed, 3., noise=2), 200).p['accuracy', 'all'] < .05 for seed in range(20)]
     assert np.mean(small) > .9
 
 
 def test_a_table_of_ten_thousand_images_needs_little_memory():
     "Memory does not grow with the number of draws times images; the time is measured in benchmarks/score_intervals.py"
     import tracemalloc
-    from skin_lesions.evaluate import score_intervals
-    t = drawn_table(7500, most=2)
+    t = synthetic_table(7500, most=2)
     assert len(t) > 10_000
     tracemalloc.start()
     score_intervals(t)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 200e6, peak # 7,500 lesions times 1,000 draws are 30 MB
+
+
+@pytest.mark.parametrize('classes', [ISIC2019, MELANOMA], ids=lambda c: c.name)
+def test_any_class_set(classes):
+    table = synthetic_table(120, classes=classes)
+    found, decided = scores(table), table.assign(decision=table.dx)
+    assert found['average_recall'] == score_intervals(table, 20).value['average_recall', 'all']
+    assert scores(decided)['average_recall'] == 1 and scores(decided)['argmax_average_recall'] == found['average_recall']
+    assert isic_scores(decided).balanced_accuracy == 1
+    assert list(isic_scores(table).as_dict()['per_category']['auc']) == list(classes.challenge_columns.values())
+
+
+def test_the_official_scorer_sees_the_decision(tmp_path):
+    "What is written scores as the table does"
+    table = synthetic_table(200)
+    table = table.assign(decision=table.dx.where(table.index % 3 > 0, table.dx.iloc[::-1].to_numpy()))
+    written = read_isic_submission(isic_submission(table, tmp_path/'s.csv')).merge(table[['image_id', 'dx']])
+    assert isic_scores(written).balanced_accuracy == pytest.approx(scores(table)['average_recall'], abs=1e-12)

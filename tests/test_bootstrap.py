@@ -1,0 +1,72 @@
+"Intervals over lesions: the draws, the p by hand, and how often an interval holds the truth."
+import numpy as np
+import pandas as pd
+import pytest
+
+from skin_lesions import bootstrap
+from skin_lesions.classes import ISIC2019
+from tables import synthetic_table
+
+
+def test_draws_are_the_same_in_blocks(monkeypatch):
+    "Blocks draw what all units of a stratum and all draws at once would"
+    def at_once(stratum, n, seed):
+        rng, draws = np.random.default_rng(seed), np.zeros((n, len(stratum)), dtype=np.float32)
+        for s in np.unique(stratum):
+            units = np.flatnonzero(stratum == s)
+            picked = rng.integers(len(units), size=(n, len(units)))
+            for row, p in zip(draws, picked): row[units] = np.bincount(p, minlength=len(units))
+        return draws
+    stratum = np.random.default_rng(0).permutation(np.repeat([0, 1, 4, 5], [1, 7, 33, 500]))
+    for block in (1, 1000, 10**6):
+        monkeypatch.setattr(bootstrap, '_BLOCK', block)
+        np.testing.assert_array_equal(bootstrap.unit_draws(stratum, 50, 3), at_once(stratum, 50, 3))
+
+
+def test_p_by_hand():
+    "Twice the fraction of draws on the smaller side, the table itself counted there too; draws of exactly 0 are on both sides"
+    nan = np.nan
+    drawn = np.array([[1, 1, 1, 1., 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, -1], [-1, -1, -1, -1, -1, -1, -1, -1, 0], [0]*9, [1, -1, 1, -1, 1, -1, 1, -1, 1], [1, 1, 1, nan, nan, nan, nan, nan, nan], [nan]*9])
+    np.testing.assert_allclose(bootstrap.two_sided(drawn), [2*1/10, 2*2/10, 2*2/10, 1, 1, 2*1/4, nan])
+
+
+def coverage(recalls, lesions, n_tables=600, n=300):
+    "Fraction of simulated tables whose interval holds the true average recall; lesions of one to three images, all right or all wrong"
+    rng, inside = np.random.default_rng(0), 0
+    dx = np.repeat(np.arange(len(lesions)), lesions)
+    draws = bootstrap.unit_draws(dx, n, 0)
+    for i in range(n_tables):
+        images, right = rng.integers(1, 4, len(dx)), rng.random(len(dx)) < np.array(recalls)[dx]
+        total = np.eye(len(lesions))[dx]*images[:, None]
+        hits = total*right[:, None]
+        value = (hits.sum(0)/total.sum(0)).mean()
+        low, high = np.quantile(bootstrap.recall_draws(hits, total, draws, i).mean(1), [.025, .975])
+        inside += min(low, value) <= np.mean(recalls) <= max(high, value)
+    return inside/n_tables
+
+
+@pytest.mark.parametrize('lesions,least', [([15, 20, 40, 60, 70, 80, 150], .92), ([8]*7, .9)], ids=['as in a fold', 'few'])
+def test_the_interval_of_average_recall_holds_the_truth(lesions, least):
+    assert coverage([.5, .6, .7, .75, .8, .85, .9], lesions) > least
+
+
+def test_a_perfect_class_with_few_lesions_is_not_sure():
+    table = synthetic_table(60)
+    perfect = bootstrap.class_recall_intervals(table.assign(decision=table.dx))
+    assert (perfect.recall == 1).all() and (perfect.high == 1).all()
+    assert (perfect.low[perfect.units < 5] < .8).all() and perfect.low['nv'] > .9
+    assert perfect.low.sort_values().index.tolist() == perfect.units.sort_values().index.tolist() or perfect.low.corr(perfect.units, method='spearman') > .9
+
+
+def test_seeds_and_folds_are_averaged():
+    seeds = [synthetic_table(80, noise=i) for i in range(3)]
+    alone = [bootstrap.average_recall_interval(t, 50).value for t in seeds]
+    assert bootstrap.average_recall_interval(seeds, 50).value == pytest.approx(np.mean(alone))
+    first, second = seeds[0][seeds[0].index % 2 == 0], seeds[0][seeds[0].index % 2 == 1]
+    assert bootstrap.average_recall_interval([first, second], 50) == bootstrap.average_recall_interval(pd.concat([first, second]), 50)
+    found = bootstrap.compare_tables(seeds[:2], seeds[2:], n=50)
+    assert found['difference'] == pytest.approx(alone[2]-np.mean(alone[:2]))
+
+
+def test_eight_classes_have_eight_rows():
+    assert list(bootstrap.class_recall_intervals(synthetic_table(100, classes=ISIC2019), 20).index) == list(ISIC2019.codes)
