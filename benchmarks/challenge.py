@@ -8,7 +8,8 @@ from pathlib import Path
 
 
 def main(args):
-    from skin_lesions.core import CODES, MALIGNANT
+    from skin_lesions.core import CODES
+    from skin_lesions.classes import MALIGNANT
 
     from skin_lesions.readers import read_metadata
     from skin_lesions.decide import expected_calibration_error
@@ -37,7 +38,7 @@ def main(args):
         found[reading] = dict(accuracy=float(right.right.mean()), average_recall=value, low=low, high=high, macro_auc=float(scores(table)['macro_auc']), calibration_error=float(expected_calibration_error(table)),
                               recall={c: float(right.right[right.dx == c].mean()) for c in CODES})
         if 'refer' in table: found[reading] |= dict(referred=float(table.refer.astype(bool).mean()), malignant_referred=float(table.refer[table.dx.isin(MALIGNANT)].astype(bool).mean()))
-        if 'unusual' in table: found[reading]['unusual'] = float(table.unusual.astype(bool).mean())
+        if 'ood' in table: found[reading]['unusual'] = float(table.ood.astype(bool).mean())
         print(reading, found[reading])
     c = (record.get('scores') or {}).get('config', {})
     look = dict(date=date.today().isoformat(), bundle=args.bundle, sha256=record['sha256'], network=f"{c['arch']}, {c['stages']} stages, {c['size']} pixels, {c['epochs']} epochs" if c else args.bundle, images=len(valid), groups=int(valid.group.nunique()), counts={c: int((valid.dx == c).sum()) for c in CODES}, readings=found)

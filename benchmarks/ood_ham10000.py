@@ -1,4 +1,4 @@
-"""How well the score of unusual pictures tells drawn non-lesions and photographs from held-out lesions of HAM10000, for a trained network, with the baselines beside it.
+"""How well the out-of-distribution score tells synthetic non-lesions and photographs from held-out lesions of HAM10000, for a trained network, with the baselines beside it.
 
     HAM10000_DIR=... python benchmarks/ood_ham10000.py BUNDLE --fold 0 --photographs FOLDER
 
@@ -67,7 +67,7 @@ def main(args):
     for name, s in scores.items():
         found = {'drawn': np.concatenate([s(*outside[k]) for k in drawn]), **({'photographs': s(*outside['photographs'])} if photographs else {})}
         table[name] = {k: detection(s(*inside), o, second.group).round(4).to_dict() for k, o in found.items()} | {'kinds': {k: round(float(detection(s(*inside), s(*o), second.group, n=200).auroc), 4) for k, o in outside.items()}}
-    share = lambda f: round(float(ood.unusual(ood.score(f)).mean()), 4)
+    share = lambda f: round(float(ood.is_ood(ood.score(f)).mean()), 4)
     some = [np.asarray(read_image(f)) for f in second.drop_duplicates('group').path[:args.changed]]
     found = dict(date=date.today().isoformat(), network=args.network, fold=args.fold, seed=args.seed, rate=args.rate, images_for_limit=len(first), images_measured=len(second), lesions_measured=second.group.nunique(), drawn_of_each_kind=args.n, photographs={k: len(v) for k, v in names.items()} if photographs else {}, detection=table,
                  flagged={'lesions': share(inside[0]), **{k: share(o[0]) for k, o in outside.items()}}, images_changed=len(some), flagged_changed={k: share(answers([c(x) for x in some])[0]) for k, c in CHANGES.items()})

@@ -22,16 +22,16 @@ def untouched_error(meta, size, workers):
     return total/n
 
 
-def differences(out, shares=(.1, 1.)):
+def differences(out, fractions=(.1, 1.)):
     "Average recall of each start less that of random weights on the same images, paired over lesions"
     from skin_lesions.evaluate import compare
     from skin_lesions.predictions import read_predictions
     rows = []
-    for share in shares:
-        table = {s: read_predictions(Path(out)/f'{s}_{share:g}.csv') for s in ('scratch', 'rotation', 'restoration', 'imagenet')}
+    for fraction in fractions:
+        table = {s: read_predictions(Path(out)/f'{s}_{fraction:g}'/'predictions.csv') for s in ('scratch', 'rotation', 'restoration', 'imagenet')}
         for start in ('rotation', 'restoration', 'imagenet'):
             found = compare(table['scratch'], table[start]).loc[('average_recall', 'all')]
-            rows.append(dict(start=start, labels=share, **{k: float(found[k]) for k in ('difference', 'low', 'high', 'p')}))
+            rows.append(dict(start=start, labels=fraction, **{k: float(found[k]) for k in ('difference', 'low', 'high', 'p')}))
     return rows
 
 
@@ -47,19 +47,21 @@ def main():
     p.add_argument('--seed', type=int, default=42)
     p.add_argument('--workers', type=int, default=2)
     p.add_argument('--threads', type=int)
-    p.add_argument('--pictures', default='as they are', help='a note on the pictures, for the result')
+    p.add_argument('--images', default='as they are', help='a note on the images, for the result')
     a = p.parse_args()
-    from skin_lesions.readers import read_metadata
     from skin_lesions.experiments import compare_pretraining
+    from skin_lesions.readers import read_metadata
+    from skin_lesions.recipes import with_changes
     from skin_lesions.split import split_by_lesion
     if a.threads: torch.set_num_threads(a.threads)
     meta = split_by_lesion(read_metadata(a.data))
     epochs = {.1: a.epochs_few or a.epochs, 1.: a.epochs}
     pretext = dict(rotation=a.rotation_epochs, restoration=a.restoration_epochs)
-    table = compare_pretraining(meta, size=a.size, epochs=epochs, pretext_epochs=pretext, seed=a.seed, out=a.out, num_workers=a.workers)
+    recipe = with_changes('weighted', dict(gamma=1., size=a.size))
+    table = compare_pretraining(meta, recipe=recipe, epochs=epochs, pretext_epochs=pretext, seed=a.seed, out=a.out, workers=a.workers)
     pretexts = {s: json.loads((Path(a.out)/f'{s}.json').read_text()) for s in pretext}
     pretexts['restoration']['untouched_loss'] = untouched_error(meta, a.size, a.workers)
-    result = dict(date=datetime.date.today().isoformat(), data='HAM10000, fold 0 of 5 by lesion', arch='tf_efficientnet_lite0', size=a.size, seed=a.seed, pictures=a.pictures,
+    result = dict(date=datetime.date.today().isoformat(), data='HAM10000, fold 0 of 5 by lesion', arch='tf_efficientnet_lite0', size=a.size, seed=a.seed, pictures=a.images,
                   n_train=int((~meta.is_valid).sum()), n_valid=int(meta.is_valid.sum()), n_valid_lesions=int(meta[meta.is_valid].group.nunique()), pretexts=pretexts, rows=table.to_dict('records'), differences=differences(a.out))
     file = Path(__file__).parents[1]/'benchmarks'/'results'/'pretraining.json'
     file.write_text(json.dumps(result, indent=1) + '\n')

@@ -210,7 +210,7 @@ class RateLimit:
     ):
         if n<1 or seconds<=0 or clients<1:
             raise ValueError(f"expected n and clients of 1 or more and seconds > 0, got {n}, {clients} and {seconds}")
-        self.n,self.seconds,self.clients,self.asked = n,seconds,clients,OrderedDict()
+        self.n,self.seconds,self.clients,self.asked = n,seconds,clients,_Times()
 
     def wait(self,
         client, # its address
@@ -224,9 +224,11 @@ class RateLimit:
             times.extend([now]*n)
             return 0.
         # when so many have expired that n fit in; never, if n is more than the limit
-        return self.seconds-(now-times[len(times)+n-self.n-1]) if times and n<=self.n else self.seconds
+        return self.seconds-(now-times[len(times)+n-self.n-1] if times and n<=self.n else 0.)
 
 # %% ../nbs/80_app.ipynb #80a00009
+class _Times(OrderedDict): "Times of requests by client"
+
 def _recent(limit, client, now)->deque:
     "The times of a client's images that still count; the client that was silent for longest is forgotten"
     times = limit.asked.setdefault(client, deque())
@@ -319,7 +321,7 @@ def lesion_app(
     "The page: drop photographs, read the answer"
     _check_limits(max_images, per_minute)
     gr,predictor,limit = _gradio(),_app_predictor(model, device),RateLimit(per_minute)
-    def answer(paths, request:gr.Request):
+    def answer(paths, request:gr.Request): # type: ignore[name-defined]
         client = request.client.host if request and request.client else ''
         yield respond(predictor, paths, max_images=max_images, limit=limit, client=client),None
     with gr.Blocks(title='skin_lesions', analytics_enabled=False, delete_cache=(600, 600)) as app:

@@ -152,7 +152,8 @@ def _ood_lines(record)->str:
 CARD_TAGS = ('dermatoscopy', 'skin-lesions', 'timm', 'safetensors')
 _HAM10000_NOTE = ("\nHAM10000 (ViDIR Group, Department of Dermatology, Medical University of Vienna; Tschandl, "
                   "Rosendahl, Kittler 2018, doi:10.7910/DVN/DBW86T) is CC BY-NC 4.0: with attribution, not for "
-                  "commercial use. Weights made from it are given under the same licence. The code has its own licence.")
+                  "commercial use. Weights made from it are given under the same licence. "
+                  "The code has its own licence.")
 
 def _header(license)->str:
     "The YAML header that the hub reads"
@@ -160,6 +161,7 @@ def _header(license)->str:
     return '\n'.join(['---', f'license: {license}', 'library_name: skin_lesions', 'pipeline_tag: image-classification',
                       f'tags: [{tags}]', '---'])
 
+# %% ../nbs/68_card.ipynb #46380684
 def _use_lines(name, classes)->str:
     "How to predict with it"
     opened = "from skin_lesions.predict import load_predictor\nload_predictor('folder of this bundle')"

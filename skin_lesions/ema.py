@@ -6,6 +6,8 @@
 __all__ = ['EMA']
 
 # %% ../nbs/24_ema.ipynb #2cc661a1
+from typing import Any
+
 from fastai.callback.core import Callback
 from timm.utils import ModelEmaV3
 
@@ -30,9 +32,10 @@ class _Average:
         if self.trained is not None: self.net.load_state_dict(self.trained)
         self.trained = None
 
-    def is_shown(self)->bool:
+    def recover(self):
+        "Put the trained weights back if the average is still in the network"
         own,average = self.net.state_dict(),self.ema.module.state_dict()
-        return list(own)==list(average) and all(own[k].equal(v) for k,v in average.items())
+        if all(own[k].equal(v) for k,v in average.items()): self.put_back()
 
 # %% ../nbs/24_ema.ipynb #24a00007
 def _trained(average, net)->dict:
@@ -44,13 +47,13 @@ class _EMAHooks(Callback):
     "What `EMA` does during `fit`"
     # before callbacks that look at an epoch's result and save the network
     order = 59
-    average,active = None,False
+    average:Any = None # `_Average` during and after a fit
+    active = False
 
     def before_fit(self):
         "Begin an average at the network's weights"
         # an earlier fit may have crashed while the average was in the network; weights loaded since then stay
-        old = self.average
-        if old is not None and old.trained is not None and old.is_shown(): old.put_back()
+        if self.average is not None: self.average.recover()
         self.active = not (hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'))
         if self.active: self.average = _Average(self.learn.model, self.decay, self.warmup)
 

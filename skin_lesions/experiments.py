@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STAND_INS', 'RESULTS', 'STARTS', 'weights_exist', 'recipe_to_run', 'run_name', 'read_results', 'append_result',
            'experiment_data', 'run_digest', 'run_folder', 'is_current', 'training_predictions', 'teacher_predictions',
-           'train_experiment', 'run_recipe', 'run_predictions', 'pack_runs', 'current_runs', 'predictions_of',
-           'recipe_table', 'number_text', 'interval_text', 'show_table', 'ablation', 'label_subset', 'start_recipe',
-           'compare_pretraining']
+           'train_experiment', 'new_line', 'run_recipe', 'run_predictions', 'pack_runs', 'current_runs',
+           'predictions_of', 'recipe_table', 'number_text', 'interval_text', 'show_table', 'ablation', 'label_subset',
+           'start_recipe', 'compare_pretraining']
 
 # %% ../nbs/71_experiments.ipynb #fdcc372e
 import gzip, hashlib, json, math, os, shutil, warnings
@@ -25,7 +25,8 @@ from .networks import create_body
 from .predict import load_predictor
 from .predictions import ensemble, read_predictions, save_predictions
 from .readers import read_metadata
-from .recipes import LITE, PRETEXTS, RECIPES, SCALES, Recipe, at_scale, find_recipe, recipe_digest, recipe_names, training_config, with_changes
+from .recipes import LITE, PRETEXTS, RECIPES, SCALES, Recipe, at_scale, find_recipe
+from .recipes import recipe_digest, recipe_names, training_config, with_changes
 from .split import split_by_lesion
 from .synthetic import synthetic_dataset
 from .train import FOLDS, data_fingerprint, read_run, run_scores, run_state, split_images, train_run
@@ -42,6 +43,7 @@ def weights_exist(
     except ConnectionError: return False
     return True
 
+# %% ../nbs/71_experiments.ipynb #5c06489b
 def recipe_to_run(
     recipe, # name or `Recipe`
     scale:str='full', # one of `SCALES`
@@ -76,9 +78,11 @@ def _parse(data, path)->tuple:
             lines.append(json.loads(text))
             _key(lines[-1])
         except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"line {i+1} of {path} is not a finished run ({type(e).__name__}: {e}); restore the file, or remove that line") from e
+            why = f'{type(e).__name__}: {e}'
+            raise ValueError(f"line {i+1} of {path} is not a finished run ({why}); restore or remove it") from e
     return lines,end
 
+# %% ../nbs/71_experiments.ipynb #309b9d0e
 def read_results(
     out, # folder of `run_recipe`, or its results file
 )->list: # a dict a finished run, in the order they finished
@@ -87,7 +91,9 @@ def read_results(
     if not path.is_file(): return []
     data = path.read_bytes()
     lines,end = _parse(data, path)
-    if end<len(data): warnings.warn(f"the last line of {path} is torn: a process was killed while it wrote; it is left out", stacklevel=2)
+    if end<len(data):
+        torn = f'the last line of {path} is torn: a process was killed while it wrote'
+        warnings.warn(f'{torn}; it is left out', stacklevel=2)
     return lines
 
 # %% ../nbs/71_experiments.ipynb #31613c95
@@ -115,7 +121,8 @@ def experiment_data(
     scale:str, # at 'tiny', None is a synthetic sample in `out`
     out, # folder
 )->pd.DataFrame:
-    "The frame of all images of an experiment"
+    "The frame of all images of an experiment, whose folder is made"
+    Path(out).mkdir(parents=True, exist_ok=True)
     if isinstance(data, pd.DataFrame): return data
     if data is None and scale=='tiny':
         data = Path(out)/'sample'
@@ -123,6 +130,7 @@ def experiment_data(
             if not (data/'HAM10000_metadata.csv').is_file(): synthetic_dataset(data, 80, size=(96, 72), show=False)
     return read_metadata(data)
 
+# %% ../nbs/71_experiments.ipynb #8b7cb325
 def run_digest(
     recipe:Recipe,
     data:dict, # of `data_fingerprint`
@@ -135,8 +143,8 @@ def run_folder(
     line:dict, # of `read_results`
 )->Path:
     "The folder of a finished run"
-    recipe = line.get('trained_as', line['recipe'])
-    return Path(out)/'runs'/f"{recipe}-{line['scale']}-{line['split']}-{line['fold']}-seed-{line['seed']}-{line['digest']}"
+    recipe,split = line.get('trained_as', line['recipe']),f"{line['split']}-{line['fold']}"
+    return Path(out)/'runs'/f"{recipe}-{line['scale']}-{split}-seed-{line['seed']}-{line['digest']}"
 
 # %% ../nbs/71_experiments.ipynb #dfaef988
 def is_current(
@@ -144,9 +152,11 @@ def is_current(
 )->bool:
     "Whether a line is of a recipe as it is defined now"
     if line['recipe'] not in RECIPES or line['scale'] not in SCALES: return False
-    recipe,instead_of = recipe_to_run(line['recipe'], line['scale'], stand_in='never' if line['instead_of'] is None else 'always')
+    stand_in = 'never' if line['instead_of'] is None else 'always'
+    recipe,instead_of = recipe_to_run(line['recipe'], line['scale'], stand_in=stand_in)
     return training_config(recipe)==line['config'] and instead_of==line['instead_of']
 
+# %% ../nbs/71_experiments.ipynb #e303d790
 def training_predictions(
     out, # as given to `run_recipe`
     line:dict, # of `read_results`
@@ -156,12 +166,14 @@ def training_predictions(
     folder = run_folder(out, line)
     file = folder/'training_predictions.csv'
     if not file.is_file():
-        if not (folder/'bundle.json').is_file(): raise FileNotFoundError(f"{folder} has no network; run {line['recipe']} with keep_model=True")
+        if not (folder/'bundle.json').is_file():
+            raise FileNotFoundError(f"{folder} has no network; run {line['recipe']} with keep_model=True")
         split = pd.read_csv(folder/'split.csv', dtype={'image_id': str, 'group': str})
         table = load_predictor(folder, device).predict(split[~split.is_valid].reset_index(drop=True), progress=False)
         save_predictions(table.drop(columns='problem'), file)
     return read_predictions(file)
 
+# %% ../nbs/71_experiments.ipynb #95bcadf0
 def teacher_predictions(
     recipe:Recipe, # with teachers
     line:dict, # of the run that learns
@@ -169,10 +181,14 @@ def teacher_predictions(
     device=None, # None takes fastai's default device
 )->pd.DataFrame: # predictions table
     "The mean of what the teachers predict for their training images"
-    tables,same = [],('split', 'fold', 'scale')
+    same = {k: line[k] for k in ('split', 'fold', 'scale', 'data')}
+    lines = [l for l in read_results(out) if all(l[k]==v for k,v in same.items()) and is_current(l)]
+    tables = []
     for name in recipe.teachers:
-        runs = [l for l in read_results(out) if l['recipe']==name and all(l[k]==line[k] for k in same) and l['data']==line['data'] and is_current(l)]
-        if not runs: raise ValueError(f"{recipe.name} learns from {name}, which has no finished run on this split and fold at scale {line['scale']}; run it first")
+        runs = [l for l in lines if l['recipe']==name]
+        if not runs:
+            where = f"this split and fold at scale {line['scale']}"
+            raise ValueError(f"{recipe.name} learns from {name}, which has no finished run on {where}; run it first")
         tables += [training_predictions(out, l, device) for l in runs]
     return ensemble(tables, 'arithmetic')
 
@@ -182,13 +198,12 @@ def train_experiment(
     meta:pd.DataFrame, # of all images
     line:dict, # of the run
     out:Path, # as given to `run_recipe`
-    keep_model:bool, # keep the network as a bundle
     **kwargs # of `train_run`
 )->dict: # what the line says beyond the names
     "Train a run, or go on with it, and collect what came out"
     teacher = teacher_predictions(recipe, line, out, kwargs.get('device')) if recipe.teachers else None
     folder = train_run(recipe, meta, run_folder(out, line), split=line['split'], fold=line['fold'], seed=line['seed'],
-                       resume=True, teacher=teacher, keep_model=keep_model, **kwargs)
+                       resume=True, teacher=teacher, **kwargs)
     if run_state(folder)=='stopped': raise KeyboardInterrupt
     record,found = read_run(folder),run_scores(read_predictions(folder/'predictions.csv'))
     keep = {k: found[k] for k in ('accuracy', 'average_recall', 'macro_auc', 'recall')}
@@ -197,9 +212,22 @@ def train_experiment(
     return dict(leaked=leaked, n_valid=found['n_images'], n_valid_lesions=found['n_lesions'], **keep, **about)
 
 # %% ../nbs/71_experiments.ipynb #1ea7ffd2
+def _done_before(line, out)->tuple:
+    "The finished run of a line, and that of another recipe that trains alike; None where there is none"
+    lines = read_results(out)
+    done = next((l for l in lines if _key(l)==_key(line)), None)
+    return done,next((l for l in lines if _key(l)[1:]==_key(line)[1:]), None)
+
+def new_line(recipe, instead_of, data, split, fold, seed, scale)->dict:
+    "What the line of a run says before it is trained"
+    about = dict(recipe=recipe.name, name=run_name(recipe, instead_of), split=split, fold=fold)
+    about |= dict(folds=FOLDS if split=='lesion' else 1, seed=seed, scale=scale, digest=run_digest(recipe, data))
+    return about | dict(arch=recipe.arch, instead_of=instead_of, config=training_config(recipe), data=data)
+
+# %% ../nbs/71_experiments.ipynb #b2488fc7
 def run_recipe(
     recipe, # name of a recipe, or a `Recipe`
-    data=None, # folder of the data set, or the frame of `read_metadata`; None searches the usual places, at scale 'tiny' it is synthetic
+    data=None, # folder of the data set, or its frame; None searches the usual places, at scale 'tiny' it is synthetic
     *,
     split:str='lesion', # 'image', the paper's, or 'lesion'
     fold:int=0, # which of five folds validates; 0 with split 'image'
@@ -207,32 +235,26 @@ def run_recipe(
     scale:str='full', # one of `SCALES`
     out='experiments', # folder of the results file and the runs
     stand_in:str='auto', # one of `STAND_INS`
-    cache=None, # see `train_run`
     keep_model:bool=True, # keep the network as a bundle
     show:bool=False, # print a line an epoch
-    **kwargs # of `train_run`: workers, device, minutes, report
+    **kwargs # of `train_run`: cache, workers, device, minutes, report (not at scale 'tiny')
 )->dict: # the run's line in the results file, with `new`: whether it was trained by this call
     "Train a recipe unless it is done, and add its line to the results"
     out,(recipe,instead_of) = Path(out),recipe_to_run(recipe, scale, stand_in=stand_in)
-    out.mkdir(parents=True, exist_ok=True)
     meta = experiment_data(data, scale, out)
-    split_images(meta, split, fold) # its errors, before anything is written
-    data = data_fingerprint(meta)
-    line = dict(recipe=recipe.name, name=run_name(recipe, instead_of), split=split, fold=fold, folds=FOLDS if split=='lesion' else 1, seed=seed, scale=scale,
-                digest=run_digest(recipe, data), arch=recipe.arch, instead_of=instead_of, config=training_config(recipe), data=data)
-    done = {_key(l): l for l in read_results(out)}
-    if _key(line) in done: return done[_key(line)] | dict(new=False)
-    twin = next((l for l in done.values() if _key(l)[1:]==_key(line)[1:]), None)
-    if twin is None: line |= train_experiment(recipe, meta, line, out, keep_model, cache=cache, show=show, **kwargs)
-    else: line = twin | line | dict(trained_as=twin['recipe'])
-    append_result(out, line)
+    line = new_line(recipe, instead_of, data_fingerprint(meta), split, fold, seed, scale)
+    done,twin = _done_before(line, out)
+    if done: return done | dict(new=False)
+    kwargs = dict(cache=None, report=scale!='tiny') | kwargs | dict(keep_model=keep_model, show=show)
+    trained = train_experiment(recipe, meta, line, out, **kwargs) if twin is None else dict(trained_as=twin['recipe'])
+    append_result(out, line := (twin or {}) | line | trained)
     return line | dict(new=twin is None)
 
 # %% ../nbs/71_experiments.ipynb #49ed5cbb
 _RUN_COLUMNS = ['split', 'fold', 'seed', 'scale', 'views']
 
 def _shortened(table, codes, digits=5):
-    "A predictions table as texts with as few digits as leave each image's most probable class and all scores as they are"
+    "A table as texts, with as few digits as leave each most probable class and all scores as they are"
     before = scores(table)
     for n in range(digits, 18):
         texts = table[codes].map(lambda p: f'{p:.{n}g}')
@@ -240,11 +262,13 @@ def _shortened(table, codes, digits=5):
         if (short[codes].to_numpy().argmax(1)==table[codes].to_numpy().argmax(1)).all() and scores(short)==before: break
     return table[['image_id', 'dx', 'group']].join(texts)
 
+# %% ../nbs/71_experiments.ipynb #634a0b17
 @lru_cache(64)
 def _packed(path, changed)->dict:
-    "The predictions tables of a packed recipe by split, fold, seed, scale and views; read again where the file has changed"
+    "The tables of a packed recipe by split, fold, seed, scale and views; read again where the file has changed"
     table = pd.read_csv(path, dtype={'image_id': str, 'dx': str, 'group': str}, keep_default_na=False)
-    return {key: part.drop(columns=_RUN_COLUMNS).reset_index(drop=True) for key,part in table.groupby(_RUN_COLUMNS, sort=False)}
+    parts = table.groupby(_RUN_COLUMNS, sort=False)
+    return {key: part.drop(columns=_RUN_COLUMNS).reset_index(drop=True) for key,part in parts}
 
 def run_predictions(
     out, # as given to `run_recipe`, or to `pack_runs`
@@ -260,6 +284,22 @@ def run_predictions(
     return None if table is None else table.copy()
 
 # %% ../nbs/71_experiments.ipynb #06f956ef
+def _labelled_run(line, file, digits)->pd.DataFrame:
+    "A run's predictions as texts, with the run beside each image"
+    views = file.stem.removeprefix('predictions').removeprefix('_')
+    about,codes = {k: line[k] for k in _RUN_COLUMNS[:-1]} | dict(views=views),list(line['recall'])
+    table = _shortened(read_predictions(file), codes, digits).assign(**about)
+    return table[[*_RUN_COLUMNS, 'image_id', 'dx', 'group', *codes]]
+
+def _add_tables(file, tables):
+    "Add predictions to a packed recipe; those of a run that is there already are replaced"
+    if file.is_file(): tables = [pd.read_csv(file, dtype=str, keep_default_na=False), *tables]
+    whole = pd.concat([t.astype(str) for t in tables]).drop_duplicates([*_RUN_COLUMNS, 'image_id'], keep='last')
+    # without a time in the header, the same runs give the same bytes
+    data = gzip.compress(whole.to_csv(index=False).encode(), mtime=0)
+    with atomic_path(file) as tmp: tmp.write_bytes(data)
+
+# %% ../nbs/71_experiments.ipynb #aac8b1d5
 def pack_runs(
     out, # as given to `run_recipe`
     to, # folder of the packed results
@@ -271,19 +311,10 @@ def pack_runs(
     to.mkdir(parents=True, exist_ok=True)
     parts = {}
     for line in read_results(out):
-        for file in sorted(run_folder(out, line).glob('predictions*.csv')):
-            views = file.stem.removeprefix('predictions').removeprefix('_')
-            table,codes = read_predictions(file),list(line['recall'])
-            about = {k: line[k] for k in _RUN_COLUMNS[:-1]} | dict(views=views)
-            parts.setdefault(line['recipe'], []).append(_shortened(table, codes, digits).assign(**about)[[*_RUN_COLUMNS, 'image_id', 'dx', 'group', *codes]])
+        tables = [_labelled_run(line, file, digits) for file in sorted(run_folder(out, line).glob('predictions*.csv'))]
+        parts.setdefault(line['recipe'], []).extend(tables)
         append_result(to, line)
-    for name,tables in parts.items():
-        file = to/f'{name}.csv.gz'
-        if file.is_file(): tables = [pd.read_csv(file, dtype=str, keep_default_na=False), *tables]
-        whole = pd.concat([t.astype(str) for t in tables]).drop_duplicates([*_RUN_COLUMNS, 'image_id'], keep='last')
-        # without a time in the header, the same runs give the same bytes
-        data = gzip.compress(whole.to_csv(index=False).encode(), mtime=0)
-        with atomic_path(file) as tmp: tmp.write_bytes(data)
+    for name,tables in parts.items(): _add_tables(to/f'{name}.csv.gz', tables)
     return list(parts)
 
 # %% ../nbs/71_experiments.ipynb #c4eac0a7
@@ -298,11 +329,15 @@ def current_runs(
     lines = [l for l in read_results(out) if l['scale']==scale and l['recipe'] in names]
     current = [l for l in lines if is_current(l)]
     if len(current)<len(lines):
-        warnings.warn(f"{len(lines)-len(current)} of {len(lines)} runs are of recipes whose configuration has changed since; they are left out", stacklevel=3)
+        changed = f"{len(lines)-len(current)} of {len(lines)} runs are of recipes whose configuration has changed since"
+        warnings.warn(f'{changed}; they are left out', stacklevel=3)
     images = {l['data']['sha256']: l['data']['images'] for l in current}
-    if len(images)>1: raise ValueError(f"the results at scale {scale} are of {len(images)} data sets ({', '.join(f'{n} images' for n in images.values())}); keep a folder for each")
+    if len(images)>1:
+        counts = ', '.join(f'{n} images' for n in images.values())
+        raise ValueError(f"results at scale {scale} are of {len(images)} data sets ({counts}); keep a folder for each")
     return current
 
+# %% ../nbs/71_experiments.ipynb #5433bd3d
 def predictions_of(
     out, # as given to `run_recipe`
     lines, # of `read_results`
@@ -325,6 +360,7 @@ def _side(out, lines, split, n, seed)->tuple:
         values = dict(accuracy=fraction_right(tables).right.mean(), average_recall=value, low=low, high=high)
     return {f'{split}_{k}': v for k,v in (counts | values).items()},drawn
 
+# %% ../nbs/71_experiments.ipynb #11854f89
 def recipe_table(
     out, # as given to `run_recipe`
     recipes='paper', # recipes and groups
@@ -332,7 +368,7 @@ def recipe_table(
     *,
     n:int=1000, # draws of the intervals
     seed:int=42, # same seed, same intervals
-)->pd.DataFrame: # a row a recipe: about, the paper's figures; by split runs, seeds, folds, accuracy, average_recall, low, high; leak with its interval
+)->pd.DataFrame: # a row a recipe: the paper's figures; runs, accuracy, average_recall, low, high by split; leak
     "The table of finished runs, with the paper's figures and the leak"
     lines,rows = current_runs(out, recipes, scale),{}
     for recipe in map(find_recipe, recipe_names(recipes)):
@@ -346,7 +382,8 @@ def recipe_table(
 def _table_row(recipe, out, lines, n, seed)->dict:
     "A recipe's row of the table"
     # draws that are independent of each other
-    (image,drawn_image),(lesion,drawn_lesion) = (_side(out, lines, s, n, seed+i) for i,s in enumerate(('image', 'lesion')))
+    image,drawn_image = _side(out, lines, 'image', n, seed)
+    lesion,drawn_lesion = _side(out, lines, 'lesion', n, seed+1)
     paper = dict(about=recipe.about, paper_accuracy=recipe.paper_accuracy, paper_average_recall=recipe.paper_recall)
     both = drawn_image is not None and drawn_lesion is not None
     low,high = _interval(drawn_image-drawn_lesion) if both else (np.nan, np.nan)
@@ -363,7 +400,8 @@ def number_text(
 
 def interval_text(value, low, high, sign:bool=False)->str:
     "A score with its interval"
-    return '' if pd.isna(value) else f'{number_text(value, sign)} ({number_text(low, sign)} to {number_text(high, sign)})'
+    if pd.isna(value): return ''
+    return f'{number_text(value, sign)} ({number_text(low, sign)} to {number_text(high, sign)})'
 
 # %% ../nbs/71_experiments.ipynb #4f968929
 def show_table(
@@ -371,7 +409,8 @@ def show_table(
 )->pd.DataFrame: # texts; '' where there is no run or no figure
     "A table of runs as texts"
     texts = pd.DataFrame(index=frame.index)
-    for c in ('accuracy', 'average_recall'): texts[f"paper: {c.replace('_', ' ')}"] = frame[f'paper_{c}'].map(number_text)
+    for c in ('accuracy', 'average_recall'):
+        texts[f"paper: {c.replace('_', ' ')}"] = frame[f'paper_{c}'].map(number_text)
     for s in ('image', 'lesion'):
         recall = zip(frame[f'{s}_average_recall'], frame[f'{s}_low'], frame[f'{s}_high'])
         texts[f'by {s}: runs'] = frame[f'{s}_runs'].map(lambda k: str(int(k)) if k else '')
@@ -382,7 +421,8 @@ def show_table(
     return texts
 
 # %% ../nbs/71_experiments.ipynb #2ca88cee
-_ABLATION = ['about', 'base_recipe', 'runs', 'base_runs', 'images', 'base', 'average_recall', 'difference', 'low', 'high', 'p', 'accuracy_difference']
+_ABLATION = ['about', 'base_recipe', 'runs', 'base_runs', 'images', 'base', 'average_recall',
+             'difference', 'low', 'high', 'p', 'accuracy_difference']
 
 def _against(out, lines, name, base, n, seed)->dict:
     "A recipe against another on the folds that both have"
@@ -392,6 +432,7 @@ def _against(out, lines, name, base, n, seed)->dict:
     row = dict(about=find_recipe(name).about, base_recipe=base, runs=len(own), base_runs=len(other))
     return row | (compare_tables(predictions_of(out, other), predictions_of(out, own), n=n, seed=seed) if folds else {})
 
+# %% ../nbs/71_experiments.ipynb #9e32f074
 def ablation(
     out, # as given to `run_recipe`
     recipes='ablations', # recipes and groups; those without `base` are left out
@@ -401,7 +442,7 @@ def ablation(
     base:str=None, # compare all with this recipe; None takes each recipe's own
     n:int=1000, # draws
     seed:int=42, # same seed, same interval
-)->pd.DataFrame: # a row a recipe: base_recipe, runs, base_runs, and what `compare_tables` says; NaN where one of the two was not run on a common fold
+)->pd.DataFrame: # a row a recipe: base_recipe, runs, and what `compare_tables` says; NaN without a common fold
     "What each recipe brought over its base"
     lines = [l for l in current_runs(out, 'all', scale) if l['split']==split]
     pairs = [(name, base or find_recipe(name).base) for name in recipe_names(recipes)]
@@ -435,7 +476,8 @@ def start_recipe(
 )->Recipe:
     "A recipe that begins from a start"
     pretext = start if start in PRETEXTS else None
-    return with_changes(recipe, changes | dict(name=start, pretrained=start=='imagenet', pretext=pretext, joint=False, encoder=None))
+    begin = dict(name=start, pretrained=start=='imagenet', pretext=pretext, joint=False, encoder=None)
+    return with_changes(recipe, changes | begin)
 
 def _of(value, key):
     "The value of a key, or the one value of all"
@@ -444,10 +486,20 @@ def _of(value, key):
 def _start_row(start, fraction, epochs, table)->dict:
     "A row of `compare_pretraining`"
     interval = average_recall_interval(table)
-    about = dict(start=start, labels=fraction, epochs=epochs, n_valid=len(table), accuracy=run_scores(table)['accuracy'])
+    accuracy = fraction_right(table).right.mean()
+    about = dict(start=start, labels=fraction, epochs=epochs, n_valid=len(table), accuracy=accuracy)
     return about | dict(average_recall=interval.value, low=interval.low, high=interval.high)
 
 # %% ../nbs/71_experiments.ipynb #3709919f
+def _train_from(recipe, meta, fraction, out, seed, kwargs)->pd.DataFrame:
+    "Predictions of a training with a fraction of the labels; its pretext is kept for the others"
+    pretext = dict(pretext_images=meta, pretext_file=out/f'{recipe.name}.safetensors')
+    labelled = label_subset(meta, fraction, seed=seed)
+    folder = out/f'{recipe.name}_{fraction:g}'
+    train_run(recipe, labelled, folder, split='own', seed=seed, resume=True, **pretext, **kwargs)
+    return read_predictions(folder/'predictions.csv')
+
+# %% ../nbs/71_experiments.ipynb #02ce0e2c
 def compare_pretraining(
     meta:pd.DataFrame, # as from `read_metadata`; without a column `is_valid` it is split by lesion, fold 0 of 5
     starts=STARTS, # which starts, some of `STARTS`
@@ -459,17 +511,16 @@ def compare_pretraining(
     pretext_epochs=30, # of each pretext, the paper's 30; a dict by start gives each its own
     seed:int=42, # of everything random
     **kwargs # of `train_run`: workers, device, ...
-)->pd.DataFrame: # a row a classifier: start, labels, epochs, n_valid, accuracy, average_recall with its 95 % interval over lesions
+)->pd.DataFrame: # a row a classifier: start, labels, epochs, n_valid, accuracy, average_recall with its interval
     "Train a recipe from each start with each fraction of the labels"
     for s in starts:
         if s not in STARTS: raise ValueError(unknown_name('start', s, STARTS))
     if 'is_valid' not in meta: meta = split_by_lesion(meta)
-    out,rows = Path(out),[]
+    rows = []
     for start in starts:
+        begun = start_recipe(recipe, start, pretext_epochs=_of(pretext_epochs, start) if start in PRETEXTS else 1)
         for fraction in fractions:
             n = _of(epochs, fraction)
-            begun = start_recipe(recipe, start, epochs=n, pretext_epochs=_of(pretext_epochs, start) if start in PRETEXTS else 1)
-            folder = train_run(begun, label_subset(meta, fraction, seed=seed), out/f'{start}_{fraction:g}', split='own', seed=seed, resume=True,
-                               pretext_images=meta, pretext_file=out/f'{start}.safetensors', **kwargs)
-            rows.append(_start_row(start, fraction, n, read_predictions(folder/'predictions.csv')))
+            timed = with_changes(begun, dict(name=start, epochs=n))
+            rows.append(_start_row(start, fraction, n, _train_from(timed, meta, fraction, Path(out), seed, kwargs)))
     return pd.DataFrame(rows)

@@ -32,9 +32,10 @@ def predict_views(
     if table is not None: return table
     folder = run_folder(out, line)
     if not (folder/'bundle.json').is_file():
-        raise FileNotFoundError(f"{folder} has no network to predict {views or 'validation'} views; run {line['recipe']} with keep_model=True")
+        raise FileNotFoundError(f"{folder} has no network to predict again; run {line['recipe']} with keep_model=True")
     split = pd.read_csv(folder/'split.csv', dtype={'image_id': str, 'group': str})
-    table = load_predictor(folder, device).predict(split[split.is_valid].reset_index(drop=True), progress=False, views=views)
+    valid = split[split.is_valid].reset_index(drop=True)
+    table = load_predictor(folder, device).predict(valid, progress=False, views=views)
     codes = classes_of(table).codes
     save_predictions(table[['image_id', *codes, 'dx', 'group']], folder/f'predictions_{views}.csv')
     return run_predictions(out, line, views)
@@ -49,7 +50,7 @@ def decide_out_of_fold(
     "The decisions of a rule on lesions that it was not fitted on"
     if rule not in RULES: raise ValueError(unknown_name('decision rule', rule, RULES))
     k = min(k, int(table.groupby('dx').group.nunique().min()))
-    if k<2: raise ValueError("a class has a single lesion in the table, so a rule cannot be fitted on other lesions of it; pool more folds")
+    if k<2: raise ValueError('a class has a single lesion, so no rule can be fitted on others of it; pool more folds')
     return table.assign(decision=np.asarray(crossfit(table, lambda part: decision_rule(rule, part), k=k)))
 
 # %% ../nbs/72_posthoc.ipynb #23c96ca6
@@ -61,9 +62,12 @@ def shared_folds(
     of_recipe = {l['recipe']: {m['fold'] for m in lines if m['recipe']==l['recipe']} for l in lines}
     common = set.intersection(*of_recipe.values())
     folds = common if folds is None else set(folds)
-    if not folds or folds-common: raise ValueError(f"the recipes have {sorted(common)} as common folds, asked for {sorted(folds) or 'any'}; run the missing ones")
+    if not folds or folds-common:
+        asked = sorted(folds) or 'any'
+        raise ValueError(f'the recipes have {sorted(common)} as common folds, asked for {asked}; run the missing ones')
     return [l for l in lines if l['fold'] in folds]
 
+# %% ../nbs/72_posthoc.ipynb #e00658b0
 def pool(
     out, # as given to `run_recipe`
     lines, # of `read_results`
@@ -118,4 +122,5 @@ def compare_posthoc(
 )->pd.DataFrame: # a row a way: what `compare_tables` says
     "What each way to evaluate finished runs brings over the first"
     first = next(iter(tables.values()))
-    return pd.DataFrame({name: compare_tables(first, t, n=n, seed=seed) for name,t in tables.items()}).T.rename_axis('way')
+    rows = {name: compare_tables(first, t, n=n, seed=seed) for name,t in tables.items()}
+    return pd.DataFrame(rows).T.rename_axis('way')

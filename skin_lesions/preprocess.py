@@ -55,8 +55,8 @@ def _disc(radius:int): return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2*ra
 def _straight(candidates:np.ndarray, length:int)->np.ndarray:
     "Where a line of `length` pixels fits, 0 or 1"
     fits = np.zeros_like(candidates)
-    outside = dict(borderType=cv2.BORDER_CONSTANT, borderValue=0)
-    for line in _lines(length): fits |= cv2.morphologyEx(candidates, cv2.MORPH_OPEN, line, **outside)
+    for line in _lines(length):
+        fits |= cv2.morphologyEx(candidates, cv2.MORPH_OPEN, line, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     return fits
 
 # %% ../nbs/15_preprocess.ipynb #15f00001

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['train_folds', 'held_out_predictions', 'score_of_training', 'limit_ratio', 'fit_ood_of_all', 'subgroup_scores',
-           'measured_scores', 'write_reproduced', 'reproduce_bundle', 'first_of']
+           'measured_scores', 'write_reproduced', 'first_of', 'decide_and_write', 'reproduce_bundle']
 
 # %% ../nbs/73_reproduce.ipynb #c8ed21db
 import json
@@ -87,11 +87,12 @@ def fit_ood_of_all(
     ratios = []
     for fold in (f for f in runs if f is not None):
         frame = split_images(meta, fold=fold)
-        ratios.append(limit_ratio(runs[fold], some(frame[~frame.is_valid]), frame[frame.is_valid].reset_index(drop=True), rate, device))
+        held_out = frame[frame.is_valid].reset_index(drop=True)
+        ratios.append(limit_ratio(runs[fold], some(frame[~frame.is_valid]), held_out, rate, device))
     score,_ = score_of_training(runs[None], some(meta), rate, device)
     limit = 'of training images times a ratio of networks with held-out lesions'
-    score.fitted = dict(rate=rate, train_images=score.fitted['train_images'], limit=limit, limit_of_training=score.threshold,
-                        ratios=[round(r, 4) for r in ratios], seed=seed)
+    score.fitted = dict(rate=rate, train_images=score.fitted['train_images'], limit=limit,
+                        limit_of_training=score.threshold, ratios=[round(r, 4) for r in ratios], seed=seed)
     score.threshold *= float(np.mean(ratios))
     return score
 
@@ -114,9 +115,11 @@ def measured_scores(
     **about # seed, scale
 )->dict: # as JSON can hold it
     "What is known of a bundle"
-    on = f"held-out lesions of fold{'s' if len(folds)>1 else ''} {', '.join(map(str, folds))} of {FOLDS}, by networks that were not trained on them"
+    which = f"fold{'s' if len(folds)>1 else ''} {', '.join(map(str, folds))} of {FOLDS}"
+    on = f'held-out lesions of {which}, by networks that were not trained on them'
     where = dict(measured_on=on, subgroups=subgroup_scores(table, meta), date=date.today().isoformat())
-    return measured | where | dict(config=training_config(recipe), data=data_fingerprint(meta), split_seed=SPLIT_SEED) | about
+    training = dict(config=training_config(recipe), data=data_fingerprint(meta), split_seed=SPLIT_SEED)
+    return measured | where | training | about
 
 # %% ../nbs/73_reproduce.ipynb #96b6645f
 def write_reproduced(
@@ -137,12 +140,34 @@ def write_reproduced(
     save_bundle(predictor, out, scores=scores, overwrite=True, half=moved<=tolerance, **fitted)
     scores['megabytes'] = round(sum((out/f).stat().st_size for f in ('model.safetensors', 'bundle.json'))/1e6, 2)
     write_json(scores, out/'scores.json')
-    with atomic_path(out/'README.md') as tmp: tmp.write_text(model_card(read_bundle(out), dataset='HAM10000'), encoding='utf-8')
+    card = model_card(read_bundle(out), dataset='HAM10000')
+    with atomic_path(out/'README.md') as tmp: tmp.write_text(card, encoding='utf-8')
     return scores
 
 # %% ../nbs/73_reproduce.ipynb #6213a895
+def first_of(
+    bundle, # of a network
+)->str: # code of stage one's class; None for a network of one stage
+    "The class that a bundle's first stage tells from the rest"
+    record = read_bundle(bundle)
+    network = record['network'].get('classifier', record['network'])
+    return record['classes']['diagnoses'][network['first']]['code'] if 'first' in network else None
+
+def decide_and_write(out, runs, recipe, meta, sensitivity, tolerance, device, **about)->dict:
+    "Fit what a bundle decides with, measure it, and write the bundle"
+    table = held_out_predictions(runs)
+    save_predictions(table, out/'held_out_predictions.csv')
+    first,folds = first_of(runs[None]),[f for f in runs if f is not None]
+    decisions = fit_decisions(table, first=first, rule=recipe.rule, sensitivity=sensitivity, seed=about['seed'])
+    fitted = dict(calibration=decisions.calibration, rule=decisions.rule, referral=decisions.referral)
+    ood = fit_ood_of_all(runs, meta, seed=about['seed'], device=device)
+    scores = measured_scores(decisions.measured, recipe, meta, table, folds, **about)
+    fitted |= dict(recipe=recipe, ood=ood)
+    return write_reproduced(out, runs[None], meta, scores, tolerance=tolerance, device=device, **fitted)
+
+# %% ../nbs/73_reproduce.ipynb #94e63062
 def reproduce_bundle(
-    data=None, # folder of the data set, or the frame of `read_metadata`; None searches the usual places, at scale 'tiny' it is synthetic
+    data=None, # folder of the data set, or its frame; None searches the usual places, at scale 'tiny' it is synthetic
     out='ham10000_bundle', # folder of the bundle; the trainings are in its folder `work`
     recipe='ham10000', # name of a recipe, or a `Recipe`; its rule decides
     *,
@@ -157,24 +182,9 @@ def reproduce_bundle(
     "Train the network of a bundle and those that it is calibrated with, or go on; write the bundle and its model card"
     recipe,out,folds = find_recipe(recipe),Path(out),list(folds)
     if not folds or set(folds)-set(range(FOLDS)): raise ValueError(f"folds must be some of 0 to {FOLDS-1}, got {folds}")
-    if recipe.teachers: raise ValueError(f"{recipe.name} learns from other runs; a bundle is rebuilt from a recipe without teachers")
+    if recipe.teachers: raise ValueError(f'{recipe.name} has teachers; a bundle needs a recipe without teachers')
     (out/'work').mkdir(parents=True, exist_ok=True)
     recipe,meta = recipe_to_run(recipe, scale)[0],experiment_data(data, scale, out/'work')
     work = out/'work'/f'{run_digest(recipe, data_fingerprint(meta))}-seed-{seed}'
     runs = train_folds(recipe, meta, work, folds, seed=seed, device=device, **kwargs)
-    table = held_out_predictions(runs)
-    save_predictions(table, out/'held_out_predictions.csv')
-    first = first_of(runs[None])
-    decisions = fit_decisions(table, first=first, rule=recipe.rule, sensitivity=sensitivity, seed=seed)
-    ood = fit_ood_of_all(runs, meta, seed=seed, device=device)
-    scores = measured_scores(decisions.measured, recipe, meta, table, folds, seed=seed, scale=scale)
-    return write_reproduced(out, runs[None], meta, scores, tolerance=tolerance, device=device, recipe=recipe, calibration=decisions.calibration,
-                            rule=decisions.rule, referral=decisions.referral, ood=ood)
-
-def first_of(
-    bundle, # of a network
-)->str: # code of stage one's class; None for a network of one stage
-    "The class that a bundle's first stage tells from the rest"
-    record = read_bundle(bundle)
-    network = record['network'].get('classifier', record['network'])
-    return record['classes']['diagnoses'][network['first']]['code'] if 'first' in network else None
+    return decide_and_write(out, runs, recipe, meta, sensitivity, tolerance, device, seed=seed, scale=scale)

@@ -29,7 +29,8 @@ def _frequency(code, classes)->int:
 
 def _fractional_counts(n_images, classes)->dict:
     "Images of each class before rounding; what would get fewer than `MIN_IMAGES` gets that many"
-    small,n_small = set(),-1
+    small:set = set()
+    n_small = -1
     # who gets the minimum takes from the others, which may push one more below it
     while n_small!=len(small):
         n_small = len(small)
@@ -79,7 +80,8 @@ def _lesion_row(dx, number, n_images, rng)->dict:
 # %% ../nbs/02_synthetic.ipynb #02a00002
 def _lesions(n_images, seed, classes)->pd.DataFrame:
     "A row a lesion: `lesion_id, dx, dx_type, age, sex, localization, n` with `n` the number of its images"
-    rng,rows = np.random.default_rng([seed, 0]),[]
+    rng = np.random.default_rng([seed, 0])
+    rows:list = []
     for dx,count in class_counts(n_images, classes).items():
         n_lesions = max(MIN_LESIONS, round(.746*count))
         more_images = np.bincount(rng.integers(n_lesions, size=count-n_lesions), minlength=n_lesions)
@@ -387,7 +389,8 @@ def draw_image(
     "One synthetic photograph of one lesion, and the mask of the lesion"
     classes = class_set(classes)
     classes.index(dx)
-    return _photograph(*_lesion(dx, lesion, seed, size, classes.codes), image, seed, size)
+    tone,painted = _lesion(dx, lesion, seed, size, classes.codes)
+    return _photograph(tone, painted, image, seed, size)
 
 # %% ../nbs/02_synthetic.ipynb #02a0000c
 def _draw_skin(rng, size):
@@ -458,9 +461,9 @@ _CSV = 'HAM10000_metadata.csv'
 def _write_lesion(rows, folder, seed, size, codes):
     "Write all images of one lesion, which is painted only once"
     lesion = int(rows[0].lesion_id[4:])
-    painted = _lesion(rows[0].dx, lesion, seed, size, codes)
+    tone,painted = _lesion(rows[0].dx, lesion, seed, size, codes)
     for row in rows:
-        image,mask = _photograph(*painted, int(row.image_id[5:])-9_000_000, seed, size)
+        image,mask = _photograph(tone, painted, int(row.image_id[5:])-9_000_000, seed, size)
         # OpenCV writes blue first
         jpg = cv2.imencode('.jpg', image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
         (folder/_FOLDERS[row.part]/f'{row.image_id}.jpg').write_bytes(jpg.tobytes())

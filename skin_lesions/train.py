@@ -6,10 +6,10 @@
 __all__ = ['SPLITS', 'SPLIT_SEED', 'FOLDS', 'STATE_FOLDER', 'LOCK', 'RUN_FILES', 'all_for_training', 'split_images',
            'data_fingerprint', 'plain_adam', 'optimiser', 'recipe_loss', 'recipe_dataloaders', 'joint_learner',
            'recipe_learner', 'Training', 'WriteHistory', 'run_cache', 'step_loaders', 'save_weights', 'load_weights',
-           'fit_schedule', 'pretext_learner', 'save_pretext', 'train_pretext', 'train_step', 'train_recipe',
-           'new_run_folder', 'clear_partial', 'read_run', 'run_state', 'prepare_folder', 'locked', 'run_scores',
-           'split_sentence', 'run_for_report', 'fitted_ood', 'write_results', 'evaluate_run', 'run_record',
-           'collect_history', 'finish_run', 'trained', 'train_run']
+           'fit_schedule', 'pretext_learner', 'save_pretext', 'train_pretext', 'step_learner', 'train_step',
+           'train_recipe', 'new_run_folder', 'clear_partial', 'read_run', 'run_state', 'prepare_folder', 'locked',
+           'run_scores', 'split_sentence', 'run_for_report', 'fitted_ood', 'write_results', 'evaluate_run',
+           'run_record', 'collect_history', 'finish_run', 'trained', 'train_run']
 
 # %% ../nbs/70_train.ipynb #d94dd430
 import hashlib, shutil, warnings
@@ -129,12 +129,12 @@ def recipe_dataloaders(
 ): # fastai `DataLoaders`
     "The batches of a recipe at one size"
     angles,more = recipe.joint and recipe.pretext=='rotation',AUGMENTATIONS[recipe.augment]
-    # a network that learns angles must see images as they are
+    # a network that learns angles sees images as they are
     augment = dict(augment=not (angles or more), batch_tfms=lesion_augmentation(**more) if more else None)
-    return ham10000_dataloaders(meta, size, recipe.crop, recipe.bs, arch=recipe.arch, sampling=recipe.sampling, min_scale=recipe.min_scale,
-                                patient=recipe.patient, **augment, **kwargs)
+    return ham10000_dataloaders(meta, size, recipe.crop, recipe.bs, arch=recipe.arch, sampling=recipe.sampling,
+                                min_scale=recipe.min_scale, patient=recipe.patient, **augment, **kwargs)
 
-
+# %% ../nbs/70_train.ipynb #2d6777ed
 def joint_learner(
     dls, # of `recipe_dataloaders`
     recipe:Recipe, # with a pretext in the network
@@ -144,7 +144,8 @@ def joint_learner(
     if recipe.pretext=='rotation': return joint_rotation_learner(dls, recipe.arch, **kwargs)
     # a pretext that came first no longer counts in the loss
     weight,encoder = float(recipe.joint),recipe.encoder or recipe.arch
-    return joint_restoration_learner(dls, recipe.arch, encoder, patch=recipe.patch, weight=weight, clean=recipe.clean, **kwargs)
+    return joint_restoration_learner(dls, recipe.arch, encoder, patch=recipe.patch, weight=weight,
+                                     clean=recipe.clean, **kwargs)
 
 # %% ../nbs/70_train.ipynb #3926466f
 def recipe_learner(
@@ -159,7 +160,8 @@ def recipe_learner(
     "The untrained learner of a recipe"
     recipe = find_recipe(recipe)
     dls = recipe_dataloaders(recipe, meta, size or recipe.size, **kwargs)
-    kwargs = dict(pretrained=recipe.pretrained, weights=weights, cbs=cbs) | optimiser(recipe) | recipe_loss(recipe, meta)
+    kwargs = dict(pretrained=recipe.pretrained, weights=weights, cbs=cbs)
+    kwargs |= optimiser(recipe) | recipe_loss(recipe, meta)
     two_stage = recipe.stages==2 and len(dls.vocab)>2
     if two_stage: kwargs |= dict(first=recipe.first, shared=recipe.shared, combine=recipe.combine)
     if recipe.joint or recipe.encoder: return joint_learner(dls, recipe, two_stage=two_stage, **kwargs)
@@ -225,7 +227,8 @@ def run_cache(
     # a single epoch reads every file once anyway, and a window needs the whole image
     if cache=='auto' and (epochs==1 or crop=='window'): return None
     folder = None if cache=='auto' else cache
-    try: return resize_cache(training.meta, size, crop, min_scale=training.recipe.min_scale, folder=folder, show=training.show)
+    kwargs = dict(min_scale=training.recipe.min_scale, folder=folder, show=training.show)
+    try: return resize_cache(training.meta, size, crop, **kwargs)
     except OSError as e:
         if cache!='auto': raise
         warnings.warn(f"training without a cache: {e}")
@@ -312,6 +315,7 @@ def save_pretext(
     write_json(dict(zip(names, map(_finite, values)), epochs=learn.n_epoch), file.with_suffix('.json'))
     save_weights(learn.model, file)
 
+# %% ../nbs/70_train.ipynb #d24580f9
 def train_pretext(
     training:Training,
 )->object: # its network
@@ -349,6 +353,16 @@ def _print_step(learn, training, i):
     if training.show: _print_epoch(learn, f'{training.recipe.name}, {size} px', epochs)
 
 # %% ../nbs/70_train.ipynb #61099a3f
+def step_learner(
+    training:Training,
+    size:int, # pixels
+    epochs:int, # that the step takes
+)->Learner:
+    "The untrained learner of a step"
+    loaders,cbs = step_loaders(training, size, epochs),_callbacks(training)
+    return recipe_learner(training.recipe, training.meta, size=size, weights=training.weights, cbs=cbs, **loaders)
+
+# %% ../nbs/70_train.ipynb #7335e5d2
 def train_step(
     training:Training,
     i:int, # which step
@@ -357,8 +371,7 @@ def train_step(
     recipe,(size,epochs) = training.recipe,training.recipe.steps[i]
     file,history = (training.state/f'step{i}.{kind}' for kind in ('safetensors', 'csv'))
     set_seed(training.seed+i, reproducible=True)
-    loaders = step_loaders(training, size, epochs)
-    learn = recipe_learner(recipe, training.meta, size=size, weights=training.weights, cbs=_callbacks(training), **loaders)
+    learn = step_learner(training, size, epochs)
     if on_rank0(file.is_file):
         load_weights(learn.model, file)
         return learn,True
@@ -368,7 +381,8 @@ def train_step(
     _print_step(learn, training, i)
     before = pd.read_csv(training.state/f'step{i-1}.csv') if i else None
     state,lr = training.state/f'step{i}',recipe.lr*recipe.lr_factor**i
-    whole = fit_schedule(learn, recipe, epochs, state, lr=lr, minutes=training.minutes, cbs=[WriteHistory(history, size, before)])
+    write = WriteHistory(history, size, before)
+    whole = fit_schedule(learn, recipe, epochs, state, lr=lr, minutes=training.minutes, cbs=[write])
     if whole:
         on_rank0(save_weights, learn.model, file) # from here on the step is done
         on_rank0(shutil.rmtree, state)
@@ -388,7 +402,8 @@ def train_recipe(
 
 # %% ../nbs/70_train.ipynb #c29d8586
 LOCK = '.lock'
-RUN_FILES = ('model.safetensors', 'bundle.json', 'run.json', 'split.csv', 'history.csv', 'predictions.csv', 'report.html')
+RUN_FILES = ('model.safetensors', 'bundle.json', 'run.json', 'split.csv', 'history.csv', 'predictions.csv',
+             'report.html')
 
 def new_run_folder(
     out, # the folder to make
@@ -399,7 +414,8 @@ def new_run_folder(
     out = Path(out)
     if out.is_file(): raise FileExistsError(f"{out} is a file; a run needs a folder")
     there = [p for p in out.iterdir() if p.name!=LOCK] if out.is_dir() else []
-    if there and not overwrite: raise FileExistsError(f"{out} exists and is not empty; choose another folder, or overwrite it")
+    if there and not overwrite:
+        raise FileExistsError(f"{out} exists and is not empty; choose another folder, or overwrite it")
     for name in files: (out/name).unlink(missing_ok=True)
     shutil.rmtree(out/STATE_FOLDER, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -447,7 +463,6 @@ def prepare_folder(
 )->bool: # False where everything is done
     "A run folder that is ready for the training"
     if not resume or run_state(out)=='none' and not (out/'run.json').is_file():
-        if resume: print(f"nothing to resume in {out}; the training starts from the beginning")
         new_run_folder(out, overwrite)
         (out/STATE_FOLDER).mkdir()
         write_json(asked, out/STATE_FOLDER/'asked.json')
@@ -458,7 +473,7 @@ def prepare_folder(
         shutil.rmtree(out/STATE_FOLDER, ignore_errors=True)
         return prepare_folder(out, asked, resume, True)
     different = _differences(before, asked)
-    if different: raise ValueError(f"{out} holds another training, which cannot go on as this one: {first_few(different, 5)}; give another folder")
+    if different: raise ValueError(f"{out} holds another training: {first_few(different, 5)}; give another folder")
     clear_partial(out)
     return run_state(out)!='complete'
 
@@ -470,7 +485,8 @@ def locked(
     "Keep other processes out of a run folder"
     if this_rank()==0: out.mkdir(parents=True, exist_ok=True)
     with file_lock(out/LOCK, wait=False) if this_rank()==0 else nullcontext() as had:
-        if not share(had): raise BlockingIOError(f"{out} is being trained by another process; wait for it, or give another folder")
+        if not share(had):
+            raise BlockingIOError(f"{out} is being trained by another process; wait for it, or give another folder")
         yield
 
 # %% ../nbs/70_train.ipynb #e150ff7b
@@ -481,7 +497,8 @@ def run_scores(
     interval = average_recall_interval(table)
     recall = {code: _finite(value) for code,value in class_scores(table).recall.items()}
     values = {k: _finite(v) if isinstance(v, float) else v for k,v in scores(table).items()}
-    return values | dict(average_recall_95_low=interval.low, average_recall_95_high=interval.high, interval_over=interval.unit, recall=recall)
+    ends = dict(average_recall_95_low=interval.low, average_recall_95_high=interval.high, interval_over=interval.unit)
+    return values | ends | dict(recall=recall)
 
 # %% ../nbs/70_train.ipynb #1432c875
 def split_sentence(
@@ -500,7 +517,8 @@ def run_for_report(
 )->dict: # for `html_report`
     "A run's record with its split as a sentence"
     if record is None: return None
-    split = split_sentence(record['split']) if data is None else f'labelled images of {data}, without those that were used in training and their lesions'
+    others = f'labelled images of {data}, without those that were used in training and their lesions'
+    split = split_sentence(record['split']) if data is None else others
     return {k: v for k,v in record.items() if k not in ('history', 'scores', 'asked')} | dict(split=split)
 
 # %% ../nbs/70_train.ipynb #46f4b1ee
@@ -528,7 +546,8 @@ def write_results(
     if keep_model: update_bundle(out, scores=record['scores'], ood=fitted_ood(learn, features))
     if not report: return
     title = f"{record['recipe']['name']}, {record['split']['rule']}"
-    html_report(table, out/'report.html', history=out/'history.csv', run=run_for_report(record), meta=training.meta, title=title)
+    html_report(table, out/'report.html', history=out/'history.csv', run=run_for_report(record), meta=training.meta,
+                title=title)
 
 # %% ../nbs/70_train.ipynb #9b6fa6c4
 def evaluate_run(
@@ -557,9 +576,12 @@ def run_record(
     history = pd.read_csv(training.folder/'history.csv').drop(columns='epoch')
     body = getattr(learn.model, 'classifier', learn.model).body
     epochs = [{k: _finite(v) for k,v in row.items()} for row in history.to_dict('records')]
-    about = dict(recipe=training.recipe.as_dict(), digest=recipe_digest(training.recipe), split=describe_split(training.meta), asked=asked)
-    machine = dict(weights=body.weights_from, device=str(learn.dls.device), processes=n_ranks(), versions=versions(), date=date.today().isoformat())
-    return about | dict(classes=list(learn.dls.vocab)) | machine | dict(complete=whole, epochs_done=len(epochs), history=epochs)
+    recipe,split = training.recipe,describe_split(training.meta)
+    about = dict(recipe=recipe.as_dict(), digest=recipe_digest(recipe), split=split, asked=asked)
+    today = date.today().isoformat()
+    machine = dict(device=str(learn.dls.device), processes=n_ranks(), versions=versions(), date=today)
+    network = dict(classes=list(learn.dls.vocab), weights=body.weights_from)
+    return about | network | machine | dict(complete=whole, epochs_done=len(epochs), history=epochs)
 
 # %% ../nbs/70_train.ipynb #2c1f4948
 def collect_history(
@@ -617,13 +639,13 @@ def train_run(
     resume:bool=False, # go on with the training in `out`; with nothing there, begin
     overwrite:bool=False, # replace an earlier run in `out`
     weights=None, # a file of weights or a weights package to start from
-    cache='auto', # decoded images: 'auto' uses the usual folder if that pays, a folder or `ImageCache` that, None decodes every epoch
+    cache='auto', # decoded images: 'auto' if that pays, a folder or `ImageCache`, or None to decode every epoch
     workers:int=None, # data-loading workers; None takes 2, or what the cache says
     device=None, # 'cpu', 'cuda', ...; None takes fastai's default
     minutes:float=10., # between two states within an epoch; None only after epochs
     show:bool=True, # print a line an epoch
     teacher:pd.DataFrame=None, # predictions of the training images, for recipes with teachers
-    pretext_images:pd.DataFrame=None, # of a pretext that comes first, with path and is_valid; None takes those of `meta`
+    pretext_images:pd.DataFrame=None, # of a pretext that comes first; None takes those of `meta`
     pretext_file=None, # where that pretext is kept for other trainings; None keeps it in the state
     keep_model:bool=True, # write the bundle
     report:bool=True, # write report.html, which takes some seconds
@@ -631,14 +653,18 @@ def train_run(
 )->Path: # the run folder
     "Train a recipe and write its run folder, or go on with one"
     recipe,out = find_recipe(recipe),Path(out)
-    if recipe.teachers and teacher is None: raise ValueError(f"{recipe.name} learns from {', '.join(recipe.teachers)}; give their mean on the training images as teacher")
-    asked = dict(config=training_config(recipe), data=data_fingerprint(meta), split=split, fold=fold, folds=folds, seed=seed, weights=weights and str(weights))
+    if recipe.teachers and teacher is None:
+        raise ValueError(f"{recipe.name} learns from {', '.join(recipe.teachers)}; give their predictions as teacher")
+    asked = dict(config=training_config(recipe), data=data_fingerprint(meta), split=split, fold=fold, folds=folds, seed=seed)
+    asked |= dict(weights=weights and str(weights))
     loaders = {k: v for k,v in dict(num_workers=workers, device=device).items() if v is not None}
-    file = None if pretext_file is None else Path(pretext_file)
-    training = Training(recipe, split_images(meta, split, fold, folds), out, seed, weights, cache, loaders, minutes, show, teacher, pretext_images, file, tuple(cbs))
+    pretext_file,meta = pretext_file and Path(pretext_file),split_images(meta, split, fold, folds)
+    training = Training(recipe, meta, out, seed, weights, cache, loaders, minutes, show, teacher, pretext_images,
+                        pretext_file, tuple(cbs))
     with ranks(), locked(out):
         if on_rank0(prepare_folder, out, asked, resume, overwrite):
             learn,whole = train_recipe(training)
-            with trained(training): finish_run(training, learn, asked, whole, predict=fold is not None, keep_model=keep_model, report=report)
+            parts = dict(predict=fold is not None, keep_model=keep_model, report=report)
+            with trained(training): finish_run(training, learn, asked, whole, **parts)
             if whole: on_rank0(shutil.rmtree, training.state)
     return out

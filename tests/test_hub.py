@@ -39,8 +39,8 @@ class Handler(BaseHTTPRequestHandler):
         self.repos.asked.append(('POST', path, self.headers.get('authorization')))
         if path == '/api/validate-yaml': return self.answer(dict(errors=[], warnings=[]))
         if path == '/api/repos/create':
-            said = json.loads(body); repo = f"{said['organization']}/{said['name']}"
-            self.repos.private.setdefault(repo, said.get('private', said.get('visibility') == 'private')); self.repos.commits.setdefault(repo, [])
+            asked_for = json.loads(body); repo = f"{asked_for['organization']}/{asked_for['name']}"
+            self.repos.private.setdefault(repo, asked_for.get('private', asked_for.get('visibility') == 'private')); self.repos.commits.setdefault(repo, [])
             return self.answer(dict(url=f"http://{self.headers['Host']}/{repo}", id=repo, name=repo))
         repo, what = '/'.join(path.split('/')[3:5]), path.split('/')[5]
         if what == 'preupload': return self.answer(dict(files=[dict(path=f['path'], uploadMode='regular', shouldIgnore=False) for f in json.loads(body)['files']]))
@@ -67,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    "A hub without anything in it, to which huggingface_hub turns"
+    "A hub without anything in it, which huggingface_hub asks"
     from huggingface_hub import HfApi
     import skin_lesions.hub as ours
     repos = Repos()
