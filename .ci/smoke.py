@@ -16,16 +16,17 @@ def run(*args):
     return done.stdout
 
 with tempfile.TemporaryDirectory() as folder:
-    from skin_lesions.core import CODES
-    from skin_lesions.readers import read_metadata
+    from skin_lesions.classes import HAM10000
     from skin_lesions.predict import load_predictor
+    from skin_lesions.readers import read_metadata
     from skin_lesions.synthetic import synthetic_ham10000
     assert run('--version').split()[-1]==version('skin_lesions')
     sample = synthetic_ham10000(Path(folder)/'sample', n_images=120, seed=7)
-    run('train', '--data', sample, '--out', 'run', '--epochs', 1, '--size', 64, '--bs', 16, '--workers', 2, '--quiet') # the default network with its installed weights
-    run('predict', 'run', sample, '--out', 'table.csv', '--quiet')
+    # the recipe's network with its installed weights
+    run('train', '--data', sample, '--out', 'run', '--recipe', 'quick', '--set', 'epochs=1', '--set', 'size=64', '--set', 'bs=16', '--workers', 2, '--quiet')
+    run('predict', sample, '--bundle', 'run', '--out', 'table.csv', '--quiet')
     table = load_predictor(Path(folder)/'run', device='cpu').predict(read_metadata(sample), progress=False)
     assert len(table)==120 and table.problem.isna().all(), table
-    assert (table[list(CODES)].sum(1).astype(float)-1).abs().max()<1e-5
+    assert (table[list(HAM10000)].sum(1).astype(float)-1).abs().max()<1e-5
 
-print(f'Python {sys.version.split()[0]}: {len(modules)} modules imported, a network trained for an epoch, 120 pictures predicted')
+print(f'Python {sys.version.split()[0]}: {len(modules)} modules imported, a network trained for an epoch, 120 images predicted')

@@ -83,7 +83,7 @@ def unit_draws(
 )->np.ndarray: # how often each unit is drawn [n, units], float32
     "Draw from every stratum, with replacement, as many units as it has"
     rng = np.random.default_rng(seed)
-    draws = np.zeros((n, len(stratum)), dtype=np.float32)
+    draws:np.ndarray = np.zeros((n, len(stratum)), dtype=np.float32)
     for s in np.unique(stratum):
         members = np.flatnonzero(stratum==s)
         k = len(members)

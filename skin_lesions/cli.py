@@ -223,13 +223,14 @@ def print_run(
     folder, # run folder
 )->int: # exit status: 0, or 130 after Ctrl-C
     "Print what a training has come to"
-    from skin_lesions.train import read_run
+    from skin_lesions.train import read_run, split_sentence
     folder,record = Path(folder),read_run(folder)
     if not record['complete']:
         note(f"\nstopped by Ctrl-C after {record['epochs_done']} whole epochs; what was learnt so far is in {folder}; "
              "the same command with --resume goes on")
         return 130
     print_scores(run_predictions(folder))
+    print(f"split: {split_sentence(record['split'])}")
     print(f"report: {folder/'report.html'}")
     return 0
 

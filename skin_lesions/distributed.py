@@ -126,6 +126,8 @@ def ranks(
     timeout:float=1800., # how long a rank waits for the others, seconds
 ):
     "Connect the processes that a launcher started for as long as the block lasts; only rank 0 prints and warns"
+    # a block within another one leaves the connection to it
+    connected_before = _connected()
     if start_ranks(timeout) is None:
         yield
         return
@@ -137,7 +139,7 @@ def ranks(
             warnings.simplefilter('ignore')
         yield
         dist.barrier()
-    dist.destroy_process_group()
+    if not connected_before: dist.destroy_process_group()
 
 # %% ../nbs/32_distributed.ipynb #c64ef565
 def rank_places(

@@ -28,7 +28,7 @@ from skin_lesions.bootstrap import (average_recall_interval, check_draws, divide
     warn_of_images)
 from .classes import ClassSet, classes_of
 from .core import check_columns, unknown_name
-from .predictions import check_predictions, decided_probabilities, probabilities_of, without_decisions
+from .predictions import decided_probabilities
 
 # %% ../nbs/62_evaluate.ipynb #3e1a17d0
 def class_aucs(
@@ -628,10 +628,12 @@ def operating_points(
                                                                                    'returned for another table')
     units,unit = units_of(table)
     if warn: warn_of_images(unit)
-    draws,rows = unit_draws(unit_sums(units, y, np.ones(len(y)), len(classes_of(table))).argmax(1), n, seed),{}
-    for target,arrays in _target_arrays(table, targets).items():
-        make = _chosen_points if points is None else partial(_given_points, points.threshold[target])
-        rows |= {(target, name): row for name,row in make(*arrays, units, draws, level).items()}
+    draws = unit_draws(unit_sums(units, y, np.ones(len(y)), len(classes_of(table))).argmax(1), n, seed)
+    rows:dict = {}
+    for target,(prob,true) in _target_arrays(table, targets).items():
+        if points is None: found = _chosen_points(prob, true, units, draws, level)
+        else: found = _given_points(points.threshold[target], prob, true, units, draws, level)
+        rows |= {(target, name): row for name,row in found.items()}
     return pd.DataFrame(list(rows.values()), index=pd.MultiIndex.from_tuples(rows, names=['target', 'score']))
 
 # %% ../nbs/62_evaluate.ipynb #5da9059f

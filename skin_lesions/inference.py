@@ -18,6 +18,7 @@ from fastai.callback.progress import ProgressCallback # gives learners `no_bar`
 from fastai.learner import Learner
 from fastai.torch_core import TensorImage
 from fastai.vision.augment import RandomCrop, RandomResizedCrop, Resize, ResizeMethod
+from fastai.vision.core import PILImage
 from fastcore.basics import noop
 from fasttransform import Pipeline, Transform
 from PIL import Image
@@ -141,7 +142,7 @@ class ViewCrops(Transform):
     def encodes(self, x:Image.Image):
         width,height = self.crop.size # fastai keeps the width first
         crops = view_images(x, self.views, _crop_name(self.crop), (height, width), part=self.part)
-        return torch.stack([self.tail(type(x)(crop)) for crop in crops])
+        return torch.stack([self.tail(PILImage(crop)) for crop in crops])
 
 # %% ../nbs/59_inference.ipynb #0a75902f
 class FlattenViews(Transform):

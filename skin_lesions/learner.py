@@ -7,7 +7,8 @@ __all__ = ['lesion_splitter', 'check_normalization', 'classifier_learner', 'reso
            'two_stage_metrics', 'two_stage_learner', 'paper_settings']
 
 # %% ../nbs/31_learner.ipynb #37d90892
-import fastai.callback.progress, fastai.callback.schedule # these give learners progress bars, fit_one_cycle, fine_tune, lr_find
+# these give learners progress bars, fit_one_cycle, fine_tune, lr_find
+import fastai.callback.progress, fastai.callback.schedule
 import numpy as np
 import pandas as pd
 import torch
@@ -22,6 +23,7 @@ from fastcore.meta import delegates
 from timm.models import group_parameters
 from torch import nn
 
+# %% ../nbs/31_learner.ipynb #46338dd4
 from .architectures import normalization
 from .classes import classes_of
 from .core import unknown_name
@@ -61,17 +63,20 @@ def check_normalization(
     rounded = lambda values: [round(float(v), 3) for v in values]
     has = rounded(own[-1].mean.flatten()), rounded(own[-1].std.flatten())
     if has != (rounded(mean), rounded(std)):
-        raise ValueError(f"the images are normalised with mean {has[0]} and std {has[1]}, but {arch} expects {list(mean)} and {list(std)}; "
+        raise ValueError(f"the images are normalised with mean {has[0]} and std {has[1]}, "
+                         f"but {arch} expects {list(mean)} and {list(std)}; "
                          f"build the data with ham10000_dataloaders(..., arch={arch!r})")
 
 # %% ../nbs/31_learner.ipynb #a91a6760
-def _check_mixtures(mixup, cbs):
-    "Raise a `ValueError` where a batch would be mixed more than once"
+def _callbacks(mixup, cbs)->L:
+    "The callbacks of a learner; a `ValueError` where a batch would be mixed more than once"
     kinds = [cb if isinstance(cb, type) else type(cb) for cb in L(cbs)]
     mixing = [kind.__name__ for kind in kinds if issubclass(kind, (MixUp, MixHandler))]
     if len(mixing)+bool(mixup)>1:
         also = ' and mixup=' if mixup else ''
         raise ValueError(f"{' and '.join(mixing)}{also} would mix each batch more than once; use one of them")
+    cbs = L(cbs) + [ReuseMemory()]
+    return cbs + [mixup if isinstance(mixup, MixUp) else MixUp(mixup)] if mixup else cbs
 
 def _splitter_of(model):
     "Groups by depth where the body is timm's, all parameters in one group elsewhere"
@@ -96,12 +101,10 @@ def classifier_learner(
     "A `Learner` of a network that classifies lesions"
     arch = getattr(getattr(model, 'body', None), 'arch', None)
     if arch is not None: check_normalization(dls, arch)
-    _check_mixtures(mixup, cbs)
-    cbs = L(cbs) + [ReuseMemory()]
-    if mixup: cbs = cbs + [mixup if isinstance(mixup, MixUp) else MixUp(mixup)]
     if channels_last: model = model.to(memory_format=torch.channels_last)
     if metrics is None: metrics = [accuracy, AverageRecall()]
-    learn = Learner(dls, model, loss_func, lr=lr, splitter=splitter or _splitter_of(model), metrics=metrics, cbs=cbs, **kwargs)
+    splitter,cbs = splitter or _splitter_of(model),_callbacks(mixup, cbs)
+    learn = Learner(dls, model, loss_func, lr=lr, splitter=splitter, metrics=metrics, cbs=cbs, **kwargs)
     return mixed_precision(learn, precision)
 
 # %% ../nbs/31_learner.ipynb #b368852a
@@ -120,13 +123,16 @@ def resolve_alpha(
     if alpha not in WEIGHT_KINDS: raise ValueError(unknown_name('kind of class weights', alpha, WEIGHT_KINDS))
     return class_weights(_training_frame(dls, f"alpha={alpha!r} counts diagnoses: give alpha as weights"), alpha)
 
+# %% ../nbs/31_learner.ipynb #c610db53
 def first_class(
     dls:DataLoaders, # as from `ham10000_dataloaders`
     first:str=None, # a code; None takes that of the class set, else the most frequent among the training images
 )->str: # a code
     "The class that stage one tells from the rest"
     if first is None: first = classes_of(dls).first
-    if first is None: first = _training_frame(dls, "which class is the first? Give first=CODE").dx.value_counts().index[0]
+    if first is None:
+        training = _training_frame(dls, "which class is the first? Give first=CODE")
+        first = training.dx.value_counts().index[0]
     if first not in dls.vocab: raise ValueError(unknown_name('first class', first, list(dls.vocab)))
     return first
 
@@ -138,11 +144,14 @@ def _n_patient(dls, patient)->int:
         raise ValueError("patient must be True, False, or None for what the DataLoaders give, "
                          f"got {patient!r}; columns are chosen in ham10000_dataloaders(..., patient=...)")
     if patient and encoder is None:
-        raise ValueError("patient=True, but the DataLoaders give no patient data; build them with ham10000_dataloaders(..., patient=True)")
+        raise ValueError("patient=True, but the DataLoaders give no patient data; "
+                         "build them with ham10000_dataloaders(..., patient=True)")
     if patient is False and encoder is not None:
-        raise ValueError("patient=False, but the DataLoaders give patient data; build them with ham10000_dataloaders(..., patient=False)")
+        raise ValueError("patient=False, but the DataLoaders give patient data; "
+                         "build them with ham10000_dataloaders(..., patient=False)")
     return 0 if encoder is None else encoder.n
 
+# %% ../nbs/31_learner.ipynb #abb4a9d0
 def _alpha_of(dls, alpha):
     "The weights of the loss, with a warning where the images are drawn by weight too"
     alpha = resolve_alpha(dls, alpha)
@@ -153,7 +162,8 @@ def _check_arch_name(arch):
     "Raise a `TypeError` that shows the way where somebody's own network is given"
     if isinstance(arch, nn.Module) or callable(arch):
         name = type(arch).__name__ if isinstance(arch, nn.Module) else arch.__name__
-        raise TypeError(f"arch must be the name of a timm architecture, got {name}; for a network of your own use classifier_learner(dls, network, loss_func)")
+        raise TypeError(f"arch must be the name of a timm architecture, got {name}; "
+                        "for a network of your own use classifier_learner(dls, network, loss_func)")
 
 # %% ../nbs/31_learner.ipynb #3afb6147
 @delegates(classifier_learner)
@@ -166,8 +176,8 @@ def lesion_learner(
     hidden:tuple=(512, 128), # sizes of the head's dense layers
     ps:float=.2, # dropout of the head, in [0,1)
     gamma:float=0., # focusing strength of the focal loss, >= 0; 0 is cross-entropy
-    alpha=None, # class weights of the loss: a kind of `class_weights` by name, a number, a weight for each class, a dict by code, or None
-    patient:bool=None, # patient data as second input; None for what `dls` gives, which is none unless it was built with them
+    alpha=None, # class weights: a kind of `class_weights` by name, a number, one a class, a dict by code, or None
+    patient:bool=None, # patient data as second input; None for what `dls` gives
     loss_func=None, # another loss on logits; `gamma` and `alpha` are then not used
     body_kwargs:dict=None, # for `timm.create_model`
     **kwargs
@@ -186,6 +196,7 @@ def two_stage_metrics(
     "Accuracy, average recall, stage one's AUC and stage two's average recall"
     return [accuracy, AverageRecall(), StageOneAUC(first), StageTwoRecall(first)]
 
+# %% ../nbs/31_learner.ipynb #b9cd2ad2
 @delegates(classifier_learner)
 def two_stage_learner(
     dls:DataLoaders, # as from `ham10000_dataloaders`, of three classes or more
@@ -199,8 +210,8 @@ def two_stage_learner(
     hidden:tuple=(512, 128), # sizes of the dense layers of each stage's head
     ps:float=.2, # dropout of the heads, in [0,1)
     gamma=0., # focusing strength of the focal loss, >= 0, for both stages or a pair; 0 is cross-entropy
-    alpha=None, # class weights of the loss: as for `lesion_learner`, or a pair for the two stages; see `TwoStageFocalLoss`
-    patient:bool=None, # patient data as second input; None for what `dls` gives, which is none unless it was built with them
+    alpha=None, # class weights: as for `lesion_learner`, or a pair for the two stages; see `TwoStageFocalLoss`
+    patient:bool=None, # patient data as second input; None for what `dls` gives
     loss_func=None, # another loss on log-probabilities; `gamma` and `alpha` are then not used
     metrics=None, # None gives `two_stage_metrics`
     body_kwargs:dict=None, # for `timm.create_model`
@@ -209,13 +220,15 @@ def two_stage_learner(
     "A `Learner` that first tells one class from the rest, then the rest apart"
     _check_arch_name(arch)
     vocab,first = list(dls.vocab),first_class(dls, first)
-    bodies = [create_body(arch, pretrained=pretrained, weights=weights, **(body_kwargs or {})) for _ in range(1 if shared else 2)]
-    net = TwoStageNet(*bodies, n_out=len(vocab), first=vocab.index(first), hidden=hidden, ps=ps, combine=combine, n_patient=_n_patient(dls, patient))
+    body_kwargs = dict(pretrained=pretrained, weights=weights) | (body_kwargs or {})
+    bodies = [create_body(arch, **body_kwargs) for _ in range(1 if shared else 2)]
+    net = TwoStageNet(*bodies, n_out=len(vocab), first=vocab.index(first), hidden=hidden, ps=ps, combine=combine,
+                      n_patient=_n_patient(dls, patient))
     if loss_func is None: loss_func = TwoStageFocalLoss(gamma, _alpha_of(dls, alpha), vocab=vocab, first=first)
     if metrics is None: metrics = two_stage_metrics(first)
     return classifier_learner(dls, net, loss_func, metrics=metrics, **kwargs)
 
 # %% ../nbs/31_learner.ipynb #96f10034
 def paper_settings()->dict: # arguments of `two_stage_learner` and `lesion_learner`
-    "Loss and mixUp of the paper's best network: gamma 1, weights of inverse frequency, .7 of one image and .3 of another"
+    "Loss and mixUp of the paper's best network: gamma 1, inverse weights, .7 of one image and .3 of another"
     return dict(gamma=1., alpha='inverse', mixup=.7)

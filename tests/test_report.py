@@ -49,7 +49,7 @@ def test_names_from_outside_do_no_harm(evil, tmp_path):
 def test_any_class_set_and_its_decision(classes, tmp_path):
     table = synthetic_table(40, classes=classes)
     text = page(table.assign(decision=table.dx), tmp_path)
-    assert '1.000' in text and f"{scores(table)['accuracy']:.3f}" in text # the decision is right; the most probable class stands beside it
+    assert '1.000' in text and f"{scores(table)['accuracy']:.3f}" in text # the decision is right; the most probable class is beside it
     for c in classes: assert classes.full_name(c) in text
 
 

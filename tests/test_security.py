@@ -11,7 +11,7 @@ import torch
 
 from skin_lesions.cli import main, read_patients, read_split
 from skin_lesions.cache import resize_cache
-from skin_lesions.core import CODES
+from skin_lesions.classes import HAM10000
 from skin_lesions.data import ham10000_dataloaders
 from skin_lesions.dataset import _unzip
 from skin_lesions.readers import read_metadata
@@ -321,17 +321,17 @@ def test_no_cell_is_a_formula_and_every_text_comes_back(table, tmp_path):
     def text(): return ''.join(rng.choices(pieces, k=rng.randint(1, 6)))
     for _ in range(30):
         p = np.roll(np.array([1-6e-5, *[1e-5]*6]), 1)
-        bad = pd.DataFrame([p]*20, columns=CODES).assign(image_id=[f'{text()}{i}' for i in range(20)], group=[text() for _ in range(20)], problem=[text() for _ in range(20)])
+        bad = pd.DataFrame([p]*20, columns=list(HAM10000)).assign(image_id=[f'{text()}{i}' for i in range(20)], group=[text() for _ in range(20)], problem=[text() for _ in range(20)])
         bad['ood_score'] = -1e-5
         file = save_predictions(bad, tmp_path/'p.csv')
         with open(file, newline='', encoding='utf-8') as f: rows = list(csv.reader(f))
         for row in rows[1:]:
             for name, cell in zip(rows[0], row):
-                if name in (*CODES, 'ood_score'): float(cell)
+                if name in (*HAM10000, 'ood_score'): float(cell)
                 else: assert not cell or cell[0] not in '=+-@\t\r\n＝＋－＠', cell
         back = read_predictions(file)
         for c in ('image_id', 'group', 'problem'): assert list(back[c]) == list(bad[c])
-        assert (back[list(CODES)].to_numpy() == bad[list(CODES)].to_numpy()).all() and (back.ood_score == -1e-5).all()
+        assert (back[list(HAM10000)].to_numpy() == bad[list(HAM10000)].to_numpy()).all() and (back.ood_score == -1e-5).all()
         back = read_isic_submission(isic_submission(bad, tmp_path/'i.csv'))
         assert list(back.image_id) == list(bad.image_id)
         write_csv(bad[['image_id', 'group']].assign(path='a.jpg', dx='nv', is_valid=True), tmp_path/'split.csv')

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from skin_lesions.cli import main
-from skin_lesions.core import CODES
+from skin_lesions.classes import HAM10000
 from skin_lesions.data import ham10000_dataloaders
 from skin_lesions.readers import read_metadata
 from skin_lesions.report import html_report
@@ -39,7 +39,7 @@ def two(meta):
     return learners
 
 
-def a_table(i): return pd.DataFrame(np.roll(np.eye(7), i, 1).repeat(40, 0), columns=CODES).assign(image_id=[f'{i}_{k}' for k in range(280)])
+def a_table(i): return pd.DataFrame(np.roll(np.eye(7), i, 1).repeat(40, 0), columns=list(HAM10000)).assign(image_id=[f'{i}_{k}' for k in range(280)])
 
 
 # ---- killed while writing
@@ -72,7 +72,7 @@ def test_killed_while_writing(two, tmp_path):
             assert next(predictor.model.parameters()).flatten()[0].item() == bias[which], name
             seen.add(which)
         table = read_predictions(tmp_path/'predictions.csv')
-        assert len(table) == 280 and table.image_id.str[0].nunique() == 1 and (table[list(CODES)].to_numpy() == a_table(int(table.image_id[0][0]))[list(CODES)].to_numpy()).all()
+        assert len(table) == 280 and table.image_id.str[0].nunique() == 1 and (table[list(HAM10000)].to_numpy() == a_table(int(table.image_id[0][0]))[list(HAM10000)].to_numpy()).all()
         asides += len(list((tmp_path/'bundle').glob('model-*')))
     assert seen == {0, 1}
     save_bundle(two[0], tmp_path/'bundle', overwrite=True)

@@ -1,4 +1,4 @@
-"A thousand JPEGs that went wrong, made from drawn pictures: the same ones for the same seed."
+"A thousand JPEGs that went wrong, made from synthetic images: the same ones for the same random seed."
 import io, struct, zipfile
 import numpy as np
 from PIL import Image
@@ -6,20 +6,20 @@ from PIL import Image
 SIZE = (72, 54)
 
 
-def drawn(n=6):
-    "JPEGs of drawn lesions"
-    from skin_lesions.core import CODES
+def synthetic(n=6):
+    "JPEGs of synthetic lesions"
+    from skin_lesions.classes import HAM10000
     from skin_lesions.synthetic import draw_image
     out = []
     for i in range(n):
-        picture = Image.fromarray(draw_image(CODES[i % 7], i, i, seed=3, size=(144, 108))[0]).resize(SIZE)
-        out.append(saved(picture, 'JPEG', quality=88, subsampling=i % 3, progressive=i % 2 == 1))
+        image = Image.fromarray(draw_image(HAM10000.codes[i % len(HAM10000)], i, i, seed=3, size=(144, 108))[0]).resize(SIZE)
+        out.append(saved(image, 'JPEG', quality=88, subsampling=i % 3, progressive=i % 2 == 1))
     return out
 
 
-def saved(picture, kind, **kwargs):
+def saved(image, kind, **kwargs):
     data = io.BytesIO()
-    picture.save(data, kind, **kwargs)
+    image.save(data, kind, **kwargs)
     return data.getvalue()
 
 
@@ -27,7 +27,7 @@ def opened(jpg): return Image.open(io.BytesIO(jpg)).convert('RGB')
 def truncated(jpg, rng): return jpg[:rng.integers(1, len(jpg))]
 def last_bytes_gone(jpg, rng): return jpg[:-int(rng.integers(1, 60))]
 def zero_bytes(jpg, rng): return b''
-def two_pictures(jpg, rng): return jpg + jpg
+def two_images(jpg, rng): return jpg + jpg
 def deleted(jpg, rng): a = int(rng.integers(2, len(jpg) - 40)); return jpg[:a] + jpg[a + int(rng.integers(1, 40)):]
 def inserted(jpg, rng): a = int(rng.integers(2, len(jpg))); return jpg[:a] + rng.bytes(int(rng.integers(1, 40))) + jpg[a:]
 
@@ -50,7 +50,7 @@ def zeroed(jpg, rng):
 def wrong_type(jpg, rng):
     zipped = io.BytesIO()
     with zipfile.ZipFile(zipped, 'w') as z: z.writestr('a.jpg', jpg)
-    choices = [b'no picture', rng.bytes(500), b'<html><body>404</body></html>', b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', b'%PDF-1.7\n', zipped.getvalue(), jpg[:2], bytes(300), b'\x00\x00\x00\x18ftypheic' + bytes(200)]
+    choices = [b'not an image', rng.bytes(500), b'<html><body>404</body></html>', b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', b'%PDF-1.7\n', zipped.getvalue(), jpg[:2], bytes(300), b'\x00\x00\x00\x18ftypheic' + bytes(200)]
     return choices[rng.integers(len(choices))]
 
 
@@ -67,15 +67,15 @@ def huge(jpg, rng):
 
 
 def other_mode(jpg, rng):
-    picture = opened(jpg)
-    grey = picture.convert('L')
-    alpha = picture.convert('RGBA')
+    image = opened(jpg)
+    grey = image.convert('L')
+    alpha = image.convert('RGBA')
     if rng.random() < .5: alpha.putpixel((3, 4), (0, 0, 0, int(rng.integers(256))))
     sixteen = Image.fromarray(np.asarray(grey).astype(np.uint16)*257)
-    choices = [('JPEG', picture.convert('CMYK')), ('PNG', sixteen), ('TIFF', sixteen), ('TIFF', grey.convert('F')), ('JPEG', grey), ('PNG', grey.convert('1')), ('PNG', picture.quantize(16)), ('PNG', alpha),
-               ('PNG', grey.convert('LA')), ('TIFF', picture.convert('CMYK')), ('TIFF', picture.convert('LAB'))]
-    kind, image = choices[rng.integers(len(choices))]
-    return saved(image, kind)
+    choices = [('JPEG', image.convert('CMYK')), ('PNG', sixteen), ('TIFF', sixteen), ('TIFF', grey.convert('F')), ('JPEG', grey), ('PNG', grey.convert('1')), ('PNG', image.quantize(16)), ('PNG', alpha),
+               ('PNG', grey.convert('LA')), ('TIFF', image.convert('CMYK')), ('TIFF', image.convert('LAB'))]
+    kind, chosen = choices[rng.integers(len(choices))]
+    return saved(chosen, kind)
 
 
 def exif(jpg, rng):
@@ -94,11 +94,11 @@ def animated(jpg, rng):
 def tiny(jpg, rng): return saved(opened(jpg).resize(rng.integers(1, 5, 2).tolist()), 'PNG')
 
 
-KINDS = (truncated, last_bytes_gone, flipped, flipped_header, zeroed, deleted, inserted, zero_bytes, two_pictures, wrong_type, other_kind, huge, other_mode, exif, animated, tiny)
+KINDS = (truncated, last_bytes_gone, flipped, flipped_header, zeroed, deleted, inserted, zero_bytes, two_images, wrong_type, other_kind, huge, other_mode, exif, animated, tiny)
 
 
 def mutated(n=1000, seed=0):
     "`n` pairs of a kind and the bytes of a file"
-    rng, base = np.random.default_rng(seed), drawn()
+    rng, base = np.random.default_rng(seed), synthetic()
     kinds = [KINDS[i % len(KINDS)] for i in range(n)]
     return [(k.__name__, k(base[int(rng.integers(len(base)))], rng)) for k in kinds]
