@@ -1,4 +1,4 @@
-"""Grad-CAM here against the package grad-cam: one batch of 32 at 128 pixels, same network, layer and classes, both in this process in turn.
+"""Grad-CAM here against the package grad-cam: one batch, same network, layer and classes, both in this process in turn.
 
     python benchmarks/speed/gradcam.py
 """
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 
-def timed(run, cuda):
+def seconds(run, cuda):
     "Seconds of one call"
     if cuda: torch.cuda.synchronize()
     start = time.perf_counter()
@@ -17,44 +17,67 @@ def timed(run, cuda):
     return time.perf_counter() - start
 
 
-def main(args):
-    from pytorch_grad_cam import GradCAM as Package
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-    from skin_lesions.gradcam import GradCAM
+def network(args):
+    "An untrained network of HAM10000's classes"
+    from skin_lesions.classes import HAM10000
     from skin_lesions.networks import LesionNet, TwoStageNet, create_body
-    if args.threads: torch.set_num_threads(args.threads)
     torch.manual_seed(42)
-    kind = TwoStageNet if args.model == 'two-stage' else LesionNet
-    net = kind(create_body(args.arch, pretrained=False)).to(args.device).eval()
-    if args.channels_last: net = net.to(memory_format=torch.channels_last)
-    x, classes = torch.randn(args.bs, 3, args.size, args.size, device=args.device), [i % 7 for i in range(args.bs)]
-    with GradCAM(net) as ours:
-        first = ours.cam(x, classes)
-        layer = next(iter(ours.layers.values()))
-        with Package(model=net, target_layers=[net.get_submodule(layer)]) as package:
-            targets = [ClassifierOutputTarget(c) for c in classes]
-            theirs = package(input_tensor=x, targets=targets)
-            r = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(first.cpu().numpy(), theirs) if a.std() and b.std()]
-    # the hooks of one must not be there while the other is timed
+    body = create_body(args.arch, pretrained=False)
+    if args.model == 'two-stage': net = TwoStageNet(body, n_out=len(HAM10000), first=HAM10000.index(HAM10000.first))
+    else: net = LesionNet(body, len(HAM10000))
+    net = net.to(args.device).eval()
+    return net.to(memory_format=torch.channels_last) if args.channels_last else net
+
+
+def correlations(ours, theirs):
+    "Correlation of both maps of each image that has a map"
+    pairs = [(a.ravel(), b.ravel()) for a, b in zip(ours, theirs) if a.std() and b.std()]
+    return [np.corrcoef(a, b)[0, 1] for a, b in pairs]
+
+
+def main(args):
+    from pytorch_grad_cam import GradCAM as PackageGradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    from skin_lesions.classes import HAM10000
+    from skin_lesions.gradcam import GradCAM
+    if args.threads: torch.set_num_threads(args.threads)
+    net = network(args)
+    x = torch.randn(args.bs, 3, args.size, args.size, device=args.device)
+    classes = [i % len(HAM10000) for i in range(args.bs)]
+    targets = [ClassifierOutputTarget(c) for c in classes]
+    with GradCAM(net) as explain:
+        our_maps = explain.cam(x, classes).cpu().numpy()
+        layer = next(iter(explain.layers.values()))
+    module = net.get_submodule(layer)
+
+    # each enters its own block, so that the hooks of one are not there while the other is timed
     def run_ours():
-        with GradCAM(net, layer) as g: g.cam(x, classes).cpu()
+        with GradCAM(net, layer) as explain: return explain.cam(x, classes).cpu()
     def run_package():
-        with Package(model=net, target_layers=[net.get_submodule(layer)]) as g: g(input_tensor=x, targets=targets)
-    times = [(timed(run_ours, args.device == 'cuda'), timed(run_package, args.device == 'cuda')) for _ in range(args.repeats + 1)][1:]
-    a, b = (statistics.median(t) for t in zip(*times))
-    ratios = sorted(q/p for p, q in times)
-    print(f'{args.model} {args.arch}, layer {layer}, {args.bs} images of {args.size} pixels, {args.device}, {torch.get_num_threads()} threads')
-    print(f'here {a:.3f} s, grad-cam {b:.3f} s: {b/a:.2f} times as fast (median of {args.repeats} pairs; ratio from {ratios[0]:.2f} to {ratios[-1]:.2f}); smallest correlation of the maps {min(r):.6f} ({len(r)} images with a map)')
+        with PackageGradCAM(model=net, target_layers=[module]) as explain:
+            return explain(input_tensor=x, targets=targets)
+
+    r = correlations(our_maps, run_package())
+    cuda = args.device == 'cuda'
+    times = [(seconds(run_ours, cuda), seconds(run_package, cuda)) for _ in range(args.repeats + 1)][1:]
+    ours, package = (statistics.median(t) for t in zip(*times))
+    ratios = sorted(b/a for a, b in times)
+    print(f'{args.model} {args.arch}, layer {layer}, {args.bs} images of {args.size} pixels, {args.device}, '
+          f'{torch.get_num_threads()} threads')
+    print(f'here {ours:.3f} s, grad-cam {package:.3f} s: {statistics.median(ratios):.2f} times as fast '
+          f'(median of {args.repeats} pairs; ratio from {ratios[0]:.2f} to {ratios[-1]:.2f})')
+    print(f'smallest correlation of the maps {min(r):.6f} ({len(r)} images with a map)')
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--arch', default='tf_efficientnet_lite0')
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--arch', default='tf_efficientnet_lite0', help='timm architecture')
     parser.add_argument('--model', choices=('one-stage', 'two-stage'), default='two-stage')
-    parser.add_argument('--bs', type=int, default=32)
-    parser.add_argument('--size', type=int, default=128)
+    parser.add_argument('--bs', type=int, default=32, help='images in the batch')
+    parser.add_argument('--size', type=int, default=128, help='side of the images, pixels')
     parser.add_argument('--device', default='cpu')
-    parser.add_argument('--repeats', type=int, default=7)
+    parser.add_argument('--repeats', type=int, default=7, help='pairs')
     parser.add_argument('--threads', type=int, help='of PyTorch; without it, all')
-    parser.add_argument('--channels-last', action='store_true', help="the network in channels_last memory order, as the learners have it")
+    parser.add_argument('--channels-last', action='store_true', help='memory order as the learners give it')
     main(parser.parse_args())

@@ -8,6 +8,7 @@ from sides import in_turn, report
 
 
 def importing(module):
+    "A function that imports a module in a fresh interpreter; seconds"
     def run():
         start = time.perf_counter()
         subprocess.run([sys.executable, '-W', 'ignore', '-c', f'import {module}'], check=True)
@@ -15,8 +16,13 @@ def importing(module):
     return run
 
 
+def main(args):
+    pairs = in_turn(importing('skin_lesions.learner'), importing('fastai.vision.all'), args.repeats)
+    report('import skin_lesions.learner', 'import fastai.vision.all', '<= 1.1', 's', pairs)
+
+
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--repeats', type=int, default=5)
-    args = parser.parse_args()
-    report('import skin_lesions.learner', 'import fastai.vision.all', '<= 1.1', 's', in_turn(importing('skin_lesions.learner'), importing('fastai.vision.all'), args.repeats))
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--repeats', type=int, default=5, help='pairs')
+    main(parser.parse_args())

@@ -2,22 +2,30 @@
 
     python benchmarks/speed/pretext.py [--threads 1]
 
-1. `disorder_context` on a batch of 64 at 128 pixels, 20 swaps, against the algorithm written line by line (each image, each swap, each pixel), and against the same with one slice a patch.
-2. A training step of each pretext against the plain training step of the same network: rotation against EfficientNet-Lite0 with six outputs, restoration against the U-Net fed the images as they are.
+1. `disorder_context` on a batch of 64 at 128 pixels, 20 swaps, against the algorithm written line by line (each image,
+   each swap, each pixel), and against the same with one slice a patch.
+2. A training step of each pretext against the plain training step of the same network: rotation against
+   EfficientNet-Lite0 with six outputs, restoration against the U-Net fed the images as they are.
 """
 import argparse, statistics, time
 
 import torch
 from torch.nn import functional as F
 
+PATCH, SWAPS, ANGLES = 8, 20, 6
 
-def seconds(f, n):
-    "Median time of a call after one to warm up"
+
+def seconds(f):
+    "Seconds of one call"
+    start = time.perf_counter()
     f()
-    times = []
-    for _ in range(n):
-        start = time.perf_counter(); f(); times.append(time.perf_counter()-start)
-    return statistics.median(times)
+    return time.perf_counter() - start
+
+
+def in_turn(a, b, repeats):
+    "Median of the time of `b` in that of `a`, pair by pair; the first pair warms up"
+    pairs = [(seconds(a), seconds(b)) for _ in range(repeats + 1)][1:]
+    return statistics.median(second/first for first, second in pairs)
 
 
 def by_pixel(x, swaps, patch):
@@ -43,45 +51,56 @@ def by_slice(x, swaps, patch):
     return x
 
 
-def disorder():
+def disorder(args):
+    "`disorder_context` against both loops"
     from skin_lesions.pretext import disorder_context, draw_swaps, swap_patches
-    x = torch.randn(64, 3, 128, 128)
+    size = args.size, args.size
+    x = torch.randn(args.bs, 3, *size)
     for grid in (True, False):
-        swaps = draw_swaps(64, (128, 128), 8, 20, grid)
-        assert torch.equal(swap_patches(x, swaps, 8, grid), by_pixel(x, swaps, 8))
-        ours = seconds(lambda: disorder_context(x, 8, 20, grid), 20)
-        for name, loop, n in (('pixel loop', by_pixel, 1), ('slice loop', by_slice, 5)):
-            slow = seconds(lambda: loop(x, draw_swaps(64, (128, 128), 8, 20, grid), 8), n)
-            print(f"disorder_context, {'grid' if grid else 'anywhere':8}  {name}: {slow/ours:7.1f} times as long")
+        swaps = draw_swaps(args.bs, size, PATCH, SWAPS, grid)
+        assert torch.equal(swap_patches(x, swaps, PATCH, grid), by_pixel(x, swaps, PATCH))
+        for name, loop, repeats in (('pixel loop', by_pixel, 1), ('slice loop', by_slice, args.repeats)):
+            def ours(): disorder_context(x, PATCH, SWAPS, grid)
+            def theirs(): loop(x, draw_swaps(args.bs, size, PATCH, SWAPS, grid), PATCH)
+            ratio = in_turn(ours, theirs, repeats)
+            print(f"disorder_context, {'grid' if grid else 'anywhere':8}  {name}: {ratio:7.1f} times as long")
 
 
-def steps():
+def training_step(net, loss, make_batch, x):
+    "A function that makes a batch of images and takes a step"
+    opt = torch.optim.Adam(net.parameters())
+    def run():
+        inputs, targets = make_batch(x)
+        opt.zero_grad()
+        loss(net(inputs), targets).backward()
+        opt.step()
+    return run
+
+
+def steps(args):
+    "A step of each pretext against the plain step of the same network"
     from skin_lesions.networks import LesionNet, create_body
     from skin_lesions.pretext import PredictRotation, RestorationNet, RestoreContext
-    x, k = torch.randn(64, 3, 128, 128), torch.randint(6, (64,))
-    def step(net, loss, draw):
-        opt = torch.optim.Adam(net.parameters())
-        def f():
-            a, b = draw(x)
-            opt.zero_grad(); loss(net(a), b).backward(); opt.step()
-        return f
-    rotation, restoration = PredictRotation(6), RestoreContext(8, 20)
-    body = lambda: create_body(pretrained=False)
-    rows = (('rotation', LesionNet(body(), 6, (), 0.), F.cross_entropy, lambda x: (x, k), rotation.draw),
-            ('restoration', RestorationNet(body(), (128, 128)), F.mse_loss, lambda x: (x, x), restoration.draw))
-    for name, net, loss, plain, draw in rows:
+    size = args.size, args.size
+    x, angles = torch.randn(args.bs, 3, *size), torch.randint(ANGLES, (args.bs,))
+    rotation = LesionNet(create_body(pretrained=False), ANGLES, (), 0.)
+    restoration = RestorationNet(create_body(pretrained=False), size)
+    rows = (('rotation', rotation, F.cross_entropy, lambda x: (x, angles), PredictRotation(ANGLES).draw),
+            ('restoration', restoration, F.mse_loss, lambda x: (x, x), RestoreContext(PATCH, SWAPS).draw))
+    for name, net, loss, plain, pretext in rows:
         net = net.to(memory_format=torch.channels_last)
-        a, b = step(net, loss, plain), step(net, loss, draw)
-        a(); b()
-        pairs = []
-        for _ in range(3): # alternating, so that other work on the machine meets both
-            start = time.perf_counter(); a(); middle = time.perf_counter(); b(); end = time.perf_counter()
-            pairs.append((end-middle)/(middle-start))
-        print(f"{name}: a pretext step takes {statistics.median(pairs):.2f} of the plain step of the same network")
+        ratio = in_turn(training_step(net, loss, plain, x), training_step(net, loss, pretext, x), args.repeats)
+        print(f'{name}: a pretext step takes {ratio:.2f} of the plain step of the same network')
 
 
-if __name__=='__main__':
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--threads', type=int, default=1)
-    torch.set_num_threads(p.parse_args().threads)
-    disorder(); steps()
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--threads', type=int, default=1, help='of PyTorch')
+    parser.add_argument('--bs', type=int, default=64, help='images in a batch')
+    parser.add_argument('--size', type=int, default=128, help='side of the images, pixels')
+    parser.add_argument('--repeats', type=int, default=5, help='pairs')
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    disorder(args)
+    steps(args)
