@@ -14,8 +14,7 @@ def main(args):
     from skin_lesions.readers import read_metadata
     from skin_lesions.decide import expected_calibration_error
     from skin_lesions.evaluate import scores
-    from skin_lesions.experiments import _interval, _share_right
-    from skin_lesions.metrics import _recalls
+    from skin_lesions.bootstrap import average_recall_interval, fraction_right
     from skin_lesions.bundle import BUNDLE_NAMES, named_bundle, read_bundle
     from skin_lesions.predict import load_predictor
     from skin_lesions.split import challenge_validation
@@ -32,16 +31,14 @@ def main(args):
         table = predictor.predict(valid, progress=False)
         assert table.problem.isna().all()
         table = table.drop(columns='problem')
-        right = _share_right([table])
-        value, drawn = _recalls(right, 1000, 42)
-        low, high = _interval(drawn)
+        right, (value, low, high, *_) = fraction_right(table), average_recall_interval(table)
         found[reading] = dict(accuracy=float(right.right.mean()), average_recall=value, low=low, high=high, macro_auc=float(scores(table)['macro_auc']), calibration_error=float(expected_calibration_error(table)),
                               recall={c: float(right.right[right.dx == c].mean()) for c in CODES})
         if 'refer' in table: found[reading] |= dict(referred=float(table.refer.astype(bool).mean()), malignant_referred=float(table.refer[table.dx.isin(MALIGNANT)].astype(bool).mean()))
         if 'ood' in table: found[reading]['unusual'] = float(table.ood.astype(bool).mean())
         print(reading, found[reading])
     c = (record.get('scores') or {}).get('config', {})
-    look = dict(date=date.today().isoformat(), bundle=args.bundle, sha256=record['sha256'], network=f"{c['arch']}, {c['stages']} stages, {c['size']} pixels, {c['epochs']} epochs" if c else args.bundle, images=len(valid), groups=int(valid.group.nunique()), counts={c: int((valid.dx == c).sum()) for c in CODES}, readings=found)
+    look = dict(date=date.today().isoformat(), bundle=args.bundle, sha256=record['sha256'], network=f"{c['arch']}, {c['stages']} stages, steps {c['steps']}" if 'steps' in c else args.bundle, images=len(valid), groups=int(valid.group.nunique()), counts={c: int((valid.dx == c).sum()) for c in CODES}, readings=found)
     out.write_text(json.dumps(dict(looks=[*looks, look]), indent=1) + '\n')
 
 
