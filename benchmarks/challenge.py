@@ -8,9 +8,7 @@ from pathlib import Path
 
 
 def main(args):
-    from skin_lesions.core import CODES
-    from skin_lesions.classes import MALIGNANT
-
+    from skin_lesions.classes import HAM10000
     from skin_lesions.readers import read_metadata
     from skin_lesions.decide import expected_calibration_error
     from skin_lesions.evaluate import scores
@@ -33,12 +31,12 @@ def main(args):
         table = table.drop(columns='problem')
         right, (value, low, high, *_) = fraction_right(table), average_recall_interval(table)
         found[reading] = dict(accuracy=float(right.right.mean()), average_recall=value, low=low, high=high, macro_auc=float(scores(table)['macro_auc']), calibration_error=float(expected_calibration_error(table)),
-                              recall={c: float(right.right[right.dx == c].mean()) for c in CODES})
-        if 'refer' in table: found[reading] |= dict(referred=float(table.refer.astype(bool).mean()), malignant_referred=float(table.refer[table.dx.isin(MALIGNANT)].astype(bool).mean()))
+                              recall={c: float(right.right[right.dx == c].mean()) for c in HAM10000.codes})
+        if 'refer' in table: found[reading] |= dict(referred=float(table.refer.astype(bool).mean()), malignant_referred=float(table.refer[table.dx.isin(HAM10000.malignant)].astype(bool).mean()))
         if 'ood' in table: found[reading]['unusual'] = float(table.ood.astype(bool).mean())
         print(reading, found[reading])
     c = (record.get('scores') or {}).get('config', {})
-    look = dict(date=date.today().isoformat(), bundle=args.bundle, sha256=record['sha256'], network=f"{c['arch']}, {c['stages']} stages, steps {c['steps']}" if 'steps' in c else args.bundle, images=len(valid), groups=int(valid.group.nunique()), counts={c: int((valid.dx == c).sum()) for c in CODES}, readings=found)
+    look = dict(date=date.today().isoformat(), bundle=args.bundle, sha256=record['sha256'], network=f"{c['arch']}, {c['stages']} stages, steps {c['steps']}" if 'steps' in c else args.bundle, images=len(valid), groups=int(valid.group.nunique()), counts={c: int((valid.dx == c).sum()) for c in HAM10000.codes}, readings=found)
     out.write_text(json.dumps(dict(looks=[*looks, look]), indent=1) + '\n')
 
 
