@@ -1,25 +1,30 @@
-"""All scores of a table with their bootstrap intervals: `score_intervals` against a plain loop over the draws with scikit-learn.
+"""All scores of a table with their bootstrap intervals: `score_intervals` against a plain loop over the draws.
 
     python benchmarks/score_intervals.py
 
-The loop puts the drawn lesions' images together and calls scikit-learn for every score, as one would write it; it runs for few draws and is scaled to all of them.
+The loop puts the drawn lesions' images together and calls scikit-learn for every score, as one would write it; it runs
+for few draws and is scaled to all of them.
 """
 import argparse, os, resource, statistics, time, warnings
 
 import numpy as np
 import pandas as pd
 import sklearn.metrics as skm
+from skin_lesions.classes import HAM10000
+from skin_lesions.synthetic import HAM10000_COUNTS
 
-FREQ = np.array([327, 514, 1099, 115, 1113, 6705, 142])
+CODES = list(HAM10000)
+COUNTS = np.array([HAM10000_COUNTS[c] for c in CODES])
+MALIGNANT = [HAM10000.index(c) for c in HAM10000.malignant]
 
 
-def drawn_table(n_images, n_lesions, seed=42):
+def synthetic_table(n_images, n_lesions, seed=42):
     "A table with the class frequencies of HAM10000, lesions of one to some images"
-    from skin_lesions.core import CODES
-    rng = np.random.default_rng(seed)
-    classes = np.append(np.arange(7), rng.choice(7, n_lesions-7, p=FREQ/FREQ.sum()))
-    lesion = np.sort(np.append(np.arange(n_lesions), rng.integers(n_lesions, size=n_images-n_lesions)))
-    logits = rng.normal(size=(n_lesions, 7))[lesion] + rng.normal(size=(n_images, 7)) + np.log(FREQ/FREQ.mean())*.5
+    k, rng = len(CODES), np.random.default_rng(seed)
+    classes = np.append(np.arange(k), rng.choice(k, n_lesions - k, p=COUNTS/COUNTS.sum()))
+    lesion = np.sort(np.append(np.arange(n_lesions), rng.integers(n_lesions, size=n_images - n_lesions)))
+    logits = rng.normal(size=(n_lesions, k))[lesion] + rng.normal(size=(n_images, k))
+    logits += np.log(COUNTS/COUNTS.mean())*.5
     logits[np.arange(n_images), classes[lesion]] += 2.2
     p = np.exp(logits)/np.exp(logits).sum(1, keepdims=True)
     table = pd.DataFrame(p, columns=CODES).assign(image_id=[f'I{i:06}' for i in range(n_images)])
@@ -27,28 +32,39 @@ def drawn_table(n_images, n_lesions, seed=42):
 
 
 def auc_above(y, p, sensitivity=.8):
+    "Area under the ROC curve where the sensitivity is above a limit"
     fpr, tpr, _ = skm.roc_curve(y, p, drop_intermediate=False)
     i = np.argmax(tpr >= sensitivity)
     start = np.interp(sensitivity, tpr[i-1:i+1], fpr[i-1:i+1])
     return skm.auc(np.append(start, fpr[i:]), np.append(sensitivity, tpr[i:]))
 
 
+def class_scores(true, p, decided):
+    "The scores of a class against the rest: by the decision, by a probability above one half, and by rank"
+    called, one = p > .5, dict(zero_division=1.)
+    precision, recall, f1, _ = skm.precision_recall_fscore_support(true, decided, average='binary',
+                                                                   zero_division=np.nan)
+    by_half = (skm.accuracy_score(true, called), skm.recall_score(true, called, **one),
+               skm.recall_score(~true, ~called, **one), skm.f1_score(true, called, **one),
+               skm.precision_score(true, called, **one), skm.precision_score(~true, ~called, **one))
+    by_rank = skm.roc_auc_score(true, p), auc_above(true, p), skm.average_precision_score(true, p)
+    return (recall, precision, f1, *by_half, *by_rank)
+
+
 def plain_scores(p, y):
-    "The 102 scores of one draw by scikit-learn, in the order of `score_intervals`"
-    again, pred = dict(zero_division=1.), p.argmax(1)
-    label = np.where((p == p.max(1, keepdims=True)).sum(1) == 1, pred, 7)
-    rows = []
-    for c in range(7):
-        true, called = y == c, p[:, c] > .5
-        precision, recall, f1, _ = skm.precision_recall_fscore_support(true, pred == c, average='binary', zero_division=np.nan)
-        rows.append((recall, precision, f1, skm.accuracy_score(true, called), skm.recall_score(true, called, **again), skm.recall_score(~true, ~called, **again),
-                     skm.f1_score(true, called, **again), skm.precision_score(true, called, **again), skm.precision_score(~true, ~called, **again),
-                     skm.roc_auc_score(true, p[:, c]), auc_above(true, p[:, c]), skm.average_precision_score(true, p[:, c])))
-    by_class = np.array(rows).T
-    bad, risk = np.isin(y, [0, 1, 4]), p[:, [0, 1, 4]].sum(1)
-    whole = [skm.accuracy_score(y, pred), skm.balanced_accuracy_score(y, pred), np.mean([(label[y == c] == c).mean() for c in range(7)])]
-    return np.concatenate([whole, np.column_stack([np.nanmean(by_class, 1), by_class]).ravel(),
-                           [skm.roc_auc_score(bad, risk), auc_above(bad, risk), skm.average_precision_score(bad, risk)]])
+    "The scores of one draw by scikit-learn, in the order of `score_intervals`"
+    decided = p.argmax(1)
+    # in the official balanced accuracy a tie is wrong
+    tied = (p == p.max(1, keepdims=True)).sum(1) > 1
+    label = np.where(tied, -1, decided)
+    by_class = np.array([class_scores(y == c, p[:, c], decided == c) for c in range(p.shape[1])]).T
+    malignant, risk = np.isin(y, MALIGNANT), p[:, MALIGNANT].sum(1)
+    official = np.mean([(label[y == c] == c).mean() for c in range(p.shape[1])])
+    whole = [skm.accuracy_score(y, decided), skm.balanced_accuracy_score(y, decided), official]
+    ranked = [skm.roc_auc_score(malignant, risk), auc_above(malignant, risk),
+              skm.average_precision_score(malignant, risk)]
+    with_macro = np.column_stack([np.nanmean(by_class, 1), by_class])
+    return np.concatenate([whole, with_macro.ravel(), ranked])
 
 
 def timed(run):
@@ -58,49 +74,61 @@ def timed(run):
     return out, time.perf_counter() - start
 
 
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024  # MB
+
+
+def against_loop(table, n_draws, n_loop):
+    "Scores of a few draws here and by the loop, the same draws, and the loop's seconds a draw"
+    from skin_lesions.bootstrap import in_draws, labelled, unit_draws, units_of
+    from skin_lesions.evaluate import AllScores
+    units, _ = units_of(table)
+    score = AllScores(table, units)
+    draws = unit_draws(score.stratum, n_draws, 42)[:n_loop]
+    p, y, _ = labelled(table)
+
+    def loop():
+        rows = (np.repeat(np.arange(len(table)), d[units].astype(int)) for d in draws)
+        return np.stack([plain_scores(p[r], y[r]) for r in rows], axis=1)
+
+    theirs, seconds = timed(loop)
+    return in_draws(score, draws, len(table)), theirs, seconds/len(draws)
+
+
+def sharpened(table):
+    "Another table of the same images"
+    p = table[CODES]**1.1
+    return table.assign(**p.div(p.sum(axis=1), axis=0))
+
+
 def main(args):
-    from skin_lesions import evaluate
-    from skin_lesions.core import CODES
+    from skin_lesions.evaluate import compare, operating_points, score_intervals
     from skin_lesions.predictions import read_predictions
     warnings.simplefilter('ignore')
-    table = read_predictions(args.table) if args.table else drawn_table(args.images, args.lesions)
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
-    before = peak()
-    cpu = time.process_time()
-    fast = [timed(lambda: evaluate.score_intervals(table, args.draws)) for _ in range(args.repeats)]
-    cpu = (time.process_time() - cpu)/args.repeats
-    seconds, used = statistics.median(t for _, t in fast), peak() - before
-    other = table.assign(**dict(zip(CODES, (table[list(CODES)]**1.1).to_numpy().T)))
-    other[list(CODES)] = other[list(CODES)].div(other[list(CODES)].sum(axis=1), axis=0)
-    paired = timed(lambda: evaluate.compare(table, other, args.draws))[1]
-    points = timed(lambda: evaluate.operating_points(table, args.draws))[1]
-
-    # the loop gets the same draws, so that its numbers can be held against ours
-    units, _ = evaluate._lesions(table)
-    score = evaluate._AllScores(table, units)
-    draws = evaluate._unit_draws(score.stratum, args.draws, 42)[:args.loop]
-    p, y = table[list(CODES)].to_numpy(), table.dx.map({c: i for i, c in enumerate(CODES)}).to_numpy()
-    def loop():
-        out = []
-        for d in draws:
-            rows = np.repeat(np.arange(len(table)), d[units].astype(int))
-            out.append(plain_scores(p[rows], y[rows]))
-        return np.stack(out, axis=1)
-    slow, loop_seconds = timed(loop)
-    ours = evaluate._in_draws(score, draws, len(table))
-    each = loop_seconds/len(draws)
-    print(f'{len(table):,} images, {len(score.stratum):,} lesions, {args.draws:,} draws, {len(ours)} scores, {os.cpu_count()} cores')
-    print(f'score_intervals {seconds:.2f} s (median of {args.repeats}, {min(t for _, t in fast):.2f} to {max(t for _, t in fast):.2f}; {cpu:.2f} s of one core); {used:.0f} MB more at the peak')
-    print(f'plain loop {each:.3f} s a draw ({len(draws)} draws), {each*args.draws:.0f} s for all: {each*args.draws/seconds:.0f} times as long; largest difference of a score {np.nanmax(np.abs(ours-slow)):.1e}')
+    table = read_predictions(args.table) if args.table else synthetic_table(args.images, args.lesions)
+    before, cpu = peak(), time.process_time()
+    times = [timed(lambda: score_intervals(table, args.draws))[1] for _ in range(args.repeats)]
+    cpu, used = (time.process_time() - cpu)/args.repeats, peak() - before
+    seconds = statistics.median(times)
+    paired = timed(lambda: compare(table, sharpened(table), args.draws))[1]
+    points = timed(lambda: operating_points(table, args.draws))[1]
+    ours, theirs, each = against_loop(table, args.draws, args.loop)
+    print(f'{len(table):,} images, {table.group.nunique():,} lesions, {args.draws:,} draws, {len(ours)} scores, '
+          f'{os.cpu_count()} cores')
+    print(f'score_intervals {seconds:.2f} s (median of {args.repeats}, {min(times):.2f} to {max(times):.2f}; '
+          f'{cpu:.2f} s of one core); {used:.0f} MB more at the peak')
+    print(f'plain loop {each:.3f} s a draw ({args.loop} draws), {each*args.draws:.0f} s for all: '
+          f'{each*args.draws/seconds:.0f} times as long')
+    print(f'largest difference of a score {np.nanmax(np.abs(ours - theirs)):.1e}')
     print(f'compare {paired:.2f} s, operating_points {points:.2f} s')
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--images', type=int, default=10_000)
     parser.add_argument('--lesions', type=int, default=7_450)
     parser.add_argument('--draws', type=int, default=1000)
     parser.add_argument('--loop', type=int, default=5, help='draws of the plain loop')
     parser.add_argument('--repeats', type=int, default=5)
-    parser.add_argument('--table', help='predictions CSV instead of a drawn table')
+    parser.add_argument('--table', help='predictions CSV instead of a synthetic table')
     main(parser.parse_args())

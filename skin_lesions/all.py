@@ -36,12 +36,13 @@ from .split import leak_report, split_by_image, split_by_lesion
 from .synthetic import synthetic_dataset, synthetic_ham10000
 from .train import train_run
 
-# %% ../nbs/85_all.ipynb #6b2eb328
-_all_ = ['CLASS_SETS', 'ClassSet', 'FocalLossFlat', 'GradCAM', 'MixUp', 'RECIPES', 'class_scores', 'class_set', 'class_weights',
-         'classes_of', 'compare', 'decide_table', 'download_ham10000', 'find_recipe', 'fit_decisions', 'get_predictions',
-         'ham10000_dataloaders', 'html_report', 'leak_report', 'lesion_learner', 'load_predictor', 'map_classes',
-         'paper_settings', 'plot_class_frequencies', 'plot_confusion', 'plot_examples', 'plot_gradcam', 'plot_roc',
-         'pretext_dataloaders', 'read_csv_dataset', 'read_metadata', 'read_predictions', 'resize_cache',
-         'restoration_learner', 'rotation_learner', 'save_bundle', 'save_predictions', 'score_intervals', 'scores',
-         'split_by_image', 'split_by_lesion', 'synthetic_dataset', 'synthetic_ham10000', 'train_run', 'transfer_body',
-         'two_stage_learner', 'with_changes']
+# %% ../nbs/85_all.ipynb #a0a760ec
+_all_ = ['CLASS_SETS', 'ClassSet', 'FocalLossFlat', 'GradCAM', 'MixUp', 'RECIPES', 'class_scores', 'class_set',
+         'class_weights', 'classes_of', 'compare', 'decide_table', 'download_ham10000', 'find_recipe',
+         'fit_decisions', 'get_predictions', 'ham10000_dataloaders', 'html_report', 'leak_report',
+         'lesion_learner', 'load_predictor', 'map_classes', 'paper_settings', 'plot_class_frequencies',
+         'plot_confusion', 'plot_examples', 'plot_gradcam', 'plot_roc', 'pretext_dataloaders',
+         'read_csv_dataset', 'read_metadata', 'read_predictions', 'resize_cache', 'restoration_learner',
+         'rotation_learner', 'save_bundle', 'save_predictions', 'score_intervals', 'scores',
+         'split_by_image', 'split_by_lesion', 'synthetic_dataset', 'synthetic_ham10000', 'train_run',
+         'transfer_body', 'two_stage_learner', 'with_changes']

@@ -266,7 +266,7 @@ def _set_of_labels(labels)->ClassSet:
     best = max(covered, key=covered.get) # the first of equals: HAM10000
     return CLASS_SETS[best] if covered[best]>.5 else from_codes(sorted(map(str, labels.unique())))
 
-# %% ../nbs/01_classes.ipynb #2368089d
+# %% ../nbs/01_classes.ipynb #dc9483ed
 def _of_vocab(vocab)->ClassSet:
     "The known set with these codes in this order, else a set of them"
     known = [s for s in CLASS_SETS.values() if s.codes==tuple(vocab)]
@@ -280,8 +280,8 @@ def _of_frame(frame)->ClassSet:
     if len(codes)>1: return from_codes(codes)
     labels = frame.dx.dropna() if 'dx' in frame else []
     if len(labels)==0:
-        raise ValueError("the class set of the frame is unknown: it has neither probability columns nor diagnoses in 'dx'; "
-                         "with_classes(frame, classes) gives it one")
+        raise ValueError("the class set of the frame is unknown: it has neither probability columns nor diagnoses in "
+                         "'dx'; with_classes(frame, classes) gives it one")
     return _set_of_labels(labels)
 
 # %% ../nbs/01_classes.ipynb #800ada90

@@ -108,7 +108,7 @@ def bundle_folder(
 )->Path:
     "The folder or file of a bundle that can be written to"
     if is_registered(bundle):
-        raise ValueError(f"{bundle} is a registered name, nothing can be written to it; give a run folder or your own bundle")
+        raise ValueError(f"{bundle} is a registered name and cannot be written to; give a run folder or your own bundle")
     if Path(bundle).exists(): return Path(bundle)
     raise FileNotFoundError(f"no run folder or bundle at {bundle}; skin_lesions train --out {bundle} makes one")
 
@@ -191,6 +191,7 @@ def run_predictions(
         raise FileNotFoundError(f"{source} has no predictions.csv; give a CSV, or a run folder of skin_lesions train")
     return read_predictions(source/'predictions.csv' if source.is_dir() else source)
 
+# %% ../nbs/81_cli.ipynb #24680e83
 def print_scores(
     table, # predictions table with dx
 ):
@@ -202,7 +203,8 @@ def print_scores(
     print(f"accuracy {s['accuracy']:.3f}, average recall {s['average_recall']:.3f} ({between}), {len(table)} images")
     # a decision may call another class than the most probable one
     if s.get('argmax_accuracy', s['accuracy'])!=s['accuracy']:
-        print(f"by the most probable class: accuracy {s['argmax_accuracy']:.3f}, average recall {s['argmax_average_recall']:.3f}")
+        print(f"by the most probable class: accuracy {s['argmax_accuracy']:.3f}, "
+              f"average recall {s['argmax_average_recall']:.3f}")
     recall,n = class_scores(table, warn=False).recall,table.dx.value_counts()
     # of a class without images it is NaN
     parts = [f"{code} {'-' if r!=r else f'{r:.2f}'} (n={n.get(code, 0)})" for code,r in recall.items()]
@@ -280,6 +282,7 @@ def train_and_print(
         folder = train_run(recipe, meta, out, **options)
         return on_rank0(print_run, folder)
 
+# %% ../nbs/81_cli.ipynb #83129f2a
 def own_split(
     meta, # metadata frame with column is_valid or fold
     fold:int, # which fold validates, with a column fold
@@ -311,7 +314,8 @@ def read_split(
     if not file.is_file():
         raise FileNotFoundError(f"{run} has no split.csv that names its validation images; give --data with new images")
     # an id may look like a number or a missing value
-    options = dict(dtype=dict.fromkeys(('image_id', 'dx', 'group'), str), keep_default_na=False, na_values=dict(age=['']))
+    texts = dict.fromkeys(('image_id', 'dx', 'group'), str)
+    options = dict(dtype=texts, keep_default_na=False, na_values=dict(age=['']))
     try: split = original_cells(pd.read_csv(file, **options))
     except ValueError as e: raise ValueError(f"{file} cannot be read as a table: {e}") from e
     check_columns(split, ['image_id', 'path', 'dx', 'is_valid'], name=str(file))
@@ -694,10 +698,11 @@ def paper_runs(
 
 def print_recipes(
     names, # of recipes
-):
+)->int: # exit status
     "Print what recipes are"
     from skin_lesions.recipes import RECIPES
     for name in names: print(f'{name:30s} {RECIPES[name].about}')
+    return 0
 
 # %% ../nbs/81_cli.ipynb #c9b84a99
 def run_line(
@@ -715,7 +720,7 @@ def run_line(
 def run_all(
     runs:list, # of `paper_runs`
     **options, # for `run_recipe`
-):
+)->int: # exit status
     "Run experiments, a line for each; those that another process is at are left to it"
     from skin_lesions.experiments import run_recipe
     note(f'{len(runs)} runs')
@@ -724,13 +729,14 @@ def run_all(
         try: print(f'[{i+1}/{len(runs)}] {run_line(run, run_recipe(**run, **options))}', flush=True)
         except BlockingIOError: busy += 1
     if busy: note(f'{busy} runs are with other processes; the same command finishes what they leave')
+    return 0
 
 # %% ../nbs/81_cli.ipynb #84e45ff7
 def print_paper_table(
     out, # folder of the results
     names, # recipes
     scale, # of the runs
-):
+)->int: # exit status
     "Print the tables of finished runs"
     from skin_lesions.experiments import ablation, current_runs, recipe_table, show_table
     from skin_lesions.recipes import RECIPES
@@ -741,6 +747,7 @@ def print_paper_table(
         differences = ablation(out, compared, scale).drop(columns='about').round(4)
         print(f"\ndifferences of average recall to the base, by lesion:\n{differences.to_string(na_rep='')}")
     print(f'\nscale {scale}: {len(finished)} of {len(names)} recipes have a finished run')
+    return 0
 
 # %% ../nbs/81_cli.ipynb #4869cb67
 def paper(
@@ -764,11 +771,9 @@ def paper(
     "Run the recipes of the paper's tables, or print them"
     from skin_lesions.recipes import recipe_names
     names = recipe_names(recipe)
-    if list_: print_recipes(names)
-    elif table: print_paper_table(out, names, scale)
-    else: run_all(paper_runs(names, seed, split, fold), data=data, out=out, scale=scale, cache=cache, stand_in=stand_in,
-                  workers=workers, device=device, keep_model=not no_models, show=verbose)
-    return 0
+    if list_ or table: return print_recipes(names) if list_ else print_paper_table(out, names, scale)
+    return run_all(paper_runs(names, seed, split, fold), data=data, out=out, scale=scale, cache=cache, stand_in=stand_in,
+                   workers=workers, device=device, keep_model=not no_models, show=verbose)
 
 # %% ../nbs/81_cli.ipynb #7b1d40c9
 def reproduce_bundle(

@@ -347,7 +347,9 @@ def _reduced_like(losses:Tensor, loss:Tensor, loss_func)->Tensor:
 def _forget(cb):
     "Keep nothing of a batch that was cancelled"
     cb.target = None
-    _inner_net(cb.learn).take()
+    net = _inner_net(cb.learn)
+    # in `get_predictions` another network is in its place
+    if isinstance(net, JointNet): net.take()
 
 # %% ../nbs/40_pretext.ipynb #59a076a4
 def _join_losses(cb):

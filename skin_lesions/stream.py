@@ -42,7 +42,7 @@ def write_list(
     count,from_folder = 0,isinstance(images, (str, Path))
     with atomic_path(file) as tmp, open(tmp, 'w', encoding='utf-8') as f:
         for count,path in enumerate(_walk(images) if from_folder else images, 1):
-            if '\n' in str(path): raise ValueError(f"a list has a path a line; this one has a line break: {str(path)!r}")
+            if '\n' in str(path): raise ValueError(f"a list has a path a line; this has a line break: {str(path)!r}")
             f.write(f'{path}\n')
     if not count: raise ValueError(f"no image for {file}: {images if from_folder else 'the iterable is empty'}")
     return count

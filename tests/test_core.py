@@ -57,7 +57,7 @@ def test_each_of_a_thousand_is_read_or_named(files, read):
         good.setdefault(kind, []).append(not isinstance(got, ImageError))
     assert set(good) == {k.__name__ for k in KINDS}
     for kind in ('zero_bytes', 'wrong_type', 'truncated', 'last_bytes_gone'): assert not any(good[kind]), kind
-    for kind in ('other_kind', 'exif', 'tiny', 'two_pictures'): assert all(good[kind]), kind
+    for kind in ('other_kind', 'exif', 'tiny', 'two_images'): assert all(good[kind]), kind
     for kind in ('flipped', 'huge', 'other_mode', 'animated'): assert 0 < sum(good[kind]) < len(good[kind]), kind
 
 

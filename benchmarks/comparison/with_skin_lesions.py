@@ -1,18 +1,15 @@
-"""This library: train on the rows of split.csv with its defaults, write the probabilities of the validation images, and a bundle."""
+"""This library with the paper's settings: train on the rows of split.csv, write the probabilities of the validation
+images, and a bundle."""
+from fastai.vision.all import *
+from skin_lesions.all import *
 import sys
-
-import pandas as pd
-from skin_lesions.cache import resize_cache
-from skin_lesions.data import ham10000_dataloaders
-from skin_lesions.learner import two_stage_learner
-from skin_lesions.bundle import save_bundle
-from skin_lesions.predictions import get_predictions, save_predictions
-from fastai.torch_core import set_seed
 
 size, epochs = int(sys.argv[1]), int(sys.argv[2])
 set_seed(42)
 meta = pd.read_csv('split.csv')
-learn = two_stage_learner(ham10000_dataloaders(meta, size, cache=resize_cache(meta, size, folder='cache', show=False)))
+cache = resize_cache(meta, size, folder='cache', show=False)
+dls = ham10000_dataloaders(meta, size, sampling=None, cache=cache)
+learn = two_stage_learner(dls, **paper_settings())
 with learn.no_bar(): learn.fit_one_cycle(epochs, 1e-3)
 save_predictions(get_predictions(learn), 'predictions.csv')
 save_bundle(learn, 'bundle')
