@@ -114,7 +114,8 @@ def main(args):
     answers = answering(learn)
     ood = fit_ood(learn, rate=args.rate, train=training, valid=get_features(learn, limit_part, bs=64))
     inside = answers(measured)
-    train_features = answers(training.sample(2000, random_state=args.seed).reset_index(drop=True))[0]
+    some_training = training.sample(min(2000, len(training)), random_state=args.seed).reset_index(drop=True)
+    train_features = answers(some_training)[0]
     synthetic = {kind: [draw_non_lesion(kind, i, size=(300, 225)) for i in range(args.n)] for kind in NON_LESIONS}
     outside = {kind: answers(images) for kind, images in synthetic.items()}
     files, packages = photographs_in(args.photographs)

@@ -617,7 +617,7 @@ def open_files(
     weights:bytes, # of model.safetensors
     data:bytes, # of bundle.json
     where:str, # name of the latter in errors
-)->tuple: # the record, with hashed ids; tensors by name
+)->tuple[dict, dict]: # the record, with hashed ids; tensors by name
     "What the files of a bundle hold, checked"
     record = read_record(data, where)
     check_view(record)

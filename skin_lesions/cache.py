@@ -133,10 +133,10 @@ def _check_room(store, decoded, n):
         raise OSError(28, f"{n:,} images need about {needed/2**20:,.0f} MB")
 
 # %% ../nbs/16_cache.ipynb #297f2e4a
-def _fill(store, paths, pool, verify, bar)->list:
+def _fill(store, paths, pool, verify, bar)->tuple:
     "Add what is stale; returns a text for each file that cannot be read, and the number of those that were added"
     unreadable,n = [],0
-    with _writing(store) as files:
+    with _writing(store) as (pixels,index):
         stale = [p for p in paths if _is_stale(store, p, verify)]
         by_digest = {} if verify else {row['digest']: row for row in store.rows.values()}
         for chunk in bar([stale[i:i+64] for i in range(0, len(stale), 64)]):
@@ -144,7 +144,7 @@ def _fill(store, paths, pool, verify, bar)->list:
             decoded = [a for a in answers if not isinstance(a, str)]
             unreadable += [a for a in answers if isinstance(a, str)]
             if n==0: _check_room(store, decoded, len(stale))
-            _append(store, *files, decoded)
+            _append(store, pixels, index, decoded)
             n += len(decoded)
             by_digest |= {row['digest']: row for row,_ in decoded}
     return unreadable,n

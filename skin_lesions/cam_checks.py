@@ -34,7 +34,8 @@ def lesion_overlap(
     cam,mask = np.asarray(cam, dtype=float),np.asarray(mask)>0
     if cam.ndim!=2 or mask.ndim!=2:
         raise ValueError(f"expected one map and one mask [h, w], got {cam.shape} and {mask.shape}")
-    if mask.shape!=cam.shape: mask = np.asarray(Image.fromarray(mask).resize(cam.shape[::-1], Image.NEAREST))
+    if mask.shape!=cam.shape:
+        mask = np.asarray(Image.fromarray(mask).resize(cam.shape[::-1], Image.Resampling.NEAREST))
     if not cam.max()>0: return dict(lesion_area=mask.mean(), energy=np.nan, pointing=np.nan)
     return dict(lesion_area=mask.mean(), energy=(cam*mask).sum()/cam.sum(), pointing=mask[cam==cam.max()].mean())
 
@@ -68,7 +69,7 @@ def mask_view(
     size, # width and height of the image it belongs to, pixels
 )->np.ndarray: # [h, w] bool, as the network would see it
     "A lesion mask after the crop and the resizing that the network's images go through"
-    with Image.open(mask) as im: white = np.asarray(im.convert('L').resize(tuple(size), Image.NEAREST))>127
+    with Image.open(mask) as im: white = np.asarray(im.convert('L').resize(tuple(size), Image.Resampling.NEAREST))>127
     way = _learner_mask if hasattr(source, 'dls') else _predictor_mask
     return way(source, Image.fromarray(white.astype(np.uint8)*255))>127
 
@@ -221,7 +222,7 @@ def randomization_check(
     def maps(classes): return explain.cam(x, classes, patient=patient, resize=False).cpu()
     intact,numbers = maps(target),explain.target
     order = np.array(_leaf_order(net, x[:1], None if patient is None else patient[:1])[::-1], dtype=object)
-    rows = [dict(layers=0, down_to='(intact)', similarity=1.)]
+    rows:list = [dict(layers=0, down_to='(intact)', similarity=1.)]
     for part in np.array_split(order, min(steps, len(order))):
         for name in part: _randomize(net.get_submodule(name), generator)
         similarity = np.mean([_rank_correlation(a, b) for a,b in zip(intact, maps(numbers))])

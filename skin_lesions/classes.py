@@ -297,7 +297,7 @@ def classes_of(
 
 # %% ../nbs/01_classes.ipynb #7c43434e
 # what common codes do not say; by (from, to)
-CLASS_MAPS = {
+CLASS_MAPS:dict = {
     ('ISIC2019', 'HAM10000'): dict(ak='akiec', scc='akiec'),
     ('HAM10000', 'ISIC2019'): dict(akiec='ak'),
     ('PAD_UFES_20', 'HAM10000'): dict(ack='akiec', nev='nv', scc='akiec', sek='bkl'),

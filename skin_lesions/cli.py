@@ -56,8 +56,7 @@ def add_parameter(
         parser.add_argument(param.name, **settings)
         return
     required = param.default is param.empty
-    # argparse appends to a list only
-    if not required: settings['default'] = list(param.default) if param.annotation is Repeated else param.default
+    if not required: settings['default'] = param.default
     # an underscore at the end keeps clear of Python's own names, e.g. set_
     flag = param.name.strip('_').replace('_', '-')
     parser.add_argument(f'--{flag}', dest=param.name, required=required, **settings)
@@ -213,9 +212,10 @@ def print_scores(
 
 # %% ../nbs/81_cli.ipynb #ae8ac84a
 def recipe_changes(
-    changes, # texts FIELD=VALUE
+    changes, # texts FIELD=VALUE; None for none
 )->dict: # text by field
     "What `--set` changes of a recipe"
+    changes = changes or ()
     for text in changes:
         if '=' not in text: raise ValueError(f"--set takes FIELD=VALUE, e.g. --set size=224, got {text!r}")
     pairs = [text.split('=', 1) for text in changes]
@@ -242,7 +242,7 @@ def train(
     *,
     out:str, # run folder to write
     recipe:str='best', # recipe by name; skin_lesions paper --recipe all --list shows them
-    set_:Repeated=(), # change a field of the recipe, e.g. --set size=224 --set epochs=4
+    set_:Repeated=None, # change a field of the recipe, e.g. --set size=224 --set epochs=4
     pretrained_weights:str=None, # file or package of ImageNet weights; without it, an installed package or timm's hub
     split:Split='lesion', # by lesion, by image (the paper's, which leaks), or as the data says itself
     fold:int=0, # which fold validates
@@ -781,7 +781,7 @@ def reproduce_bundle(
     data:str=None, # folder of HAM10000; without it, the usual places are searched; tiny makes its own
     out:str='ham10000_bundle', # folder of the bundle and, in work, of the trainings
     recipe:str='ham10000', # recipe by name; skin_lesions paper --recipe all --list shows them
-    set_:Repeated=(), # change a field of the recipe, e.g. --set size=224
+    set_:Repeated=None, # change a field of the recipe, e.g. --set size=224
     fold:tuple[int, ...]=(0,), # which of five folds by lesion are held out, each with a network of its own
     seed:int=42, # of weights, order and augmentation
     scale:Scale='full', # see skin_lesions paper
@@ -795,7 +795,8 @@ def reproduce_bundle(
     from skin_lesions.recipes import with_changes
     changed = with_changes(recipe, recipe_changes(set_))
     from skin_lesions import reproduce
-    options = dict(cache=cache, seed=seed, scale=scale, minutes=minutes, show=not quiet, workers=workers, device=device)
+    options:dict = dict(cache=cache, seed=seed, scale=scale, minutes=minutes, show=not quiet, workers=workers,
+                        device=device)
     print_reproduced(reproduce.reproduce_bundle(data, out, changed, folds=tuple(fold), **options), out)
     return 0
 
@@ -862,7 +863,7 @@ def predict_demo(sample, folder)->int:
     row = validation_images(folder).iloc[0]
     image = next(Path(sample).rglob(f'{row.image_id}.jpg'))
     print(f"\na validation image, {image.name} ({row.dx}: synthetic, so the answer is known)")
-    return predict([image], bundle=str(folder), quiet=True)
+    return predict((str(image),), bundle=str(folder), quiet=True)
 
 # %% ../nbs/81_cli.ipynb #fa71ce75
 COMMANDS = (demo, train, evaluate, predict, gradcam, calibrate, ensemble, submit, export_onnx, paper, reproduce_bundle,

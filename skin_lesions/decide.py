@@ -944,7 +944,7 @@ def _out_of_fold(table, fit)->pd.DataFrame:
     k = _parts_of(table)
     return fit(table).calibrate(table, overlap='ignore') if k<2 else crossfit(table, fit, k)
 
-def _fit_all(table, method, first, rule, sensitivity)->tuple:
+def _fit_all(table, method, first, rule, sensitivity)->tuple[Calibration, DecisionRule, Referral]:
     "Calibration, rule and referral of a table"
     fit = partial(_fit_calibration, method=method, first=first)
     calibration,classes = fit(table),classes_of(table)

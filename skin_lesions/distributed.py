@@ -91,15 +91,17 @@ def gather(
     return objects
 
 # %% ../nbs/32_distributed.ipynb #p9587705
-def _attempt(func, *args, **kwargs)->tuple:
-    "Result and error of a call; the error can be sent"
-    try: return func(*args, **kwargs),None
-    except Exception as e: error = e
-    # an error that cannot be pickled is sent as its text
+def _sendable(error):
+    "An error, or its text where it cannot be pickled"
     try: pickle.loads(pickle.dumps(error))
     except Exception: error = RuntimeError(f"{type(error).__name__}: {error}")
     error.said_by = this_rank() # only this rank needs to print it
-    return None,error
+    return error
+
+def _attempt(func, *args, **kwargs)->tuple:
+    "Result and error of a call; the error can be sent"
+    try: return func(*args, **kwargs),None
+    except Exception as e: return None,_sendable(e)
 
 def on_rank0(func, *args, **kwargs):
     "Call `func` on rank 0 only; its result, or its error, on all ranks"
@@ -371,7 +373,7 @@ def distributed(
     if device is None:
         yield learn
         return
-    cbs = [DistributedTraining(device, sync_bn, find_unused_parameters), RankSeeds()]
+    cbs:list = [DistributedTraining(device, sync_bn, find_unused_parameters), RankSeeds()]
     learn.dls.to(device)
     silent = [cb for cb in learn.cbs if isinstance(cb, ProgressCallback)] if this_rank() else []
     learn.remove_cbs(silent)

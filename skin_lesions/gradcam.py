@@ -129,7 +129,7 @@ def layer_shapes(
     x:Tensor, # [1, 3, h, w]
     prefix:str='', # look only at this part of the network and below, e.g. 'body2'
     patient:Tensor=None, # [1, n], for a network with patient data
-)->list: # name, module, shape
+)->list[tuple[str, nn.Module, tuple]]: # name, module, shape
     "What each layer returns, in the order in which the layers finish"
     finished = []
     def keeper(name):
@@ -639,7 +639,7 @@ def _side_by_side(image, cam, side=256)->Image.Image:
     both = np.concatenate([image, overlay_cam(image, cam)], 1)
     pair = Image.fromarray((both*255).round().astype(np.uint8))
     scale = max(1, side//image.shape[0])
-    return pair.resize((pair.width*scale, pair.height*scale), Image.BICUBIC)
+    return pair.resize((pair.width*scale, pair.height*scale), Image.Resampling.BICUBIC)
 
 def _with_caption(image, text)->Image.Image:
     "An image with a line of text below it"

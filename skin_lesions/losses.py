@@ -58,8 +58,9 @@ def _check_gamma(gamma, name:str='gamma')->float:
     "A finite number >= 0"
     if isinstance(gamma, bool) or not isinstance(gamma, numbers.Real):
         raise TypeError(f"{name} must be a number >= 0, got {gamma!r}")
-    if not (math.isfinite(gamma) and gamma>=0): raise ValueError(f"{name} must be finite and >= 0, got {gamma}")
-    return float(gamma)
+    strength = float(gamma)
+    if not (math.isfinite(strength) and strength>=0): raise ValueError(f"{name} must be finite and >= 0, got {gamma}")
+    return strength
 
 def _check_reduction(reduction:str)->str:
     "The name of a reduction"

@@ -30,8 +30,9 @@ def _check_unit(lam)->float:
     "A number in [0,1]"
     if isinstance(lam, bool) or not isinstance(lam, numbers.Real):
         raise TypeError(f"lam must be a number in [0,1], got {lam!r}")
-    if not 0<=lam<=1: raise ValueError(f"lam must be in [0,1], got {lam}")
-    return float(lam)
+    weight = float(lam)
+    if not 0<=weight<=1: raise ValueError(f"lam must be in [0,1], got {lam}")
+    return weight
 
 def _check_beta(alpha):
     "None or a finite number > 0"

@@ -169,7 +169,7 @@ def _checked_config(name, config, keys)->dict:
 # %% ../nbs/30_networks.ipynb #2f0e3e15
 class ClassifierNet(nn.Module):
     "What networks of one stage and of two have in common: a configuration that builds the same network again"
-    config_keys = ('arch', 'body_kwargs', 'n_out', 'hidden', 'ps', 'n_patient')
+    config_keys:tuple = ('arch', 'body_kwargs', 'n_out', 'hidden', 'ps', 'n_patient')
 
     def config(self)->dict: # what JSON can hold
         "What the network is, for `from_config`"
@@ -280,7 +280,7 @@ class TwoStageNet(ClassifierNet):
     def stages(self,
         x:Tensor, # [bs, 3, h, w], normalised
         patient:Tensor=None, # [bs, n_patient], as from `PatientEncoder.encode`; None where the network takes none
-    )->tuple: # [bs] stage one's logit of the first class, [bs, n_out-1] stage two's logits
+    )->tuple[Tensor, Tensor]: # [bs] stage one's logit of the first class, [bs, n_out-1] stage two's logits
         "Both stages' logits"
         patient_features,features = _patient_features(self, x, patient),self.body(x)
         features2 = features if self.body2 is None else self.body2(x)

@@ -229,6 +229,7 @@ def _table(predictor, images, names, problems, answers)->pd.DataFrame:
 # %% ../nbs/66_predict.ipynb #0f08b484
 class Predictor:
     "A trained network with all that leads from an image to its row in the predictions table"
+    hub:str = None # hf://owner/name@commit of a bundle on the hub
     def __init__(self,
         model:nn.Module, # [bs, 3, h, w] -> [bs, classes] logits or log-probabilities
         record:dict, # as from `open_files`

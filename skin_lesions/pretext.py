@@ -62,7 +62,7 @@ class AtLeast(Transform):
         "Keep the proportions"
         short = min(x.size)
         if short>=self.size: return x
-        return x.resize([max(self.size, round(s*self.size/short)) for s in x.size], Image.BILINEAR)
+        return x.resize([max(self.size, round(s*self.size/short)) for s in x.size], Image.Resampling.BILINEAR)
 
 # %% ../nbs/40_pretext.ipynb #4a6500f5
 UNREADABLE = ('raise', 'skip')
@@ -158,7 +158,7 @@ def _smoothed(x:Tensor, sigma:float)->Tensor:
 
 def _sampled(x:Tensor, grid:Tensor)->Tensor:
     "`grid_sample`, on the CPU where the device refuses these settings"
-    settings = dict(mode='bicubic', padding_mode='border', align_corners=False)
+    settings:dict = dict(mode='bicubic', padding_mode='border', align_corners=False)
     try: return F.grid_sample(x, grid, **settings)
     except RuntimeError: return F.grid_sample(x.cpu(), grid.cpu(), **settings).to(x.device)
 
@@ -282,7 +282,7 @@ def _joint_parts(cls, config)->dict:
 # %% ../nbs/40_pretext.ipynb #bb32a7fe
 class JointNet(nn.Module):
     "A classifier with a pretext; a subclass has `prepare` (what the classifier sees) and `pretext` (its answer)"
-    config_names = () # attributes that describe the pretext
+    config_names:tuple = () # attributes that describe the pretext
     def __init__(self, classifier):
         super().__init__()
         if not isinstance(classifier, ClassifierNet):
@@ -663,7 +663,7 @@ def unet_splitter(
     return L(list(model.encoder.parameters()), [p for p in model.parameters() if id(p) not in inside])
 
 # %% ../nbs/40_pretext.ipynb #8a1eb74a
-def _size_of_images(dls)->tuple: return tuple(dls.one_batch()[0].shape[-2:])
+def _size_of_images(dls)->tuple[int, int]: return tuple(dls.one_batch()[0].shape[-2:])
 
 # %% ../nbs/40_pretext.ipynb #74bb9e59
 @delegates(classifier_learner, but=['mixup', 'splitter', 'metrics'])

@@ -10,6 +10,7 @@ __all__ = ['ARCHIVE_TERMS', 'PH2', 'READERS', 'PARTS', 'checked_frame', 'one_hot
 
 # %% ../nbs/11_readers.ipynb #d25ab429
 import re, warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +57,8 @@ def _groups(df, pairs)->pd.Series:
     # images of one lesion are a chain of pairs, so that a lesion with two patients, or with one and none, is one group
     linked = df[df.lesion_id!='']
     chains = [list(zip(ids, ids[1:])) for ids in linked.groupby('lesion_id').image_id.agg(list)]
-    chains = [pair for chain in chains for pair in chain]
-    return pd.Series(merge_groups(df.image_id, unit, [*chains, *pairs]), df.index, dtype=object)
+    lesion_pairs = [pair for chain in chains for pair in chain]
+    return pd.Series(merge_groups(df.image_id, unit, [*lesion_pairs, *pairs]), df.index, dtype=object)
 
 def _unit(df)->str:
     "What groups are"
@@ -579,8 +580,8 @@ def read_csv_dataset(
 class Reader:
     "How one collection is known and read"
     about:str # for people
-    parts:object # function of a folder: its parts, in small letters; none where the collection is not there
-    read:object # function of a folder and a part, with `missing` and further options
+    parts:Callable # function of a folder: its parts, in small letters; none where the collection is not there
+    read:Callable # function of a folder and a part, with `missing` and further options
 
 def _training_if(find): return lambda folder: ['training'] if find(folder) else []
 

@@ -313,7 +313,7 @@ def _yes(text)->bool:
 
 def _pairs(text, sign)->list: return [part.strip().split(sign) for part in text.split(',') if part.strip()]
 
-_FROM_TEXT = dict( # by field, else by its type
+_FROM_TEXT:dict = dict( # by field, else by its type
     steps=lambda t: tuple((int(size), int(epochs)) for size,epochs in _pairs(t, 'x')),
     factors=lambda t: {code: float(v) for code,v in _pairs(t, '=')},
     teachers=lambda t: tuple(name.strip() for name in t.split(',')),
@@ -330,7 +330,7 @@ def field_value(
     "The value that a text stands for"
     if not isinstance(value, str): return value
     if value.strip().lower() in ('none', ''): return None
-    kinds = {f.name: f.type for f in fields(Recipe)} | dict(size=int, epochs=int)
+    kinds:dict = {f.name: f.type for f in fields(Recipe)} | dict(size=int, epochs=int)
     kind = kinds[name].__name__
     parse = _FROM_TEXT.get(name) or (_yes if kind=='bool' else kinds[name])
     expected = _EXPECTED.get(name) or _EXPECTED[kind]

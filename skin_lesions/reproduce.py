@@ -171,7 +171,7 @@ def reproduce_bundle(
     out='ham10000_bundle', # folder of the bundle; the trainings are in its folder `work`
     recipe='ham10000', # name of a recipe, or a `Recipe`; its rule decides
     *,
-    folds:tuple=(0,), # of five folds by lesion: which are held out, each with a network of its own
+    folds:tuple|list=(0,), # of five folds by lesion: which are held out, each with a network of its own
     seed:int=42, # of weights, order and augmentation
     scale:str='full', # one of `SCALES`
     sensitivity:float=.95, # fraction of the malignant images to refer

@@ -26,7 +26,7 @@ def _rng_state(dls)->tuple:
     "The states of all generators: what JSON can hold, and tensors by name"
     name,keys,*rest = np.random.get_state()
     plain = dict(python=random.getstate(), numpy=[name, *rest], loaders=[dl.rng.getstate() for dl in dls.loaders])
-    tensors = {'rng.torch': torch.get_rng_state(), 'rng.numpy': torch.from_numpy(keys.astype(np.int64))}
+    tensors = {'rng.torch': torch.get_rng_state(), 'rng.numpy': torch.from_numpy(np.asarray(keys, np.int64))}
     if torch.cuda.is_available():
         tensors |= {f'rng.cuda.{i}': s for i,s in enumerate(torch.cuda.get_rng_state_all())}
     return plain,tensors
@@ -290,7 +290,8 @@ class _WritesState(Callback):
     "The part of `ResumeCallback` that writes"
     order = 95
     fitting,trained = False,False # is this a training? did this epoch train?
-    first,saved = None,0. # generators at the beginning of the epoch; when a state was written
+    first:tuple = None # generators at the beginning of the epoch
+    saved = 0. # when a state was written
     def save(self,
         batches:int=0, # of the epoch that are done
         epoch:int=None, # the next one to train; None is the current one

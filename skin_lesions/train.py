@@ -111,13 +111,13 @@ def recipe_loss(
     train,codes = meta[~meta.is_valid.astype(bool)],list(classes_of(meta))
     if recipe.loss=='logit_adjusted':
         return dict(loss_func=LogitAdjustedLossFlat(train.dx.value_counts().to_dict(), recipe.tau, vocab=codes))
-    alpha = recipe.alpha
+    alpha:str|dict = recipe.alpha
     if recipe.factors:
         for code in recipe.factors:
             if code not in codes: raise ValueError(unknown_name('class in factors', code, codes))
         # without weights by frequency, the factors are the weights
         equal = {code: float(recipe.factors.get(code, 1.)) for code in codes}
-        alpha = equal if alpha is None else class_weights(meta, alpha, factors=recipe.factors)
+        alpha = equal if alpha is None else class_weights(meta, recipe.alpha, factors=recipe.factors)
     return dict(gamma=recipe.gamma, alpha=alpha)
 
 # %% ../nbs/70_train.ipynb #96ecf221
@@ -130,7 +130,7 @@ def recipe_dataloaders(
     "The batches of a recipe at one size"
     angles,more = recipe.joint and recipe.pretext=='rotation',AUGMENTATIONS[recipe.augment]
     # a network that learns angles sees images as they are
-    augment = dict(augment=not (angles or more), batch_tfms=lesion_augmentation(**more) if more else None)
+    augment:dict = dict(augment=not (angles or more), batch_tfms=lesion_augmentation(**more) if more else None)
     return ham10000_dataloaders(meta, size, recipe.crop, recipe.bs, arch=recipe.arch, sampling=recipe.sampling,
                                 min_scale=recipe.min_scale, patient=recipe.patient, **augment, **kwargs)
 
@@ -227,7 +227,7 @@ def run_cache(
     # a single epoch reads every file once anyway, and a window needs the whole image
     if cache=='auto' and (epochs==1 or crop=='window'): return None
     folder = None if cache=='auto' else cache
-    kwargs = dict(min_scale=training.recipe.min_scale, folder=folder, show=training.show)
+    kwargs:dict = dict(min_scale=training.recipe.min_scale, folder=folder, show=training.show)
     try: return resize_cache(training.meta, size, crop, **kwargs)
     except OSError as e:
         if cache!='auto': raise

@@ -1,4 +1,4 @@
-"""Grad-CAM here against the package grad-cam: one batch, same network, layer and classes, both in this process in turn.
+"""Grad-CAM here against the package grad-cam: one batch, same network, layer and classes, alternately in this process.
 
     python benchmarks/speed/gradcam.py
 """

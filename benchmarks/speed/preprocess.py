@@ -2,7 +2,7 @@
 
     python benchmarks/speed/preprocess.py --images FOLDER
 
-Same JPEGs, one thread, each in turn in one process.
+Same JPEGs, one thread, alternately in one process.
 """
 import argparse, os, statistics, time
 

@@ -1,4 +1,4 @@
-"""Two ways of doing one thing, timed in turn.
+"""Two ways of doing one thing, timed alternately.
 
 Each side is a process of its own, so that neither's settings reach the other.
 """
