@@ -108,7 +108,7 @@ def bundle_folder(
 )->Path:
     "The folder or file of a bundle that can be written to"
     if is_registered(bundle):
-        raise ValueError(f"{bundle} is a registered name and cannot be written to; give a run folder or your own bundle")
+        raise ValueError(f"{bundle} is a registered name and cannot be written to; give a run folder or own bundle")
     if Path(bundle).exists(): return Path(bundle)
     raise FileNotFoundError(f"no run folder or bundle at {bundle}; skin_lesions train --out {bundle} makes one")
 

@@ -34,7 +34,8 @@ from .architectures import read_weights
 from .bundle import save_bundle, update_bundle
 from .cache import ImageCache, resize_cache
 from .classes import classes_of
-from .core import atomic_path, check_columns, file_lock, first_few, read_json, unknown_name, versions, write_json
+from .core import (atomic_path, check_columns, file_lock, first_few, read_json, unknown_name, versions,
+                               write_json)
 from .data import class_weights, ham10000_dataloaders, lesion_augmentation
 from .distill import Distill
 from .distributed import distributed, n_ranks, on_rank0, over_ranks, ranks, share, this_rank
