@@ -772,8 +772,8 @@ def paper(
     from skin_lesions.recipes import recipe_names
     names = recipe_names(recipe)
     if list_ or table: return print_recipes(names) if list_ else print_paper_table(out, names, scale)
-    return run_all(paper_runs(names, seed, split, fold), data=data, out=out, scale=scale, cache=cache, stand_in=stand_in,
-                   workers=workers, device=device, keep_model=not no_models, show=verbose)
+    return run_all(paper_runs(names, seed, split, fold), data=data, out=out, scale=scale, cache=cache, workers=workers,
+                   stand_in=stand_in, device=device, keep_model=not no_models, show=verbose)
 
 # %% ../nbs/81_cli.ipynb #7b1d40c9
 def reproduce_bundle(

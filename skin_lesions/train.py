@@ -656,7 +656,8 @@ def train_run(
     recipe,out = find_recipe(recipe),Path(out)
     if recipe.teachers and teacher is None:
         raise ValueError(f"{recipe.name} learns from {', '.join(recipe.teachers)}; give their predictions as teacher")
-    asked = dict(config=training_config(recipe), data=data_fingerprint(meta), split=split, fold=fold, folds=folds, seed=seed)
+    asked = dict(config=training_config(recipe), data=data_fingerprint(meta), split=split, fold=fold, folds=folds,
+                 seed=seed)
     asked |= dict(weights=weights and str(weights))
     loaders = {k: v for k,v in dict(num_workers=workers, device=device).items() if v is not None}
     pretext_file,meta = pretext_file and Path(pretext_file),split_images(meta, split, fold, folds)
