@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Views', 'Rule', 'Calibration', 'Split', 'Scale', 'COMMANDS', 'Repeated', 'add_parameter', 'command_parser', 'note',
-           'is_registered', 'open_bundle', 'bundle_folder', 'output_folder', 'named_images', 'check_source',
-           'read_images', 'without_bad_images', 'run_predictions', 'print_scores', 'recipe_changes', 'print_run',
-           'train', 'train_and_print', 'own_split', 'unseen_images', 'read_split', 'validation_images', 'readable_rows',
-           'predict_labelled', 'write_report', 'evaluate', 'read_patients', 'note_ood', 'print_answer', 'with_patients',
-           'write_maps', 'predict', 'print_answers', 'gradcam', 'print_fitted', 'first_class', 'calibrate', 'ensemble',
-           'combined', 'submit', 'export_onnx', 'app', 'paper_runs', 'print_recipes', 'run_line', 'run_all',
-           'print_paper_table', 'paper', 'reproduce_bundle', 'print_reproduced', 'demo_recipe', 'demo', 'demo_sample',
-           'run_demo', 'predict_demo', 'argument_parser', 'main']
+           'is_registered', 'open_bundle', 'recipe_of', 'chosen_views', 'bundle_folder', 'output_folder',
+           'named_images', 'check_source', 'read_images', 'without_bad_images', 'run_predictions', 'print_scores',
+           'recipe_changes', 'print_run', 'train', 'train_and_print', 'own_split', 'unseen_images', 'read_split',
+           'validation_images', 'readable_rows', 'predict_labelled', 'write_report', 'evaluate', 'read_patients',
+           'note_ood', 'print_answer', 'with_patients', 'write_maps', 'predict', 'print_answers', 'gradcam',
+           'print_fitted', 'first_class', 'calibrate', 'ensemble', 'combined', 'submit', 'export_onnx', 'app',
+           'paper_runs', 'print_recipes', 'run_line', 'run_all', 'print_paper_table', 'paper', 'reproduce_bundle',
+           'print_reproduced', 'demo_recipe', 'demo', 'demo_sample', 'run_demo', 'predict_demo', 'argument_parser',
+           'main']
 
 # %% ../nbs/81_cli.ipynb #733f8970
 import argparse, inspect, os, sys, warnings
@@ -72,7 +73,7 @@ def command_parser(
     return parser
 
 # %% ../nbs/81_cli.ipynb #fb4fb5c9
-Views = Literal['dihedral', 'multicrop', 'crops9', 'crops16', 'crops25']
+Views = Literal['dihedral', 'multicrop', 'crops9', 'crops16', 'crops25', 'recipe']
 Rule = Literal['argmax', 'prior', 'cost', 'paper']
 Calibration = Literal['auto', 'temperature', 'vector', 'stages', 'stages_vector', 'none']
 Split = Literal['lesion', 'image', 'own']
@@ -102,6 +103,20 @@ def open_bundle(
         return from_hub(str(bundle), device=device)
     from skin_lesions.predict import load_predictor
     return load_predictor(str(bundle), device)
+
+def recipe_of(
+    record:dict, # of a bundle
+)->dict: # its recipe, {} for a bundle without one
+    "The recipe that a bundle was trained with"
+    return record.get('recipe') or {}
+
+# %% ../nbs/81_cli.ipynb #44df75be
+def chosen_views(
+    predictor, # `Predictor`
+    views, # name of the views; 'recipe' for those of the network's recipe
+): # name of the views, or None for one
+    "The views of each image that a user asks for"
+    return recipe_of(predictor.record).get('views') if views=='recipe' else views
 
 def bundle_folder(
     bundle, # as for `open_bundle`
@@ -348,7 +363,7 @@ def predict_labelled(
     "Predictions of labelled images that a network was not trained on"
     predictor,source = open_bundle(run, device),images['csv'] or images['data']
     meta = validation_images(run) if source is None else unseen_images(predictor, read_images(**images))
-    return readable_rows(predictor.predict(meta, views=views, progress=images['show'])),source
+    return readable_rows(predictor.predict(meta, views=chosen_views(predictor, views), progress=images['show'])),source
 
 # %% ../nbs/81_cli.ipynb #3a7a056e
 def write_report(
@@ -372,7 +387,7 @@ def evaluate(
     run:str, # run folder or bundle, or a predictions table (CSV)
     *,
     out:str=None, # HTML report to write; without it, report.html beside the table or in the run folder
-    views:Views=None, # views of each image to average over; without it, one
+    views:Views=None, # views of each image to average over; recipe: those of the run's recipe; without it, one
     device:str=None, # cpu, cuda, ...; without it, the default device
     quiet:bool=False, # no progress bars
     **kwargs, # for `read_images`
@@ -471,7 +486,7 @@ def predict(
     bundle:str='ham10000', # run folder, bundle, hf://owner/name, or the name of a packaged bundle
     out:str=None, # CSV to write; without it, the answers are printed
     gradcam:str=None, # folder for Grad-CAM images and gallery.html; without it, none
-    views:Views=None, # views of each image to average over; without it, one
+    views:Views=None, # views of each image to average over; recipe: those of the run's recipe; without it, one
     patients:str=None, # CSV with image_id, age, sex, site; for networks that take patient data
     device:str=None, # cpu, cuda, ...; without it, the default device
     overwrite:bool=False, # write into a --gradcam folder that has something in it
@@ -481,7 +496,7 @@ def predict(
     files = named_images(images)
     maps = None if gradcam is None else output_folder(gradcam, overwrite)
     predictor,patient_data = open_bundle(bundle, device),read_patients(patients)
-    answers = predictor.predict(files, patient_data, views=views, progress=not quiet)
+    answers = predictor.predict(files, patient_data, views=chosen_views(predictor, views), progress=not quiet)
     print_answers(answers, predictor.classes, out)
     if maps is not None: write_maps(predictor, files, maps, answers, patient_data, show=not quiet)
     note(NOTICE)
@@ -576,14 +591,15 @@ def calibrate(
     *,
     predictions:str=None, # table of validation predictions with dx (CSV); without it, that of the run folder
     calibration:Calibration='auto', # auto: by stages for a two-stage network, with biases where each class has images
-    rule:Rule='prior', # how a diagnosis is made of probabilities
+    rule:Rule=None, # how a diagnosis is made of probabilities; without it, as the run's recipe says, else prior
     refer:float=None, # fraction of the malignant lesions to refer, e.g. 0.95; without it, no referral
 )->int:
     "Fit calibration, decision rule and referral, and put them into the bundle"
     folder = bundle_folder(bundle)
-    from skin_lesions.bundle import update_bundle
+    from skin_lesions.bundle import read_bundle, update_bundle
     from skin_lesions.decide import fit_decisions
     table,first = run_predictions(predictions or folder),first_class(folder)
+    rule = rule or recipe_of(read_bundle(folder)).get('rule', 'prior')
     fitted = fit_decisions(table, first=first, method=calibration, rule=rule, sensitivity=refer)
     # False takes out what an earlier calibration has left
     update_bundle(folder, calibration=fitted.calibration or False, rule=fitted.rule, referral=fitted.referral or False)
@@ -637,7 +653,7 @@ def submit(
     *,
     out:str, # CSV to write
     bundle:str=None, # run folder, bundle, hf://owner/name, or the name of a packaged bundle; without it, none is needed
-    views:Views=None, # views of each image to average over; without it, one
+    views:Views=None, # views of each image to average over; recipe: those of the run's recipe; without it, one
     patients:str=None, # CSV with image_id, age, sex, site; for networks that take patient data
     device:str=None, # cpu, cuda, ...; without it, the default device
     quiet:bool=False, # no progress bars
@@ -647,7 +663,8 @@ def submit(
     if bundle is None: table = run_predictions(source)
     else:
         files,patient_data = named_images([source]),read_patients(patients)
-        table = open_bundle(bundle, device).predict(files, patient_data, views=views, progress=not quiet)
+        predictor = open_bundle(bundle, device)
+        table = predictor.predict(files, patient_data, views=chosen_views(predictor, views), progress=not quiet)
     problems = list(table.problem.dropna()) if 'problem' in table else []
     if problems: raise ValueError(f"a submission needs every image: {first_few(problems, 5)}")
     isic_submission(table, out)
