@@ -865,7 +865,7 @@ def demo(
 def demo_sample(folder, n_images, seed, overwrite=False)->Path:
     "Draw the sample of the demo"
     from skin_lesions.synthetic import synthetic_dataset
-    note(f'drawing {n_images} images of lesions that do not exist: {folder}')
+    note(f'making {n_images} synthetic images: {folder}')
     return synthetic_dataset(folder, n_images, seed=seed, overwrite=overwrite)
 
 def run_demo(recipe, sample, folder, seed, show=True)->int:

@@ -290,7 +290,7 @@ class _WritesState(Callback):
     "The part of `ResumeCallback` that writes"
     order = 95
     fitting,trained = False,False # is this a training? did this epoch train?
-    first:tuple = None # generators at the beginning of the epoch
+    first_rng:tuple = None # generators at the beginning of the epoch
     saved = 0. # when a state was written
     def save(self,
         batches:int=0, # of the epoch that are done
@@ -300,7 +300,7 @@ class _WritesState(Callback):
         plain,tensors = _training_state(self.learn)
         plain |= dict(epoch=self.epoch if epoch is None else epoch, batches=batches, first=None)
         if batches:
-            plain['first'],generators = self.first
+            plain['first'],generators = self.first_rng
             tensors |= {f'first.{k}': v for k,v in generators.items()}
         write_state(self.folder, plain, tensors)
         self.saved = time.monotonic()
@@ -402,7 +402,7 @@ class ResumeCallback(_Epochs):
     def before_train(self):
         if not self.fitting: return
         if self.todo is not None and self.todo[0]['batches']: self._begin()
-        self.trained,self.first = True,_rng_state(self.dls)
+        self.trained,self.first_rng = True,_rng_state(self.dls)
         self.learn.dl = _Reading(self.dl, self)
 
     def before_validate(self):
