@@ -64,7 +64,7 @@ for name in ('fit_one_cycle', 'fine_tune', 'lr_find', 'no_bar', 'predict', 'expo
 @pytest.mark.parametrize('code, heavy', [
     ('import skin_lesions.core, skin_lesions.classes, skin_lesions.recipes, skin_lesions.cli', 'torch fastai timm matplotlib sklearn scipy'),
     ('import skin_lesions.predictions', 'torch fastai matplotlib'),
-    ('import skin_lesions.networks', 'fastai matplotlib pandas'),
+    ('import skin_lesions.networks', 'fastai matplotlib sklearn'),
     ('import skin_lesions.predict', 'fastai matplotlib sklearn')], ids=['shell', 'table', 'networks', 'predict'])
 def test_doors_stay_light(code, heavy, python, tmp_path):
     done = python(f"import sys\n{code}\nprint(*sorted(set('{heavy}'.split()) & set(sys.modules)))", cwd=tmp_path)

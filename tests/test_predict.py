@@ -203,8 +203,6 @@ def test_grad_cam_of_a_predictor(learn, bundle, meta, tmp_path):
 LIGHT = """
 import sys, warnings
 warnings.simplefilter('ignore')
-from skin_lesions.learner import two_stage_learner
-from skin_lesions.ood import fit_ood
 from skin_lesions.predict import load_predictor
 table = load_predictor('ham10000', device='cpu').predict(sys.argv[1])
 assert table.problem.isna().all() and len(table) == 1

@@ -194,11 +194,11 @@ def command_line(args, errors):
 
 def test_a_disk_that_is_full_after_the_last_epoch(tmp_path, sample, small, capsys, monkeypatch):
     "The training is not lost: --resume makes the rest of the run folder, with the same weights"
-    from skin_lesions import cli
+    from skin_lesions import train
     args = ['train', '--data', str(sample), '--out', str(tmp_path/'run'), '--no-check', *small, '--set', 'epochs=1']
     def full(*args, **kw): raise OSError(28, 'No space left on device')
     with monkeypatch.context() as m:
-        m.setattr(cli, 'finish_run', full)
+        m.setattr(train, 'evaluate_run', full)
         assert main(args) == 2
     said, weights = capsys.readouterr().err, (tmp_path/'run'/'model.safetensors').read_bytes()
     assert 'No space left on device' in said and f"The training is complete, its state is in {tmp_path/'run'/'state'}" in said and '--resume' in said
@@ -212,7 +212,7 @@ def test_the_data_folder_vanishes_in_mid_epoch(tmp_path, sample, small, capsys):
     args = ['train', '--data', str(data), '--out', str(tmp_path/'run'), '--no-check', *small, '--set', 'epochs=6', '--workers', '2'] # two processes read the images
     child = multiprocessing.get_context('fork').Process(target=command_line, args=(args, tmp_path/'errors.txt'))
     child.start()
-    state = tmp_path/'run'/'state'/'state.safetensors'
+    state = tmp_path/'run'/'state'/'step0'/'state.safetensors'
     for _ in range(6000):
         if state.is_file() or not child.is_alive(): break
         time.sleep(.02)
