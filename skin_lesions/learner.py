@@ -8,7 +8,7 @@ __all__ = ['lesion_splitter', 'check_normalization', 'classifier_learner', 'reso
 
 # %% ../nbs/31_learner.ipynb #37d90892
 # these give learners progress bars, fit_one_cycle, fine_tune, lr_find
-import fastai.callback.progress, fastai.callback.schedule
+import fastai.callback.progress, fastai.callback.schedule, fastai.vision.learner
 import numpy as np
 import pandas as pd
 import torch
