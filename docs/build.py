@@ -29,7 +29,7 @@ def with_links(text):
 
 
 def page(notebook, dest):
-    "A notebook as Markdown beside its pictures; returns its title"
+    "A notebook as Markdown beside its figures; returns its title"
     nb = nbformat.read(notebook, 4)
     nb.cells = [c for c in nb.cells if not (c.cell_type=='code' and re.search(r'^#\| *(hide|default_exp)\b', c.source, re.M))]
     nb.metadata['language_info'] = {'name': 'python'} # for colours

@@ -1,4 +1,4 @@
-"Fixtures: the repository, a drawn sample, the real data if there is any, and the command line as a process of its own."
+"Fixtures: the repository, a synthetic sample, the real data if there is any, and the command line as a process of its own."
 import os, subprocess, sys, tempfile
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def repo(): return REPO
 
 @pytest.fixture(scope='session')
 def sample(tmp_path_factory):
-    "A drawn data set; not to be changed"
+    "A synthetic data set; not to be changed"
     from skin_lesions.synthetic import synthetic_ham10000
     return synthetic_ham10000(tmp_path_factory.mktemp('sample')/'ham', n_images=160, seed=7)
 

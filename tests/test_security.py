@@ -303,7 +303,7 @@ def test_gallery_shows_names_as_names(learn, sample, tmp_path):
     names = [e.replace('/', '_')+'.jpg' for e in EVIL]
     for n in names: Image.new('RGB', (40, 40), (200, 150, 130)).save(tmp_path/'in'/n)
     broken = '<b onclick=alert(1)>.jpg'
-    (tmp_path/'in'/broken).write_bytes(b'no picture')
+    (tmp_path/'in'/broken).write_bytes(b'not an image')
     n, unreadable = gradcam_folder(learn, tmp_path/'in', tmp_path/'out', show=False)
     assert n == len(names) and len(unreadable) == 1
     page = Page((tmp_path/'out'/'gallery.html').read_text(encoding='utf-8'))

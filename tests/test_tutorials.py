@@ -20,7 +20,7 @@ def from_source():
 
 @pytest.fixture(scope='module')
 def kaggle(tmp_path_factory, repo):
-    "A folder like /kaggle/input: the wheel, and a drawn sample where HAM10000 would be; and a folder with the wheel installed"
+    "A folder like /kaggle/input: the wheel, and a synthetic sample where HAM10000 would be; and a folder with the wheel installed"
     if not CHOSEN and from_source(): pytest.skip('the package is the source tree; the tutorials run from an installed wheel, SKIN_LESIONS_TUTORIALS=all runs them here')
     root = tmp_path_factory.mktemp('kaggle')
     source,wheels = root/'source',root/'input'/'skin-lesions-wheels'
