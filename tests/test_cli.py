@@ -70,7 +70,7 @@ def test_choices_are_the_library_s():
     from skin_lesions.recipes import CHOICES, SCALES
     from skin_lesions.views import VIEWS
     kinds = cli.gradcam.__annotations__
-    assert get_args(cli.Views) == tuple(VIEWS) and get_args(cli.Scale) == tuple(SCALES) and get_args(cli.Rule) == CHOICES['rule']
+    assert get_args(cli.Views) == (*VIEWS, 'recipe') and get_args(cli.Scale) == tuple(SCALES) and get_args(cli.Rule) == CHOICES['rule']
     assert get_args(kinds['method']) == METHODS and get_args(kinds['stage']) == STAGES
 
 
