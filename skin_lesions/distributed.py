@@ -348,16 +348,22 @@ def _check_one_state(cb, state):
         raise ValueError(f"the ranks found different states in {cb.folder} (next epoch {epochs}); "
                          "ResumeCallback needs a folder that all of them see")
 
+def _clean_first(cb):
+    "Let rank 0 remove half-written files; nobody reads while it still writes, after an error that the others met sooner"
+    if not this_rank(): ResumeCallback.clean(cb)
+    gather(None)
+
 def _prepare_resume(cb):
     "Let rank 0 alone write the state, and compare what the ranks find"
     if cb.minutes is not None:
         raise ValueError("in several processes the state is written after epochs only; "
                          "use ResumeCallback(folder) without minutes")
+    cb.clean = lambda: _clean_first(cb)
     cb.found = lambda state: _check_one_state(cb, state)
     if this_rank(): cb.save = noop
 
 def _release_resume(cb):
-    for name in ('save', 'found'): vars(cb).pop(name, None)
+    for name in ('save', 'found', 'clean'): vars(cb).pop(name, None)
 
 # %% ../nbs/32_distributed.ipynb #87f1401e
 @contextlib.contextmanager

@@ -315,11 +315,15 @@ class _ReadsState(_WritesState):
     "The part of `ResumeCallback` that takes a state over"
     def found(self, state): "Called with the state before it is used; `distributed` compares it over the processes"
 
+    def clean(self):
+        "Remove what a killed process left half-written; `distributed` lets rank 0 do it, and the others wait"
+        for name in (STATE, PREVIOUS):
+            for f in self.folder.glob(f'.{Path(name).stem}-*.safetensors'): f.unlink(missing_ok=True)
+
     def start(self):
         "Load the state, if there is one; this is a training"
         self.fitting,self.saved = True,time.monotonic()
-        for name in (STATE, PREVIOUS): # half-written when the process was killed
-            for f in self.folder.glob(f'.{Path(name).stem}-*.safetensors'): f.unlink(missing_ok=True)
+        self.clean()
         self.todo = read_state(self.folder)
         self.found(self.todo)
         if self.todo is None: return

@@ -1,5 +1,5 @@
 "Two real processes train together over gloo: the same images, metrics, gradients and files as one, and no one waits for another that has failed."
-import csv, json, multiprocessing, os, pickle, shutil, socket, subprocess, sys, warnings
+import csv, json, multiprocessing, os, pickle, shutil, socket, subprocess, sys, time, warnings
 
 import numpy as np
 import pandas as pd
@@ -151,11 +151,12 @@ def test_metrics_are_of_all_images(lesions):
     np.testing.assert_allclose([accuracy, recall, auc, six], expected, rtol=1e-5)
 
 
-def test_mixup_focal_and_random_numbers(lesions, tmp_path):
+def test_mixup_focal_and_random_numbers(lesions, tmp_path, monkeypatch):
     "Repeatable, different on each rank, and the same after an interruption between epochs"
     from fastai.callback.core import Callback
     from fastai.callback.progress import CSVLogger
     from skin_lesions.distributed import gather, this_rank
+    from skin_lesions import resume
     from skin_lesions.resume import ResumeCallback
     meta = lesions[1]
 
@@ -169,6 +170,11 @@ def test_mixup_focal_and_random_numbers(lesions, tmp_path):
         def before_batch(self): self.numbers.append((np.random.get_state()[1][:3].tolist(), torch.get_rng_state().sum().item()))
 
     def train():
+        if not this_rank(): # slow to write: the other rank waits with its next fit
+            write = resume._second_name
+            monkeypatch.setattr(resume, '_second_name', lambda *files: time.sleep(.5) or write(*files))
+            save = resume.save
+            monkeypatch.setattr(resume, 'save', lambda *args, **kwargs: time.sleep(.5) or save(*args, **kwargs))
         drawn = Drawn()
         learn = learner(meta, 8, False)
         learn.path = tmp_path
