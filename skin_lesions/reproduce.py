@@ -195,6 +195,13 @@ def decide_and_write(out, runs, recipe, meta, sensitivity, tolerance, device, **
     return write_reproduced(out, predictor, meta, scores, tolerance=tolerance, recipe=recipe, ood=ood, **fitted)
 
 # %% ../nbs/73_reproduce.ipynb #94e63062
+def _check_request(recipe, folds, network):
+    "Raise for a bundle that cannot be made"
+    if not folds or set(folds)-set(range(FOLDS)): raise ValueError(f"folds must be some of 0 to {FOLDS-1}, got {folds}")
+    if network not in NETWORK_OF: raise ValueError(unknown_name('network', network, NETWORK_OF))
+    if recipe.teachers: raise ValueError(f'{recipe.name} has teachers; a bundle needs a recipe without teachers')
+
+# %% ../nbs/73_reproduce.ipynb #p25d52f4
 def reproduce_bundle(
     data=None, # folder of the data set, or its frame; None searches the usual places, at scale 'tiny' it is synthetic
     out='ham10000_bundle', # folder of the bundle; the trainings are in its folder `work`
@@ -211,9 +218,7 @@ def reproduce_bundle(
 )->dict: # what was measured, which is also in the bundle
     "Train the network of a bundle and those that it is calibrated with, or go on; write the bundle and its model card"
     recipe,out,folds = find_recipe(recipe),Path(out),list(folds)
-    if not folds or set(folds)-set(range(FOLDS)): raise ValueError(f"folds must be some of 0 to {FOLDS-1}, got {folds}")
-    if network not in NETWORK_OF: raise ValueError(unknown_name('network', network, NETWORK_OF))
-    if recipe.teachers: raise ValueError(f'{recipe.name} has teachers; a bundle needs a recipe without teachers')
+    _check_request(recipe, folds, network)
     (out/'work').mkdir(parents=True, exist_ok=True)
     recipe,meta = recipe_to_run(recipe, scale)[0],experiment_data(data, scale, out/'work')
     work = out/'work'/f'{run_digest(recipe, data_fingerprint(meta))}-seed-{seed}'
