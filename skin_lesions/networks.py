@@ -311,13 +311,18 @@ def _check_members(members):
         raise ValueError("the members of an ensemble must have the same classes and the same patient data, "
                          f"got (classes, patient numbers) {sorted(shapes)}")
 
+class _FirstMember(nn.Module):
+    "Where one body or one patient layer is asked for, those of the first member"
+    body = property(lambda self: self.members[0].body)
+    patient = property(lambda self: self.members[0].patient)
+
 def _members_from(configs)->list:
     "The networks of an ensemble's configuration; a stranger's file might name thousands"
     if len(configs)<=MOST_MEMBERS: return [network_from_config(config) for config in configs]
     raise ValueError(f"{len(configs)} members, an ensemble has {MOST_MEMBERS} at most")
 
 # %% ../nbs/30_networks.ipynb #p8801004
-class EnsembleNet(nn.Module):
+class EnsembleNet(_FirstMember):
     "Several networks as one: the geometric mean of their probabilities; returns log-probabilities"
     def __init__(self,
         members, # `LesionNet`s and `TwoStageNet`s with the same classes in the same order
@@ -325,9 +330,6 @@ class EnsembleNet(nn.Module):
         super().__init__()
         self.members = nn.ModuleList(members)
         _check_members(self.members)
-
-    body = property(lambda self: self.members[0].body)
-    patient = property(lambda self: self.members[0].patient)
 
     def forward(self,
         x:Tensor, # [bs, 3, h, w], normalised
