@@ -789,6 +789,7 @@ def reproduce_bundle(
     recipe:str='ham10000', # recipe by name; skin_lesions paper --recipe all --list shows them
     set_:Repeated=None, # change a field of the recipe, e.g. --set size=224
     fold:tuple[int, ...]=(0,), # which of five folds by lesion are held out, each with a network of its own
+    network:Literal['all', 'mean']='all', # one more network on all images, or the mean of the folds' networks
     seed:int=42, # of weights, order and augmentation
     scale:Scale='full', # see skin_lesions paper
     cache:str=None, # folder for decoded images; without it, every epoch decodes them anew
@@ -801,8 +802,8 @@ def reproduce_bundle(
     from skin_lesions.recipes import with_changes
     changed = with_changes(recipe, recipe_changes(set_))
     from skin_lesions import reproduce
-    options:dict = dict(cache=cache, seed=seed, scale=scale, minutes=minutes, show=not quiet, workers=workers,
-                        device=device)
+    options:dict = dict(network=network, cache=cache, seed=seed, scale=scale, minutes=minutes, show=not quiet,
+                        workers=workers, device=device)
     print_reproduced(reproduce.reproduce_bundle(data, out, changed, folds=tuple(fold), **options), out)
     return 0
 

@@ -333,7 +333,8 @@ def _joint_answer(answers)->_Answer:
         values = [getattr(a, name) for a in answers]
         if any(v is None for v in values): return None
         return torch.stack([F.log_softmax(v, 1) if log else v for v in values]).mean(0)
-    return _Answer(F.log_softmax(mean('out', True), 1), F.log_softmax(mean('joined', True), 1), mean('s'), mean('z', True))
+    out,joined = (F.log_softmax(mean(name, True), 1) for name in ('out', 'joined'))
+    return _Answer(out, joined, mean('s'), mean('z', True))
 
 def _stage_score(answer, target, stage, first, codes)->tuple:
     "Classes explained [bs], -1 for the rest, and their scores [bs]"
@@ -362,7 +363,8 @@ def _member_map(explain, i, x, target, stage, patient)->tuple:
 
 def _maps(explain, x, target, stage, patient)->tuple:
     "Maps [bs, h, w], the mean over the members; their answers; the classes explained [bs]"
-    maps,answers,numbers = zip(*[_member_map(explain, i, x, target, stage, patient) for i in range(len(explain.members))])
+    found = [_member_map(explain, i, x, target, stage, patient) for i in range(len(explain.members))]
+    maps,answers,numbers = zip(*found)
     size = maps[0].shape[1:]
     maps = [m if m.shape[1:]==size else resize_cams(m, size) for m in maps]
     return torch.stack(maps).mean(0),answers,numbers[0]

@@ -311,22 +311,25 @@ def _check_members(members):
         raise ValueError("the members of an ensemble must have the same classes and the same patient data, "
                          f"got (classes, patient numbers) {sorted(shapes)}")
 
+class _FirstMember(nn.Module):
+    "Where one body or one patient layer is asked for, those of the first member"
+    body = property(lambda self: self.members[0].body)
+    patient = property(lambda self: self.members[0].patient)
+
+def _members_from(configs)->list:
+    "The networks of an ensemble's configuration; a stranger's file might name thousands"
+    if len(configs)<=MOST_MEMBERS: return [network_from_config(config) for config in configs]
+    raise ValueError(f"{len(configs)} members, an ensemble has {MOST_MEMBERS} at most")
+
 # %% ../nbs/30_networks.ipynb #p8801004
-class EnsembleNet(nn.Module):
+class EnsembleNet(_FirstMember):
     "Several networks as one: the geometric mean of their probabilities; returns log-probabilities"
     def __init__(self,
         members, # `LesionNet`s and `TwoStageNet`s with the same classes in the same order
     ):
         super().__init__()
-        members = list(members)
-        _check_members(members)
         self.members = nn.ModuleList(members)
-
-    @property
-    def body(self)->nn.Module: return self.members[0].body
-
-    @property
-    def patient(self)->nn.Module: return self.members[0].patient
+        _check_members(self.members)
 
     def forward(self,
         x:Tensor, # [bs, 3, h, w], normalised
@@ -340,14 +343,9 @@ class EnsembleNet(nn.Module):
         return dict(network='EnsembleNet', members=[member.config() for member in self.members])
 
     @classmethod
-    def from_config(cls,
-        config:dict, # as from `config`
-    )->'EnsembleNet': # same shapes, random weights
-        "Build the networks from their configuration"
-        members = _checked_config(cls.__name__, config, ('members',))['members']
-        # a stranger's file might name thousands
-        if len(members)>MOST_MEMBERS: raise ValueError(f"{len(members)} members, an ensemble has {MOST_MEMBERS} at most")
-        return cls([network_from_config(member) for member in members])
+    def from_config(cls, config:dict)->'EnsembleNet':
+        "Build the networks from their configuration, with random weights"
+        return cls(_members_from(_checked_config(cls.__name__, config, ('members',))['members']))
 
 # %% ../nbs/30_networks.ipynb #88672d97
 def network_from_config(
