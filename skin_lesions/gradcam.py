@@ -20,8 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.meta import delegates
-from fastcore.xml import (H1, H2, B, Body, Br, Figcaption, Figure, Head, Html, Img, Li, Main, Meta, P, Style, Title, Ul,
-                          to_xml)
+from fastcore.xml import H1, H2, B, Br, Figcaption, Figure, Img, Li, P, Ul
 from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from torch.nn import functional as F
 from .classes import class_set
 from .core import NOTICE, atomic_path, check_columns, image_files, progress, unknown_name, why_unreadable
 from .networks import EnsembleNet, LesionNet, TwoStageNet, join_stages, route_stages
+from .style import html_page
 
 # %% ../nbs/50_gradcam.ipynb #08c3993c
 METHODS = ('gradcam', 'gradcam++', 'hirescam')
@@ -702,15 +702,6 @@ def _thumbnail(image, width=192)->str:
     return f'data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}'
 
 # %% ../nbs/50_gradcam.ipynb #8d82d5ea
-_STYLE = """
-:root{color-scheme:light}
-body{margin:0 auto;max-width:70rem;padding:1rem;background:#fff;color:#1a1a1a;font:1rem/1.45 system-ui,sans-serif}
-.notice{border-left:.3rem solid #b35900;background:#fff6e5;padding:.6rem .8rem}
-ul{display:flex;flex-wrap:wrap;gap:1rem;padding:0;list-style:none}
-figure{margin:0;width:192px}figcaption{font-size:.8rem;overflow-wrap:anywhere}img{display:block}
-"""
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'" # the page can load nothing
-
 def _figure(name, thumbnail, text):
     "One image of the gallery"
     image = Img(width=192, alt=f'{name}: image and map', src=thumbnail)
@@ -735,10 +726,8 @@ def _gallery_text(n_figures, n, target, stage, method)->str:
 
 def _write_gallery(path, figures, text, unreadable):
     "The gallery as one file"
-    head = Head(Meta(charset='utf-8'), Meta(name='viewport', content='width=device-width, initial-scale=1'),
-                Meta(http_equiv='Content-Security-Policy', content=_POLICY), Title('Grad-CAM'), Style(_STYLE))
-    main = Main(H1('Grad-CAM'), P(NOTICE, cls='notice'), P(text), Ul(*figures), *_unreadable_list(unreadable))
-    page = to_xml(Html(head, Body(main), lang='en'), indent=False)
+    parts = H1('Grad-CAM'),P(NOTICE, cls='notice'),P(text),Ul(*figures, cls='gallery'),*_unreadable_list(unreadable)
+    page = html_page('Grad-CAM', *parts, broad=True)
     with atomic_path(path) as tmp: tmp.write_text(page, encoding='utf-8')
 
 # %% ../nbs/50_gradcam.ipynb #0fa9202a

@@ -45,7 +45,7 @@ def test_training_images_change_and_validation_images_do_not(tmp_path):
     from skin_lesions.readers import read_metadata
     from skin_lesions.split import split_by_lesion
     from skin_lesions.synthetic import synthetic_ham10000
-    meta = split_by_lesion(read_metadata(synthetic_ham10000(tmp_path/'sample', 60, size=(96, 72), show=False)), show=False)
+    meta = split_by_lesion(read_metadata(synthetic_ham10000(tmp_path/'sample', 60, size=(96, 72), show=False)))
     def batches(camera):
         torch.manual_seed(0); np.random.seed(0)
         tfms = lesion_augmentation(0., 0., camera=camera)
