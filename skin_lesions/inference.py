@@ -26,6 +26,7 @@ from torch import nn
 
 from .classes import CLASS_SETS, ClassSet, classes_of
 from .core import check_columns, first_few, image_files, unknown_name, unreadable_files
+from .networks import full_precision
 from .views import answer_of_views, check_views, n_crops, view_images
 
 # %% ../nbs/59_inference.ipynb #44c6047b
@@ -187,7 +188,7 @@ class AnswerNet(nn.Module):
         def probabilities(x):
             copies = len(x)//len(rest[0]) if rest else 1
             inputs = [r.repeat_interleave(copies, 0) for r in rest]
-            with torch.autocast(x.device.type, enabled=False): raw = self.model(x.float(), *inputs)
+            with full_precision(x.device): raw = self.model(x.float(), *inputs)
             return to_probabilities(raw, self.loss_func, self.n_classes).numpy()
         return torch.from_numpy(answer_of_views(probabilities, x, self.views, self.average))
 

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PATIENT_FEATURES', 'COMBINE', 'load_body_weights', 'create_body', 'dense_head', 'n_patient', 'ClassifierNet',
-           'LesionNet', 'join_stages', 'route_stages', 'TwoStageNet', 'network_from_config']
+           'LesionNet', 'join_stages', 'route_stages', 'TwoStageNet', 'network_from_config', 'full_precision']
 
 # %% ../nbs/30_networks.ipynb #45593659
-import json
+import json, math
+from contextlib import nullcontext
 from pathlib import Path
 
 import timm
@@ -231,8 +232,8 @@ def route_stages(
     eps:float=1e-6, # probability that the side not taken keeps
 )->Tensor: # [bs, n], log-probabilities
     "The paper's hard routing: the first class where stage one gives it one half or more, else stage two's answer"
-    sure = torch.tensor(eps).logit().neg().to(s)
-    return join_stages(torch.where(s>=0, sure, -sure), z, first)
+    sure = math.log1p(-eps)-math.log(eps)
+    return join_stages(torch.full_like(s, sure).where(s>=0, -sure), z, first)
 
 # %% ../nbs/30_networks.ipynb #68b30abb
 COMBINE = ('product', 'paper')
@@ -306,3 +307,13 @@ def network_from_config(
     name = config.get('network')
     if name not in kinds: raise ValueError(unknown_name('network', name, kinds))
     return kinds[name].from_config(config)
+
+# %% ../nbs/30_networks.ipynb #30fa0002
+def full_precision(
+    device, # `torch.device` or its name
+): # a context manager
+    "Inside the block nothing is cast to half precision"
+    kind = torch.device(device).type
+    # asked first: a traced network keeps no trace of it
+    halves = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if halves else nullcontext()
