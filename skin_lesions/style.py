@@ -9,8 +9,6 @@ __all__ = ['LIGHT', 'DARK', 'FONTS', 'PIECES', 'TABLES', 'SCORES', 'PIECE_STYLE'
 # %% ../nbs/04_style.ipynb #04a00003
 import math
 
-from fastcore.xml import Body, Head, Html, Main, Meta, Style, Title, to_xml
-
 # %% ../nbs/04_style.ipynb #04a00006
 def number_text(
     value, # a number; None and NaN give '–'
@@ -149,6 +147,8 @@ def html_page(
     files:bool=False, # may show images from the reader's disk
 )->str: # HTML
     "A page in one file, with the style and without scripts"
+    # here: whoever writes numbers needs no tags
+    from fastcore.xml import Body, Head, Html, Main, Meta, Style, Title, to_xml
     images = "data: file: 'self'" if files else 'data:'
     policy = f"default-src 'none'; img-src {images}; style-src 'unsafe-inline'"
     head = Head(Meta(charset='utf-8'), Meta(name='viewport', content='width=device-width, initial-scale=1'),
