@@ -351,6 +351,7 @@ class RankSeeds(Callback):
         seed = share(int(torch.randint(2**31, (1,))))
         if this_rank(): set_seed((seed+this_rank())%2**32)
 
+# %% ../nbs/32_distributed.ipynb #p074366f
 def _check_one_state(cb, state):
     "Raise where the ranks go on from different states"
     epochs = gather(None if state is None else state[0]['epoch'])
@@ -359,7 +360,7 @@ def _check_one_state(cb, state):
                          "ResumeCallback needs a folder that all of them see")
 
 def _clean_first(cb):
-    "Let rank 0 remove half-written files; nobody reads while it still writes, after an error that the others met sooner"
+    "Let rank 0 remove half-written files; nobody reads while it still writes, after an error met sooner elsewhere"
     if not this_rank(): ResumeCallback.clean(cb)
     gather(None)
 

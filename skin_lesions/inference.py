@@ -23,11 +23,11 @@ from fastcore.basics import noop
 from fasttransform import Pipeline, Transform
 from PIL import Image
 from torch import nn
-from torch.amp import is_autocast_available
 
 from .classes import CLASS_SETS, ClassSet, classes_of
 from .core import check_columns, first_few, image_files, unknown_name, unreadable_files
 from .data import dataset_labels
+from .networks import full_precision
 from .views import answer_of_views, check_views, n_crops, view_images
 
 # %% ../nbs/59_inference.ipynb #44c6047b
@@ -178,10 +178,6 @@ def view_dataloader(
     return dl.new(bs=max(1, dl.bs//n_crops(views)), after_item=items, after_batch=batches)
 
 # %% ../nbs/59_inference.ipynb #296b05b8
-def _full_precision(device_type:str):
-    "A block without autocast; some versions of PyTorch know none for Apple's GPUs"
-    return torch.autocast(device_type, enabled=False) if is_autocast_available(device_type) else nullcontext()
-
 class AnswerNet(nn.Module):
     "In the place of a learner's network: its probabilities, averaged over views, in float32"
     def __init__(self,
@@ -199,7 +195,7 @@ class AnswerNet(nn.Module):
         def probabilities(x):
             copies = len(x)//len(rest[0]) if rest else 1
             inputs = [r.repeat_interleave(copies, 0) for r in rest]
-            with _full_precision(x.device.type): raw = self.model(x.float(), *inputs)
+            with full_precision(x.device): raw = self.model(x.float(), *inputs)
             return to_probabilities(raw, self.loss_func, self.n_classes).numpy()
         return torch.from_numpy(answer_of_views(probabilities, x, self.views, self.average))
 

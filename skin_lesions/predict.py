@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .bundle import BUNDLE_NAMES, PixelNet, decision_part, halved, named_bundle
 from .bundle import network_of, ood_of, open_files, read_files
+from .networks import classifier_config
 from .classes import ClassSet
 from .core import NOTICE, check_columns, image_files, read_image, reuse_memory
 from .core import progress as progress_over
@@ -346,7 +347,7 @@ class Predictor:
         network,(height,width) = self.record['network'],self.size
         view = f"{height}x{width} pixels, crop {self.record['crop']['name']}"
         parts = [k for k in ('patient', 'calibration', 'rule', 'referral', 'ood') if self.record[k]]
-        return f"Predictor({', '.join([network['network'], network.get('classifier', network)['arch'], view, *parts])})"
+        return f"Predictor({', '.join([network['network'], classifier_config(network)['arch'], view, *parts])})"
 
 # %% ../nbs/66_predict.ipynb #0fa6ab08
 def load_predictor(

@@ -41,7 +41,7 @@ from .core import ImageError, check_columns, first_few, image_files, is_whole, u
 from .data import LesionDL, crop_transform, get_image
 from .dataset import check_images
 from .learner import check_normalization, classifier_learner, lesion_learner, two_stage_learner
-from .networks import ClassifierNet, LesionNet, create_body, network_from_config
+from .networks import ClassifierNet, LesionNet, create_body, full_precision, network_from_config
 
 # %% ../nbs/40_pretext.ipynb #fabf821a
 def open_unlabelled(item):
@@ -173,15 +173,8 @@ def _visible_radius(h:int, w:int, blur:float)->float:
     return radius
 
 # %% ../nbs/40_pretext.ipynb #2aaa5a47
-def rotate_images(
-    x:Tensor, # [bs, c, h, w], floats, normalised: 0 is the mean colour
-    degrees:Tensor, # [bs], counter-clockwise
-    blur:float=BLUR, # standard deviation of the smoothing, pixels; 0 for none, which betrays the angle
-)->Tensor: # [bs, c, h, w], 0 outside a circle
-    "Rotate each image about its centre by its own angle, with the same smoothing and the same circle for every angle"
-    if x.ndim!=4 or not x.is_floating_point():
-        raise ValueError(f"rotate_images needs floats of shape [bs, c, h, w], got {x.dtype} {tuple(x.shape)}")
-    x,dtype = x.as_subclass(Tensor),x.dtype
+def _rotated(x:Tensor, degrees:Tensor, blur:float)->Tensor:
+    "`rotate_images` for plain tensors"
     h,w = x.shape[-2:]
     radius = _visible_radius(h, w, blur)
     x = _smoothed(x.float(), blur) if blur else x.float()
@@ -190,7 +183,18 @@ def rotate_images(
     angle = torch.deg2rad(degrees.to(x)).view(-1, 1, 1)
     cos,sin = angle.cos(),angle.sin()
     grid = torch.stack([(cos*x0 - sin*y0)*2/w, (sin*x0 + cos*y0)*2/h], -1)
-    return (_sampled(x, grid)*(x0**2 + y0**2 <= radius**2)).to(dtype)
+    return _sampled(x, grid)*(x0**2 + y0**2 <= radius**2)
+
+def rotate_images(
+    x:Tensor, # [bs, c, h, w], floats, normalised: 0 is the mean colour
+    degrees:Tensor, # [bs], counter-clockwise
+    blur:float=BLUR, # standard deviation of the smoothing, pixels; 0 for none, which betrays the angle
+)->Tensor: # [bs, c, h, w], 0 outside a circle
+    "Rotate each image about its centre by its own angle, with the same smoothing and the same circle for every angle"
+    if x.ndim!=4 or not x.is_floating_point():
+        raise ValueError(f"rotate_images needs floats of shape [bs, c, h, w], got {x.dtype} {tuple(x.shape)}")
+    # half precision would round the angles by up to a degree, and the pixels
+    with full_precision(x.device): return _rotated(x.as_subclass(Tensor), degrees, blur).to(x.dtype)
 
 # %% ../nbs/40_pretext.ipynb #2de7ecc1
 def _check_angles(angles)->int:
@@ -415,7 +419,7 @@ class CallbackValue(Metric):
     def reset(self): self.total,self.n = 0.,0
     def accumulate(self, learn):
         bs = len(learn.xb[0])
-        self.total += float(getattr(self.cb, self.attr).mean())*bs
+        self.total += float(learn.to_detach(getattr(self.cb, self.attr).mean(), gather=False))*bs
         self.n += bs
 
     @property

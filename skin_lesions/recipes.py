@@ -20,7 +20,7 @@ LOSSES = ('focal', 'logit_adjusted')
 SCHEDULES = ('flat', 'one_cycle')
 PRETEXTS = ('rotation', 'restoration')
 # arguments of `lesion_augmentation`
-AUGMENTATIONS = dict(standard={}, strong=dict(max_lighting=.25, max_saturation=.25, erase=.5))
+AUGMENTATIONS = dict(standard={}, strong=dict(max_lighting=.25, max_saturation=.25, erase=.5), camera=dict(camera=1.))
 
 # %% ../nbs/33_recipes.ipynb #1d507224
 @dataclass(frozen=True)
@@ -259,6 +259,7 @@ _LOSSES = [
     _change('logit_adjusted', 'logit-adjusted loss', loss='logit_adjusted'),
     _change('sampling', 'images sampled by the square root of the inverse frequency', sampling='sqrt'),
     _change('augment', 'stronger light, saturation, erased rectangles', augment='strong'),
+    _change('camera', 'colours, sharpness and compression of other cameras', augment='camera'),
     _change('mixup', 'mixUp with 0.7 and 0.3', mixup=.7)]
 _STAGES = [
     _change('two_stage', 'two stages', stages=2),

@@ -324,14 +324,18 @@ class _WritesState(Callback):
         raise FloatingPointError(_not_finite(self.learn, self.folder))
 
 # %% ../nbs/23_resume.ipynb #b2ad9df9
+def _remove_half_written(folder):
+    "Remove what a killed process left behind"
+    for name in (STATE, PREVIOUS):
+        for f in folder.glob(f'.{Path(name).stem}-*.safetensors'): f.unlink(missing_ok=True)
+
+# %% ../nbs/23_resume.ipynb #p1b747fd
 class _ReadsState(_WritesState):
     "The part of `ResumeCallback` that takes a state over"
     def found(self, state): "Called with the state before it is used; `distributed` compares it over the processes"
 
-    def clean(self):
-        "Remove what a killed process left half-written; `distributed` lets rank 0 do it, and the others wait"
-        for name in (STATE, PREVIOUS):
-            for f in self.folder.glob(f'.{Path(name).stem}-*.safetensors'): f.unlink(missing_ok=True)
+    # `distributed` lets rank 0 do it, and the others wait
+    def clean(self): _remove_half_written(self.folder)
 
     def start(self):
         "Load the state, if there is one; this is a training"
