@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .architectures import WEIGHT_PACKAGES, check_arch, check_tensors, package_weights, read_weights
-from .core import unknown_name
+from .core import is_whole, unknown_name
 
 # %% ../nbs/30_networks.ipynb #d73607eb
 def _without_classifier(body, state)->dict:
@@ -108,7 +108,7 @@ PATIENT_FEATURES = 32 # that the patient layer makes
 
 def _patient_layer(n_patient):
     "The layer for `n_patient` numbers; None for 0"
-    if isinstance(n_patient, bool) or int(n_patient)!=n_patient or n_patient<0:
+    if not is_whole(n_patient):
         raise ValueError(f"n_patient must be a whole number, 0 for no patient data, got {n_patient!r}")
     return nn.Sequential(nn.Linear(int(n_patient), PATIENT_FEATURES), nn.ReLU()) if n_patient else None
 

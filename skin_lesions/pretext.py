@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 # %% ../nbs/40_pretext.ipynb #3d34837f
 from .architectures import check_arch, check_tensors, normalization
-from .core import ImageError, check_columns, first_few, image_files, unknown_name
+from .core import ImageError, check_columns, first_few, image_files, is_whole, unknown_name
 from .data import LesionDL, crop_transform, get_image
 from .dataset import check_images
 from .learner import check_normalization, classifier_learner, lesion_learner, two_stage_learner
@@ -199,8 +199,8 @@ def rotate_images(
 # %% ../nbs/40_pretext.ipynb #2de7ecc1
 def _check_angles(angles)->int:
     "A whole number, 2 or more"
-    if isinstance(angles, bool) or int(angles)!=angles or angles<2:
-        raise ValueError(f"angles must be a whole number, 2 or more, got {angles}; "
+    if not is_whole(angles, 2):
+        raise ValueError(f"angles must be a whole number, 2 or more, got {angles!r}; "
                          "6 rotates by 0, 60, ... 300 degrees, 4 by quarters")
     return int(angles)
 
@@ -464,8 +464,7 @@ def joint_rotation_learner(
 def _check_disorder(h, w, patch, swaps):
     "Raise a `ValueError` where patches cannot be swapped"
     for name,v,low in (('patch', patch, 1), ('swaps', swaps, 0)):
-        if isinstance(v, bool) or int(v)!=v or v<low:
-            raise ValueError(f"{name} must be a whole number, {low} or more, got {v}")
+        if not is_whole(v, low): raise ValueError(f"{name} must be a whole number, {low} or more, got {v!r}")
     if patch>min(h, w)/2:
         raise ValueError(f"a patch of {patch} pixels is larger than half the image of {h}x{w}; "
                          "two patches that do not overlap must fit")
@@ -579,17 +578,19 @@ def _parts(body):
         if split: yield from ((f'{name}.{n}', part) for n,part in child.named_children())
         else: yield name,child
 
+_FOR_A_UNET = ("its encoder must be a convolutional network whose stages follow each other, such as resnet50, "
+               "mobilenetv2_100 or tf_efficientnet_lite0")
+
 def _stages(body)->OrderedDict:
     "The parts of a timm network up to its last feature map, by name"
     info = getattr(body, 'feature_info', None)
     if not info or len({f['reduction'] for f in info})<2:
-        raise ValueError(f"{body.arch} has no feature maps of several sizes; a U-Net needs a convolutional network "
-                         "such as resnet50, mobilenetv2_100 or tf_efficientnet_lite0")
+        raise ValueError(f"{body.arch} has no feature maps of several sizes; {_FOR_A_UNET}")
     stages = OrderedDict()
     for name,part in _parts(body):
         stages[name] = part
         if name==info[-1]['module']: return stages
-    raise ValueError(f"the stages of {body.arch} do not follow each other; a U-Net cannot be built on it")
+    raise ValueError(f"the stages of {body.arch} do not follow each other; {_FOR_A_UNET}")
 
 # %% ../nbs/40_pretext.ipynb #e3ff5218
 def _unet(body, size)->DynamicUnet:
@@ -598,7 +599,11 @@ def _unet(body, size)->DynamicUnet:
     encoder = nn.Sequential(OrderedDict((name.replace('.', '_'), part) for name,part in _stages(body).items()))
     training = body.training
     # building it passes an image through, in evaluation mode
-    return DynamicUnet(encoder, 3, size).train(training)
+    try: return DynamicUnet(encoder, 3, size).train(training)
+    except Exception as e:
+        reason = str(e).strip().splitlines()[:1] or [type(e).__name__]
+        raise ValueError(f"no U-Net can be built on {body.arch} for images of {size[0]}x{size[1]} pixels ({reason[0]}); "
+                         f"{_FOR_A_UNET}") from e
 
 def _named_as_body(state, names)->dict:
     "The tensors of an encoder as the body names them; `names` are the body's names of its parts"
