@@ -23,7 +23,8 @@ def check_arch(
 )->str: # `arch`
     "Raise a `ValueError` that offers the nearest names if timm does not know an architecture"
     if not isinstance(arch, str):
-        raise TypeError(f"arch must be the name of a timm architecture, got {type(arch).__name__}")
+        raise TypeError("arch must be the name of a timm architecture, "
+                        f"got {getattr(arch, '__name__', type(arch).__name__)}")
     if not timm.is_model(arch): raise ValueError(unknown_name('architecture', arch, timm.list_models()))
     return arch
 
