@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFINITIONS', 'read_history', 'plot_history', 'number_text', 'interval_text', 'html_table', 'html_figure',
-           'report_sections', 'html_report']
+           'report_sections', 'read_run', 'split_sentence', 'run_for_report', 'html_report']
 
 # %% ../nbs/64_report.ipynb #e19032ba
 import base64, io, json
@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .bootstrap import labelled, units_of
 from .classes import classes_of
-from .core import NOTICE, atomic_path, check_columns
+from .core import NOTICE, atomic_path, check_columns, read_json
 from .evaluate import (confusion_matrix, default_targets, operating_points, plot_confusion,
     plot_operating_points, plot_roc, score_intervals, scores, scores_by)
 
@@ -384,6 +384,34 @@ def report_sections(
     if meta is not None: sections += _subgroup_section(table, meta)
     sections += _confusion_section(table) + _history_section(history) + _definition_section() + _run_section(run)
     return [section for section in sections if section is not None]
+
+# %% ../nbs/64_report.ipynb #64a0de01
+def read_run(
+    out, # run folder
+)->dict: # what run.json holds; None where there is none
+    "The record of a run"
+    file = Path(out)/'run.json'
+    return read_json(file) if file.is_file() else None
+
+def split_sentence(
+    split:dict, # of `describe_split`
+)->str:
+    "A split in words"
+    leak = split.get('valid_fraction_with_group_in_training')
+    counts = f"{split['train_images']:,} images for training, {split['valid_images']:,} for validation"
+    leaked = '' if leak is None else f'; {leak:.1%} of these show a lesion that is in training'
+    return f"{split['rule']}, seed {split['seed']}; {counts}{leaked}"
+
+# %% ../nbs/64_report.ipynb #64a0de02
+def run_for_report(
+    record:dict, # of `read_run`; None stays None
+    data=None, # where other images than the validation images come from
+)->dict: # for `html_report`
+    "A run's record with its split as a sentence"
+    if record is None: return None
+    others = f'labelled images of {data}, without those that were used in training and their lesions'
+    split = split_sentence(record['split']) if data is None else others
+    return {k: v for k,v in record.items() if k not in ('history', 'scores', 'asked')} | dict(split=split)
 
 # %% ../nbs/64_report.ipynb #276a979b
 def html_report(

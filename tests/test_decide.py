@@ -212,8 +212,3 @@ def test_images_without_a_decision_say_why():
     assert out.loc[0, list(MELANOMA)].notna().all() and out.loc[1, list(MELANOMA)].isna().all() and out.columns[-1] == 'problem'
     nothing = decide_table(table[1:2], *fitted[:3])
     assert nothing.decision.isna().all() and nothing.reason.tolist() == ['cannot be decoded']
-
-
-def test_whoever_predicts_needs_no_plots_and_no_scikit_learn(python, tmp_path):
-    done = python("import sys, skin_lesions.decide; print([m for m in ('matplotlib', 'sklearn', 'fastai') if m in sys.modules])", cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout.strip() == '[]', done.stdout+done.stderr
