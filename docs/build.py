@@ -11,6 +11,9 @@ from latex2mathml.converter import convert
 from nbconvert import MarkdownExporter
 
 REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO)) # the pages' own version of the package
+from skin_lesions.style import color_variables
+
 GIT = 'https://github.com/skin-lesions/skin_lesions/blob/main/'
 
 
@@ -48,7 +51,9 @@ def page(notebook, dest):
 def sources(dest):
     "All pages; returns the navigation"
     shutil.copytree(REPO/'nbs'/'images', dest/'images')
-    shutil.copy(REPO/'docs'/'extra.css', dest)
+    # the colours of the report and the web demo
+    colors = color_variables('[data-md-color-scheme=default]', '[data-md-color-scheme=slate]')
+    (dest/'extra.css').write_text(colors+(REPO/'docs'/'extra.css').read_text(encoding='utf-8'), encoding='utf-8')
     (dest/'api').mkdir()
     page(REPO/'nbs'/'index.ipynb', dest)
     pages = [{f"{n.stem[:2]} {page(n, dest)}": f'{n.stem}.md'} for n in sorted((REPO/'nbs').glob('[0-9]*.ipynb'))]

@@ -329,6 +329,7 @@ def lesion_app(
         suffixes = list(IMAGE_SUFFIXES)
         files = gr.File(label='Photographs', file_count='multiple', file_types=suffixes, elem_id='files', height=150)
         result = gr.HTML(elem_id='result')
+        _clear_at_once(gr, app, result)
         files.upload(answer, files, [result, files], api_visibility='private', trigger_mode='once')
         gr.HTML(_footer())
     app.queue(max_size=20, default_concurrency_limit=1, api_open=False)
@@ -340,6 +341,17 @@ def _check_limits(max_images, per_minute):
     if 1<=max_images<=per_minute: return
     raise ValueError("max_images must be 1 or more and not above per_minute, or nobody could ask for that many; "
                      f"got {max_images} and {per_minute}")
+
+# Gradio tells nobody of an upload that it rejects, so the browser watches: files that are chosen, and that are dropped
+_WATCH_FILES = """() => ['change', 'drop'].forEach(kind => document.addEventListener(kind, event => {
+    if (event.target.closest?.('#files')) document.querySelector('#clear').click();
+}, true))"""
+
+def _clear_at_once(gr, app, result):
+    "Let the answer before go as soon as files are given, also where they are then rejected"
+    clear = gr.Button(visible='hidden', elem_id='clear')
+    clear.click(None, None, result, js="() => ''", api_visibility='private')
+    app.load(None, None, None, js=_WATCH_FILES, api_visibility='private')
 
 # %% ../nbs/80_app.ipynb #e207a154
 FONTS = ('system-ui', '-apple-system', 'Segoe UI', 'Roboto', 'sans-serif') # of the reader's own machine

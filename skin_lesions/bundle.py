@@ -6,7 +6,8 @@
 __all__ = ['NETWORKS', 'FORMAT', 'FORMAT_VERSION', 'BUNDLE_FILES', 'MOST_BYTES', 'MOST_RATIO', 'crop_as_dict', 'view_as_dict',
            'image_view', 'check_view', 'network_as_dict', 'network_from_dict', 'PixelNet', 'pack_ids', 'unpack_ids',
            'bundle_content', 'ood_tensors', 'check_record', 'bundle_bytes', 'halved', 'save_bundle', 'read_files',
-           'read_record', 'read_bundle', 'open_files', 'network_of', 'decision_part', 'ood_of', 'update_bundle']
+           'read_record', 'read_bundle', 'open_files', 'network_of', 'first_diagnosis', 'decision_part', 'ood_of',
+           'update_bundle']
 
 # %% ../nbs/65_bundle.ipynb #648a68e5
 import copy, hashlib, json, math, os, re, shutil, tempfile, time, zipfile, zlib
@@ -28,7 +29,7 @@ from .classes import ClassSet, class_set, classes_of
 from .core import NOTICE, atomic_path, json_value, unknown_name, versions
 from .decide import FittedOn
 from .decide import from_dict as decision_from_dict
-from .networks import LesionNet, TwoStageNet
+from .networks import EnsembleNet, LesionNet, TwoStageNet, classifier_config
 from .ood import OODScore, body_of, texture_layer
 from .views import VALIDATION_CROPS, height_and_width
 
@@ -142,13 +143,13 @@ def check_view(
     return view
 
 # %% ../nbs/65_bundle.ipynb #316f033a
-NETWORKS = ('LesionNet', 'TwoStageNet', 'JointRotationNet', 'JointRestorationNet')
+NETWORKS = ('LesionNet', 'TwoStageNet', 'EnsembleNet', 'JointRotationNet', 'JointRestorationNet')
 
 def _network_class(name):
     "The class of a network by its name"
     if name not in NETWORKS:
         raise ValueError(unknown_name('network', name, NETWORKS) + "; a newer skin-lesions may know it")
-    plain = {kind.__name__: kind for kind in (LesionNet, TwoStageNet)}
+    plain = {kind.__name__: kind for kind in (LesionNet, TwoStageNet, EnsembleNet)}
     if name in plain: return plain[name]
     from skin_lesions import pretext # brings fastai, and few bundles need it
     return getattr(pretext, name)
@@ -295,7 +296,7 @@ def _is_channels_last(net)->bool:
     last = torch.channels_last
     return any(p.ndim==4 and p.is_contiguous(memory_format=last) and not p.is_contiguous() for p in net.parameters())
 
-def _n_out(config)->int: return config['classifier']['n_out'] if 'classifier' in config else config['n_out']
+def _n_out(config)->int: return classifier_config(config)['n_out']
 
 def _check_outputs(config, classes, where):
     if _n_out(config)==len(classes): return
@@ -650,6 +651,13 @@ def network_of(
     return net.to(memory_format=torch.channels_last).eval() if record['channels_last'] else net.eval()
 
 # %% ../nbs/65_bundle.ipynb #71848a27
+def first_diagnosis(
+    record:dict, # of a bundle
+)->str: # code; None for a network of one stage
+    "The class that stage one of a bundle's network tells from the rest"
+    network = classifier_config(record['network'])
+    return list(ClassSet.from_dict(record['classes']))[network['first']] if 'first' in network else None
+
 def decision_part(
     record:dict, # as from `open_files`
     key:str, # 'calibration', 'rule' or 'referral'

@@ -8,6 +8,7 @@ __all__ = ['SCORE_NAMES', 'CARD_TAGS', 'card_scores', 'model_card']
 # %% ../nbs/68_card.ipynb #6fb4e006
 from .classes import ClassSet
 from .core import NOTICE
+from .networks import classifier_config
 
 # %% ../nbs/68_card.ipynb #7fe6c239
 SCORE_NAMES = dict(accuracy='Accuracy', average_recall='Average recall over the classes',
@@ -84,9 +85,10 @@ def _group_lines(scores)->str:
 def _network_lines(record)->str:
     "What the network is and how it was trained"
     network,recipe,size = record['network'],record.get('recipe'),record['crop']['size']
-    inner = network.get('classifier', network)
+    inner,n = classifier_config(network),len(network.get('members', ()))
     stages = 'two stages' if inner['network']=='TwoStageNet' else 'one stage'
     text = f"{inner['arch']}, {stages}, {size[0]} x {size[1]} pixels"
+    if n: text = f"geometric mean of {n} networks: {text}"
     if recipe:
         steps = ', '.join(f'{epochs} at {side} pixels' for side,epochs in recipe['steps'])
         start = 'ImageNet weights' if recipe['pretrained'] else 'random weights'
@@ -179,7 +181,7 @@ def _limit_lines(classes)->str:
 # %% ../nbs/68_card.ipynb #dbff225f
 def _title(record, classes, scores)->str:
     "The heading, with a warning where the network is a test of the code"
-    arch = record['network'].get('classifier', record['network'])['arch']
+    arch = classifier_config(record['network'])['arch']
     title = f'# {len(classes)} diagnoses of dermatoscopic images: {arch}'
     if scores.get('scale')!='tiny': return title
     return f'{title}\n\n**Trained on synthetic images to test the code; it knows nothing of skin.**'

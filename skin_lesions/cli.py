@@ -10,8 +10,8 @@ __all__ = ['Views', 'Rule', 'Calibration', 'Split', 'Scale', 'COMMANDS', 'Repeat
            'print_run', 'train', 'train_and_print', 'own_split', 'unseen_images', 'read_split', 'validation_images',
            'readable_rows', 'predict_labelled', 'write_report', 'evaluate', 'read_patients', 'note_ood', 'print_answer',
            'with_patients', 'write_maps', 'predict', 'answer_records', 'print_json', 'print_csv', 'print_lines',
-           'print_answers', 'gradcam', 'print_fitted', 'first_class', 'calibrate', 'ensemble', 'combined', 'submit',
-           'export_onnx', 'app', 'paper_runs', 'print_recipes', 'run_line', 'run_all', 'print_paper_table', 'paper',
+           'print_answers', 'gradcam', 'print_fitted', 'calibrate', 'ensemble', 'combined', 'submit', 'export_onnx',
+           'app', 'paper_runs', 'print_recipes', 'run_line', 'run_all', 'print_paper_table', 'paper',
            'reproduce_bundle', 'print_reproduced', 'demo_recipe', 'demo', 'demo_sample', 'run_demo', 'predict_demo',
            'argument_parser', 'shell_words', 'plain_warnings', 'main']
 
@@ -695,16 +695,6 @@ def print_fitted(
         print(f'refer from a score of {referral.threshold:.4f}: {reached}')
     for line in _measured_lines(decisions.measured): print(line)
 
-def first_class(
-    bundle, # folder or file
-)->str: # code; None for a network of one stage
-    "The class that stage one of a bundle's network tells from the rest"
-    from skin_lesions.bundle import read_bundle
-    from skin_lesions.classes import class_set
-    record = read_bundle(bundle)
-    network = record['network'].get('classifier', record['network'])
-    return class_set(record['classes']).codes[network['first']] if 'first' in network else None
-
 # %% ../nbs/81_cli.ipynb #48046bf9
 def calibrate(
     bundle:str, # run folder or bundle, which is changed
@@ -716,9 +706,9 @@ def calibrate(
 )->int:
     "Fit calibration, decision rule and referral, and put them into the bundle"
     folder = bundle_folder(bundle)
-    from skin_lesions.bundle import read_bundle, update_bundle
+    from skin_lesions.bundle import first_diagnosis, read_bundle, update_bundle
     from skin_lesions.decide import fit_decisions
-    table,first = run_predictions(predictions or folder),first_class(folder)
+    table,first = run_predictions(predictions or folder),first_diagnosis(read_bundle(folder))
     rule = rule or recipe_of(read_bundle(folder)).get('rule', 'prior')
     fitted = fit_decisions(table, first=first, method=calibration, rule=rule, sensitivity=refer)
     # False takes out what an earlier calibration has left
@@ -920,6 +910,7 @@ def reproduce_bundle(
     recipe:str='ham10000', # recipe by name; skin_lesions paper --recipe all --list shows them
     set_:Repeated=None, # change a field of the recipe, e.g. --set size=224
     fold:tuple[int, ...]=(0,), # which of five folds by lesion are held out, each with a network of its own
+    network:Literal['all', 'mean']='all', # one more network on all images, or the mean of the folds' networks
     seed:int=42, # of weights, order and augmentation
     scale:Scale='full', # see skin_lesions paper
     cache:str=None, # folder for decoded images; without it, every epoch decodes them anew
@@ -932,8 +923,8 @@ def reproduce_bundle(
     from skin_lesions.recipes import with_changes
     changed = with_changes(recipe, recipe_changes(set_))
     from skin_lesions import reproduce
-    options:dict = dict(cache=cache, seed=seed, scale=scale, minutes=minutes, show=not quiet, workers=workers,
-                        device=device)
+    options:dict = dict(network=network, cache=cache, seed=seed, scale=scale, minutes=minutes, show=not quiet,
+                        workers=workers, device=device)
     print_reproduced(reproduce.reproduce_bundle(data, out, changed, folds=tuple(fold), **options), out)
     return 0
 
@@ -1044,10 +1035,15 @@ def _is_speaker(error)->bool:
     return said_by is None or said_by==int(os.environ.get('RANK', 0))
 
 # %% ../nbs/81_cli.ipynb #e67be219
+def _print_any_name():
+    "Let names be printed that the output's encoding does not have, as in a Windows shell that is sent to a file"
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')
+
 def main(
     argv=None, # arguments; None takes those of the process
 )->int: # exit status: 0, 2 for a wrong argument or bad input, 130 after Ctrl-C
     "The command `skin_lesions`"
+    _print_any_name()
     args = vars(argument_parser().parse_args(argv))
     command,run,debug = (args.pop(k) for k in ('command', 'run_command', 'debug'))
     with warnings.catch_warnings():

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PACKAGE_SUFFIXES', 'IMAGE_SUFFIXES', 'IMAGE_FORMATS', 'MAX_PIXELS', 'NOTICE', 'BUNDLE_NAMES', 'unknown_name',
-           'first_few', 'check_columns', 'table_text', 'atomic_path', 'json_value', 'write_json', 'read_json',
-           'file_lock', 'image_files', 'ImageError', 'read_image', 'why_unreadable', 'unreadable_files', 'progress',
-           'versions', 'named_bundle', 'reuse_memory']
+           'is_whole', 'first_few', 'check_columns', 'table_text', 'atomic_path', 'json_value', 'write_json',
+           'read_json', 'file_lock', 'image_files', 'ImageError', 'read_image', 'why_unreadable', 'unreadable_files',
+           'progress', 'versions', 'named_bundle', 'reuse_memory']
 
 # %% ../nbs/00_core.ipynb #b4449989
 import contextlib, csv, ctypes, difflib, importlib, io, json, math, os, platform, stat, sys, tempfile
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,13 @@ def unknown_name(
     if near: return f"unknown {kind} {name!r}; did you mean {' or '.join(map(repr, near))}?"
     shown = ', '.join(known[:10]) + (', ...' if len(known)>10 else '')
     return f"unknown {kind} {name!r}; known: {shown}"
+
+def is_whole(
+    value, # of any type
+    least:int=0, # smallest number that counts
+)->bool:
+    "Whether a value is one whole number and not too small"
+    return isinstance(value, Real) and not isinstance(value, bool) and value%1==0 and value>=least
 
 def first_few(
     items, # anything with a length or an iterator

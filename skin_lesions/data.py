@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CROPS', 'WEIGHT_KINDS', 'TensorPatient', 'EncodePatient', 'ItemTransform', 'as_item_transforms', 'check_crop',
-           'crop_transform', 'crop_side', 'OpenImage', 'QuickDihedral', 'lesion_augmentation', 'get_source',
-           'get_image', 'get_dx', 'CategorizeDiagnosis', 'crop_box', 'scaled_part', 'stacked_targets', 'can_shorten',
-           'cropped', 'ImageBatches', 'note_item', 'LesionDL', 'WeightedLesionDL', 'ham10000_datablock',
-           'class_weights', 'checked_meta', 'sampling_weights', 'ham10000_dataloaders', 'warn_if_weighted_twice',
-           'plot_examples', 'plot_class_frequencies']
+           'crop_transform', 'crop_side', 'OpenImage', 'QuickDihedral', 'OtherCamera', 'lesion_augmentation',
+           'get_source', 'get_image', 'get_dx', 'CategorizeDiagnosis', 'crop_box', 'scaled_part', 'stacked_targets',
+           'dataset_labels', 'can_shorten', 'cropped', 'ImageBatches', 'note_item', 'LesionDL', 'WeightedLesionDL',
+           'ham10000_datablock', 'class_weights', 'checked_meta', 'sampling_weights', 'ham10000_dataloaders',
+           'warn_if_weighted_twice', 'plot_examples', 'plot_class_frequencies']
 
 # %% ../nbs/14_data.ipynb #ad9ffd79
 import math, os, re, warnings
@@ -24,9 +24,10 @@ from fastcore.basics import noop
 from fastcore.foundation import L
 from PIL import Image
 
-from .core import check_columns, read_image, unknown_name
+from .core import check_columns, is_whole, read_image, unknown_name
 from .classes import check_diagnoses, class_set, classes_of, with_classes
 from .architectures import normalization
+from .camera import random_camera
 from .patient import PATIENT_COLUMNS, PatientEncoder
 from .readers import read_metadata
 from .split import split_by_fold, split_by_lesion, warn_if_leaking
@@ -92,7 +93,8 @@ def check_crop(
 ):
     "Raise a `ValueError` for a crop that cannot be made"
     if crop not in CROPS: raise ValueError(unknown_name('crop', crop, CROPS))
-    if int(size)!=size or size<8: raise ValueError(f"size must be a whole number of pixels, 8 or more, got {size}")
+    if not is_whole(size, 8):
+        raise ValueError(f"size must be one whole number of pixels, the side of a square, 8 or more, got {size!r}")
     if not 0<min_scale<=1: raise ValueError(f"min_scale must be in (0,1], got {min_scale}")
 
 def crop_transform(
@@ -113,6 +115,7 @@ def crop_side(
     min_scale:float=.35, # `random` only: smallest part of the image's area
 ): # pixels; None where the image is needed as it is
     "The shorter side that an image needs for a crop"
+    check_crop(size, crop, min_scale)
     if crop=='window': return None
     if crop=='resize': return size
     # at validation fastai squeezes the image to this and takes its centre
@@ -151,6 +154,18 @@ class QuickDihedral(Dihedral):
                              align_corners=bool(self.align_corners))
 
 # %% ../nbs/14_data.ipynb #1b814861
+class OtherCamera(Transform):
+    "Training images as other cameras would have taken them, see `random_camera`"
+    order,split_idx = 45,0 # after the other changes of light, before normalisation
+    def __init__(self,
+        strength:float=1., # of the colours
+    ):
+        super().__init__()
+        self.strength = strength
+
+    def encodes(self, x:TensorImage): return TensorImage(random_camera(x.as_subclass(torch.Tensor), self.strength))
+
+# %% ../nbs/14_data.ipynb #pb9bfe5a
 def lesion_augmentation(
     max_rotate:float=180., # largest rotation, degrees either way
     max_lighting:float=.1, # largest change of brightness and contrast, 0 to 1
@@ -158,6 +173,7 @@ def lesion_augmentation(
     *,
     max_saturation:float=0., # largest change of saturation, 0 to 1
     erase:float=0., # probability that a rectangle of at most a fifth of the image becomes noise, one for a batch
+    camera:float=0., # how much colours, sharpness and compression may differ, see `random_camera`; 0 leaves them
 )->list: # fastai batch transforms
     "Flips both ways, rotation by any angle, mild light: what leaves a diagnosis as it was"
     tfms = [QuickDihedral(p=1.)]
@@ -165,6 +181,7 @@ def lesion_augmentation(
     if max_lighting:
         tfms += [Brightness(max_lighting=max_lighting, p=p), Contrast(max_lighting=max_lighting, p=p)]
     if max_saturation: tfms.append(Saturation(max_lighting=max_saturation, p=p))
+    if camera: tfms.append(OtherCamera(camera))
     if erase: tfms.append(RandomErasing(p=erase, sh=.2))
     return setup_aug_tfms(tfms)
 
@@ -229,6 +246,14 @@ def stacked_targets(
     stacked = torch.stack([torch.as_tensor(v) for v in values])
     kind = type(values[0])
     return stacked.as_subclass(kind) if issubclass(kind, torch.Tensor) else stacked
+
+def dataset_labels(
+    dataset, # fastai's, as `dls.train_ds`
+)->np.ndarray: # [n] names of classes; None where an item has no single class
+    "The class of each item as the network is taught it, without opening an image"
+    tls,n_inp = getattr(dataset, 'tls', ()),getattr(dataset, 'n_inp', 0)
+    if len(tls)!=n_inp+1 or not len(tls[-1]) or not isinstance(tls[-1][0], TensorCategory): return None
+    return np.array(list(tls[-1].vocab), dtype=object)[stacked_targets(tls[-1]).numpy()]
 
 # %% ../nbs/14_data.ipynb #6e947ea9
 def can_shorten(

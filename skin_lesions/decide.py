@@ -7,7 +7,8 @@ __all__ = ['CALIBRATIONS', 'OVERLAP', 'RULES', 'REFERRALS', 'ADVICE', 'NOT_DERMA
            'expected_calibration_error', 'brier_score', 'negative_log_likelihood', 'FittedOn', 'Calibration',
            'fit_calibration', 'calibration_report', 'plot_reliability', 'cost_matrix', 'DecisionRule', 'decision_rule',
            'compare_rules', 'crossfit', 'Referral', 'fit_referral', 'advise', 'referral_report', 'risk_coverage',
-           'plot_risk_coverage', 'decide_table', 'from_dict', 'Decisions', 'fit_decisions']
+           'plot_risk_coverage', 'decide_table', 'InWords', 'named_code', 'malignancy_risk', 'answer_in_words',
+           'from_dict', 'Decisions', 'fit_decisions']
 
 # %% ../nbs/63_decide.ipynb #88db536c
 import hashlib, math, warnings
@@ -23,6 +24,7 @@ from .bootstrap import (average_recall_interval, class_recall_intervals, fractio
 from .classes import class_set, classes_of
 from .core import NOTICE, check_columns, unknown_name
 from .predictions import check_predictions, without_decisions
+from .style import percent_text
 
 # %% ../nbs/63_decide.ipynb #6e8a116d
 _TINY = 1e-38 # a probability of 0 counts as this much in log space
@@ -873,6 +875,75 @@ def decide_table(
     if referral is not None: columns['refer'] = _where(referral.refer(some) if len(some) else nothing, decided)
     if not decided.all(): columns['reason'] = reasons
     return _with_columns(table, columns)
+
+# %% ../nbs/63_decide.ipynb #63a00002
+class InWords(NamedTuple):
+    "An answer as people read it"
+    advice:str # what to do, for everybody
+    finding:str # for a dermatologist, in a line; '' where the image has no answer
+    notes:tuple # of sentences: why, and how far to trust it
+    warn:bool # the image is referred, or has no answer
+    risk:float # probability that it is malignant; None where unknown or without an answer
+
+    def __str__(self): return '\n'.join(filter(None, (self.finding, self.advice, *self.notes)))
+
+def _yes(row, column): return bool(row[column]) if column in row and not pd.isna(row[column]) else None
+
+def named_code(
+    row, # of a predictions table
+    codes, # of the classes
+)->str:
+    "The decision of a row, else its most probable code"
+    decision = row.get('decision')
+    return decision if isinstance(decision, str) else max(codes, key=lambda c: float(row[c]))
+
+def malignancy_risk(
+    row, # of a predictions table
+    classes, # `ClassSet`
+)->float: # None where the classes do not say what is malignant
+    "The probability that one of the malignant diagnoses is right"
+    return min(1., sum(float(row[c]) for c in classes.malignant)) if classes.knows_malignancy else None
+
+# %% ../nbs/63_decide.ipynb #63a00003
+_NO_CLEAR = ("Below the threshold of referral. This is no all-clear: have a lesion that grows, changes or bleeds seen "
+             "by a doctor.")
+_ADVICE = {True: "Have this lesion seen by a dermatologist.", False: _NO_CLEAR,
+           None: "No advice: this network comes without a threshold of referral."}
+_REFER = {True: 'refer', False: 'below the threshold of referral', None: 'no advice on referral'}
+_NO_LESION = ("The network was trained on photographs through a dermatoscope and knows nothing else. "
+              "Its probabilities mean nothing for this image.")
+
+def _notes(row, classes, code, referral, calibrated): # yields sentences
+    "How far to trust an answer"
+    if code!=max(classes, key=lambda c: float(row[c])):
+        yield ("The named diagnosis is not the most probable one: the decision rule weighs rare diagnoses up, "
+               "so that fewer of them are missed.")
+    if referral is not None:
+        names = ', '.join(map(classes.full_name, referral.malignant))
+        yield (f"The threshold referred {referral.reached:.0%} of the malignant lesions ({names}) among the images "
+               f"that it was fitted on; {referral.sensitivity:.0%} were asked for.")
+    if not calibrated: yield "The probabilities are not calibrated: they order images, but are no frequencies."
+    if _yes(row, 'ood') is None: yield "This network cannot tell whether an image is a dermatoscopic image at all."
+
+# %% ../nbs/63_decide.ipynb #63a00004
+def answer_in_words(
+    row, # of a predictions table, decided
+    classes, # `ClassSet`
+    *,
+    referral:Referral=None, # whose threshold `refer` is; None for none
+    calibrated:bool=True, # whether the probabilities are
+)->InWords:
+    "What a row says, for people"
+    if isinstance(row.get('problem'), str) and row['problem']:
+        return InWords("This file cannot be used.", '', (row['problem'],), True, None)
+    if _yes(row, 'ood') or row.get('reason')==NOT_DERMATOSCOPIC:
+        return InWords(f"This {NOT_DERMATOSCOPIC}.", '', (_NO_LESION,), True, None)
+    code,risk,refer = named_code(row, classes),malignancy_risk(row, classes),_yes(row, 'refer')
+    if referral is None: refer = None
+    of_risk = '' if risk is None else f' malignancy risk {percent_text(risk)};'
+    finding = f'Suggests: {classes.full_name(code)};{of_risk} {_REFER[refer]}.'
+    notes = tuple(_notes(row, classes, code, referral, calibrated))
+    return InWords(_ADVICE[refer], finding, notes, bool(refer), risk)
 
 # %% ../nbs/63_decide.ipynb #fc5661fd
 def _seen_of(d:dict):

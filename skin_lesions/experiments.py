@@ -6,8 +6,8 @@
 __all__ = ['STAND_INS', 'RESULTS', 'STARTS', 'weights_exist', 'recipe_to_run', 'run_name', 'read_results', 'append_result',
            'experiment_data', 'run_digest', 'run_folder', 'is_current', 'training_predictions', 'teacher_predictions',
            'train_experiment', 'new_line', 'run_recipe', 'run_predictions', 'pack_runs', 'current_runs',
-           'predictions_of', 'recipe_table', 'number_text', 'interval_text', 'show_table', 'ablation', 'label_subset',
-           'start_recipe', 'compare_pretraining']
+           'predictions_of', 'recipe_table', 'show_table', 'ablation', 'label_subset', 'start_recipe',
+           'compare_pretraining']
 
 # %% ../nbs/71_experiments.ipynb #fdcc372e
 import gzip, hashlib, json, math, os, shutil, warnings
@@ -28,6 +28,7 @@ from .readers import read_metadata
 from .recipes import LITE, PRETEXTS, RECIPES, SCALES, Recipe, at_scale, find_recipe
 from .recipes import recipe_digest, recipe_names, training_config, with_changes
 from .split import split_by_lesion
+from .style import interval_text, number_text
 from .synthetic import synthetic_dataset
 from .train import FOLDS, data_fingerprint, run_scores, run_state, split_images, train_run
 from .report import read_run
@@ -391,30 +392,19 @@ def _table_row(recipe, out, lines, n, seed)->dict:
     leak = image['image_average_recall']-lesion['lesion_average_recall']
     return paper | image | lesion | dict(leak=leak, leak_low=low, leak_high=high)
 
-def number_text(
-    value, # None and NaN give ''
-    sign:bool=False, # with its sign
-)->str:
-    "A score with three digits"
-    if value is None or pd.isna(value): return ''
-    return f'{value:+.3f}' if sign else f'{value:.3f}'
 
-def interval_text(value, low, high, sign:bool=False)->str:
-    "A score with its interval"
-    if pd.isna(value): return ''
-    return f'{number_text(value, sign)} ({number_text(low, sign)} to {number_text(high, sign)})'
 
 # %% ../nbs/71_experiments.ipynb #4f968929
 def show_table(
     frame:pd.DataFrame, # of `recipe_table`
-)->pd.DataFrame: # texts; '' where there is no run or no figure
+)->pd.DataFrame: # texts; '–' where there is no run or no figure
     "A table of runs as texts"
     texts = pd.DataFrame(index=frame.index)
     for c in ('accuracy', 'average_recall'):
         texts[f"paper: {c.replace('_', ' ')}"] = frame[f'paper_{c}'].map(number_text)
     for s in ('image', 'lesion'):
         recall = zip(frame[f'{s}_average_recall'], frame[f'{s}_low'], frame[f'{s}_high'])
-        texts[f'by {s}: runs'] = frame[f'{s}_runs'].map(lambda k: str(int(k)) if k else '')
+        texts[f'by {s}: runs'] = frame[f'{s}_runs'].map(lambda k: str(int(k)) if k else '–')
         texts[f'by {s}: accuracy'] = frame[f'{s}_accuracy'].map(number_text)
         texts[f'by {s}: average recall (95 %)'] = [interval_text(*v) for v in recall]
     leaks = zip(frame.leak, frame.leak_low, frame.leak_high)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['METHODS', 'STAGES', 'weighted_map', 'normalize_cams', 'resize_cams', 'whole_network', 'find_network', 'codes_of',
            'evaluating', 'extra_inputs', 'prepare_batch', 'scoring_network', 'layer_shapes', 'last_spatial_layer',
-           'class_numbers', 'GradCAM', 'image_frame', 'image_inputs', 'network_view', 'CamBatch', 'stream_cams',
-           'overlay_cam', 'plot_gradcam', 'true_probabilities', 'plot_top_losses_gradcam', 'gradcam_folder']
+           'class_numbers', 'members_of', 'GradCAM', 'image_frame', 'image_inputs', 'network_view', 'CamBatch',
+           'stream_cams', 'overlay_cam', 'plot_gradcam', 'true_probabilities', 'plot_top_losses_gradcam',
+           'gradcam_folder']
 
 # %% ../nbs/50_gradcam.ipynb #b57e345d
 import base64, io
@@ -19,8 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.meta import delegates
-from fastcore.xml import (H1, H2, B, Body, Br, Figcaption, Figure, Head, Html, Img, Li, Main, Meta, P, Style, Title, Ul,
-                          to_xml)
+from fastcore.xml import H1, H2, B, Br, Figcaption, Figure, Img, Li, P, Ul
 from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
@@ -28,7 +28,8 @@ from torch.nn import functional as F
 
 from .classes import class_set
 from .core import NOTICE, atomic_path, check_columns, image_files, progress, unknown_name, why_unreadable
-from .networks import LesionNet, TwoStageNet, join_stages, route_stages
+from .networks import EnsembleNet, LesionNet, TwoStageNet, join_stages, route_stages
+from .style import html_page
 
 # %% ../nbs/50_gradcam.ipynb #08c3993c
 METHODS = ('gradcam', 'gradcam++', 'hirescam')
@@ -252,11 +253,11 @@ def _stage_two_score(z, target, first, n, codes)->tuple:
     "Classes explained [bs] and stage two's scores for them [bs]"
     if target is None: column = z.argmax(1)
     else:
-        numbers = class_numbers(target, n, len(z), codes).to(z.device)
+        numbers = class_numbers(target, n, len(z), codes)
         at = (numbers==first).nonzero()
         if len(at): raise ValueError(f"stage two does not know the first class (image {int(at[0])} of the batch); "
                                      "use stage='one' or None for it")
-        column = numbers-(numbers>first).long()
+        column = (numbers-(numbers>first).long()).to(z.device)
     return column+(column>=first).long(),z.gather(1, column[:,None])[:,0]
 
 # %% ../nbs/50_gradcam.ipynb #59c571e2
@@ -309,13 +310,64 @@ def _check_batch(xb, net, stage):
         raise ValueError(f"xb must be a batch of images [bs, 3, h, w], got {_shape(xb)}")
     if stage is None: return
     if stage not in STAGES: raise ValueError(unknown_name('stage', stage, STAGES))
-    if not isinstance(net, TwoStageNet): raise ValueError(f"{type(net).__name__} has no stages; use stage=None")
+    without = [type(member).__name__ for member in members_of(net) if not isinstance(member, TwoStageNet)]
+    if without: raise ValueError(f"{without[0]} has no stages; use stage=None")
 
 def _explained_classes(target, yb):
     "The target, with the true classes in the place of 'true'"
     if not isinstance(target, str) or target!='true': return target
     if yb is None: raise ValueError("target='true' needs the true classes: give yb")
     return yb
+
+# %% ../nbs/50_gradcam.ipynb #p8802001
+def members_of(
+    net:nn.Module, # as from `find_network`
+)->list:
+    "The networks of an ensemble, or the one network"
+    return list(net.members) if isinstance(net, EnsembleNet) else [net]
+
+def _joint_answer(answers)->_Answer:
+    "What the members of an ensemble answer together; one answer stays as it is"
+    if len(answers)==1: return answers[0]
+    def mean(name, log=False):
+        values = [getattr(a, name) for a in answers]
+        if any(v is None for v in values): return None
+        return torch.stack([F.log_softmax(v, 1) if log else v for v in values]).mean(0)
+    out,joined = (F.log_softmax(mean(name, True), 1) for name in ('out', 'joined'))
+    return _Answer(out, joined, mean('s'), mean('z', True))
+
+def _stage_score(answer, target, stage, first, codes)->tuple:
+    "Classes explained [bs], -1 for the rest, and their scores [bs]"
+    if stage is None: return _class_score(answer, target, codes)
+    n = answer.out.shape[1]
+    if stage=='one': return _stage_one_score(answer.s, target, first, n, codes)
+    return _stage_two_score(answer.z, target, first, n, codes)
+
+# %% ../nbs/50_gradcam.ipynb #p8802002
+def _joint_target(explain, x, target, stage, patient)->list:
+    "One target for each image, the same for all members of an ensemble"
+    answer = _joint_answer([_answer(net, x, patient) for net in explain.members])
+    first = getattr(explain.members[0], 'first', None)
+    numbers,_ = _stage_score(answer, target, stage, first, explain.codes)
+    return ['rest' if number<0 else number for number in numbers.tolist()]
+
+def _member_map(explain, i, x, target, stage, patient)->tuple:
+    "Maps of a member, its answer, and the classes explained"
+    net,name = explain.members[i],explain.layer_for(x, stage, patient, i)
+    with torch.no_grad(), _kept(net.get_submodule(name), name) as kept:
+        answer = _answer(net, x, patient)
+        if not kept: raise ValueError(f"layer {name!r} takes no part in this network's answer")
+        numbers,score = _stage_score(answer, target, stage, getattr(net, 'first', None), explain.codes)
+        gradient = _gradient(score, kept[-1], name, stage)
+    return weighted_map(kept[-1].detach(), gradient, explain.method),answer,numbers
+
+def _maps(explain, x, target, stage, patient)->tuple:
+    "Maps [bs, h, w], the mean over the members; their answers; the classes explained [bs]"
+    found = [_member_map(explain, i, x, target, stage, patient) for i in range(len(explain.members))]
+    maps,answers,numbers = zip(*found)
+    size = maps[0].shape[1:]
+    maps = [m if m.shape[1:]==size else resize_cams(m, size) for m in maps]
+    return torch.stack(maps).mean(0),answers,numbers[0]
 
 # %% ../nbs/50_gradcam.ipynb #26d93488
 class GradCAM:
@@ -330,7 +382,8 @@ class GradCAM:
         if method not in METHODS: raise ValueError(unknown_name('method', method, METHODS))
         self.whole,self.net,self.method = whole_network(source),find_network(source),method
         self.codes = codes_of(source) if classes is None else list(class_set(classes))
-        self.layer = None if layer is None else _layer_name(self.net, layer)
+        self.members = members_of(self.net)
+        self.layer = None if layer is None else _layer_name(self.members[0], layer)
         self.layers = {} # default layers, by part of the network and image size
         # of the last batch: what the network returned [bs, n], the classes explained [bs]
         self.output = self.target = None
@@ -347,20 +400,15 @@ class GradCAM:
         x:Tensor, # [bs, 3, h, w], as the classifier gets it
         stage:str=None, # 'one' or 'two' of a two-stage network
         patient:Tensor=None, # [bs, n], for a network with patient data
+        member:int=0, # of an ensemble
     )->str:
-        "Name of the layer that a batch is explained at"
+        "Name of the layer that a batch is explained at, in the network or in one of its members"
         if self.layer is not None: return self.layer
-        key = _body_of_stage(self.net, stage),tuple(x.shape[2:])
+        net = self.members[member]
+        key = member,_body_of_stage(net, stage),tuple(x.shape[2:])
         if key not in self.layers:
-            self.layers[key] = last_spatial_layer(self.net, x[:1], key[0], None if patient is None else patient[:1])
+            self.layers[key] = last_spatial_layer(net, x[:1], key[1], None if patient is None else patient[:1])
         return self.layers[key]
-
-    def _score(self, answer, target, stage)->tuple:
-        "Classes explained [bs], -1 for the rest, and their scores [bs]"
-        if stage is None: return _class_score(answer, target, self.codes)
-        n = answer.out.shape[1]
-        if stage=='one': return _stage_one_score(answer.s, target, self.net.first, n, self.codes)
-        return _stage_two_score(answer.z, target, self.net.first, n, self.codes)
 
     def cam(self,
         xb:Tensor, # [bs, 3, h, w], normalised as in training
@@ -377,13 +425,10 @@ class GradCAM:
         target = _explained_classes(target, yb)
         with torch.inference_mode(False), torch.no_grad(), evaluating(self.whole):
             x = prepare_batch(self.whole, xb)
-            name = self.layer_for(x, stage, patient)
-            with _kept(self.net.get_submodule(name), name) as kept: answer = _answer(self.net, x, patient)
-            if not kept: raise ValueError(f"layer {name!r} takes no part in this network's answer")
-            self.target,score = self._score(answer, target, stage)
-            gradient = _gradient(score, kept[-1], name, stage)
-        self.output = answer.out.detach().float()
-        cams = weighted_map(kept[-1].detach(), gradient, self.method)
+            # the members of an ensemble explain one class, also where they would answer differently
+            if len(self.members)>1: target = _joint_target(self, x, target, stage, patient)
+            cams,answers,self.target = _maps(self, x, target, stage, patient)
+        self.output = _joint_answer(answers).out.detach().float()
         if resize: cams = resize_cams(cams, x.shape[2:])
         return cams if raw else normalize_cams(cams)
 
@@ -657,15 +702,6 @@ def _thumbnail(image, width=192)->str:
     return f'data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}'
 
 # %% ../nbs/50_gradcam.ipynb #8d82d5ea
-_STYLE = """
-:root{color-scheme:light}
-body{margin:0 auto;max-width:70rem;padding:1rem;background:#fff;color:#1a1a1a;font:1rem/1.45 system-ui,sans-serif}
-.notice{border-left:.3rem solid #b35900;background:#fff6e5;padding:.6rem .8rem}
-ul{display:flex;flex-wrap:wrap;gap:1rem;padding:0;list-style:none}
-figure{margin:0;width:192px}figcaption{font-size:.8rem;overflow-wrap:anywhere}img{display:block}
-"""
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'" # the page can load nothing
-
 def _figure(name, thumbnail, text):
     "One image of the gallery"
     image = Img(width=192, alt=f'{name}: image and map', src=thumbnail)
@@ -690,10 +726,8 @@ def _gallery_text(n_figures, n, target, stage, method)->str:
 
 def _write_gallery(path, figures, text, unreadable):
     "The gallery as one file"
-    head = Head(Meta(charset='utf-8'), Meta(name='viewport', content='width=device-width, initial-scale=1'),
-                Meta(http_equiv='Content-Security-Policy', content=_POLICY), Title('Grad-CAM'), Style(_STYLE))
-    main = Main(H1('Grad-CAM'), P(NOTICE, cls='notice'), P(text), Ul(*figures), *_unreadable_list(unreadable))
-    page = to_xml(Html(head, Body(main), lang='en'), indent=False)
+    parts = H1('Grad-CAM'),P(NOTICE, cls='notice'),P(text),Ul(*figures, cls='gallery'),*_unreadable_list(unreadable)
+    page = html_page('Grad-CAM', *parts, broad=True)
     with atomic_path(path) as tmp: tmp.write_text(page, encoding='utf-8')
 
 # %% ../nbs/50_gradcam.ipynb #0fa9202a

@@ -28,6 +28,7 @@ from .core import (BUNDLE_NAMES, NOTICE, check_columns, image_files, named_bundl
                                reuse_memory)
 from .core import progress as progress_over
 from .decide import FittedOn, decide_table
+from .networks import classifier_config
 from .ood import answer_with_score
 from .views import answer_of_views, check_views, n_crops, view_images
 
@@ -355,7 +356,7 @@ class Predictor:
         network,(height,width) = self.record['network'],self.size
         view = f"{height}x{width} pixels, crop {self.record['crop']['name']}"
         parts = [k for k in ('patient', 'calibration', 'rule', 'referral', 'ood') if self.record[k]]
-        return f"Predictor({', '.join([network['network'], network.get('classifier', network)['arch'], view, *parts])})"
+        return f"Predictor({', '.join([network['network'], classifier_config(network)['arch'], view, *parts])})"
 
 # %% ../nbs/66_predict.ipynb #0fa6ab08
 def load_predictor(

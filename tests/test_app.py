@@ -139,6 +139,24 @@ def test_a_file_that_is_too_large(page, sample, tmp_path):
     assert '%' in ask(page, photograph(sample, tmp_path/'small.jpg')), 'and the page goes on'
 
 
+REJECTED = {'photo.heic': bytes(99), 'letter.txt': b'text', 'large.jpg': bytes(600_000)}
+
+
+@pytest.mark.parametrize('how', ['chosen', 'dropped'])
+def test_no_answer_stays_when_other_files_are_given(page, sample, tmp_path, how):
+    "Gradio rejects a file by its name or size without asking the app; the answer of the image before goes all the same"
+    photo = photograph(sample, tmp_path/'mole.jpg')
+    for name, data in REJECTED.items():
+        assert 'mole.jpg' in ask(page, photo), 'the same image gets its answer again'
+        (tmp_path/name).write_bytes(data)
+        if how == 'chosen': page.locator('#files input[type=file]').set_input_files(str(tmp_path/name))
+        else:
+            transfer = page.evaluate_handle('([name, n]) => {const d = new DataTransfer(); d.items.add(new File([new Uint8Array(n)], name)); return d}', [name, len(data)])
+            page.locator('#files button').first.dispatch_event('drop', {'dataTransfer': transfer})
+        page.locator('#result .skin-answer').wait_for(state='detached', timeout=30_000)
+        assert '%' not in page.locator('#result').inner_text()
+
+
 def test_several_images_and_their_table(page, sample, bundle, tmp_path):
     files = [photograph(sample, tmp_path/f'{name}.jpg', i) for i, name in enumerate(('one', '=two'))] + [tmp_path/'bad.jpg']
     files[-1].write_text('no')

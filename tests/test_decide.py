@@ -212,3 +212,23 @@ def test_images_without_a_decision_say_why():
     assert out.loc[0, list(MELANOMA)].notna().all() and out.loc[1, list(MELANOMA)].isna().all() and out.columns[-1] == 'problem'
     nothing = decide_table(table[1:2], *fitted[:3])
     assert nothing.decision.isna().all() and nothing.reason.tolist() == ['cannot be decoded']
+
+
+def test_words_agree_with_the_row():
+    "Over many rows: never an all-clear for what is referred or not answered, the risk is the sum of the malignant ones, and no code stands for a name"
+    from skin_lesions.classes import HAM10000
+    from skin_lesions.decide import answer_in_words, decide_table, fit_referral
+    from tables import synthetic_table
+    table = synthetic_table(60)
+    referral = fit_referral(table, .9)
+    decided = decide_table(table.drop(columns=['dx', 'group']), referral=referral, ood=table.index % 7 == 0, overlap='ignore')
+    seen = set()
+    for row, (_, r) in zip(decided.to_dict('records'), decided.iterrows()):
+        said = answer_in_words(r, HAM10000, referral=referral)
+        assert said == answer_in_words(row, HAM10000, referral=referral), 'a dict is a row too'
+        seen.add((said.warn, bool(said.finding)))
+        if not said.finding: assert said.risk is None and 'all-clear' not in str(said) and 'Suggests' not in str(said)
+        else:
+            assert abs(said.risk-sum(row[c] for c in HAM10000.malignant)) < 1e-12
+            assert HAM10000.full_name(row['decision']) in said.finding and said.warn == row['refer'] == ('dermatologist' in said.advice)
+    assert seen == {(True, True), (False, True), (True, False)}

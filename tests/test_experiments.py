@@ -41,7 +41,7 @@ def test_every_recipe_runs(finished):
     found = recipe_table(out, 'paper', 'tiny')
     assert list(found.index) == list(PAPER_RECIPES) and (found.lesion_runs == 1).all() and found.image_runs.sum() == 2
     assert found.leak.notna().sum() == 2 and found.paper_accuracy.notna().sum() == 11
-    assert (show_table(found)['by image: accuracy'] == '').sum() == len(PAPER_RECIPES)-2
+    assert (show_table(found)['by image: accuracy'] == '–').sum() == len(PAPER_RECIPES)-2
     changes = ablation(out, 'ablations', 'tiny')
     assert changes.difference.notna().all() and (changes.low <= changes.difference+1e-9).all() and (changes.difference <= changes.high+1e-9).all()
 

@@ -69,3 +69,29 @@ def test_without_the_onnx_packages_one_line(bundle, tmp_path, monkeypatch):
         return real(name, *args)
     monkeypatch.setattr(importlib, 'import_module', without)
     with pytest.raises(ModuleNotFoundError, match=r'export_onnx needs onnx\w*: pip install onnx onnxscript onnxruntime'): export_onnx(load_predictor(bundle), tmp_path/'net.onnx')
+
+
+@needs_onnx
+def test_an_ensemble_goes_every_way_that_one_network_goes(learn, meta, tmp_path):
+    "Bundle, prediction, several views, maps, out-of-distribution score and ONNX"
+    from skin_lesions.bundle import bundle_content
+    from skin_lesions.gradcam import GradCAM
+    from skin_lesions.networks import EnsembleNet
+    from skin_lesions.ood import fit_ood
+    from skin_lesions.predict import Predictor
+    other = make(meta, 'one')
+    one, some = Predictor(learn.model, *bundle_content(learn), 'cpu'), meta[~meta.is_valid].iloc[:8]
+    view = {k: one.record[k] for k in ('side', 'preprocess', 'crop', 'normalization')}
+    save_bundle(EnsembleNet([learn.model, other.model]), tmp_path/'b', classes=one.classes, view=view, ood=fit_ood(learn))
+    both = load_predictor(tmp_path/'b', device='cpu')
+    two = Predictor(other.model, *bundle_content(other), 'cpu')
+    each = np.stack([numbers(p.predict(some, progress=False)) for p in (one, two)])
+    mean = np.sqrt(each.prod(0))
+    table = both.predict(some, progress=False)
+    np.testing.assert_allclose(numbers(table), mean/mean.sum(1, keepdims=True), atol=1e-5)
+    assert table.ood_score.notna().all() and not np.allclose(numbers(both.predict(some, progress=False, views='dihedral')), numbers(table))
+    xb = both.batch([both.prepare(p) for p in some.path])
+    with GradCAM(both) as explain: maps = explain.cam(xb)
+    assert maps.shape == (8, 64, 64) and [CODES[i] for i in explain.target] == [CODES[i] for i in numbers(table).argmax(1)]
+    assert export_onnx(both, tmp_path/'net.onnx') <= 1e-4
+    assert numbers(get_predictions(both.learner, some)).shape == (8, 7)
