@@ -897,12 +897,17 @@ def _is_speaker(error)->bool:
     return said_by is None or said_by==int(os.environ.get('RANK', 0))
 
 # %% ../nbs/81_cli.ipynb #e67be219
+def _print_any_name():
+    "Let names be printed that the output's encoding does not have, as in a Windows shell that is sent to a file"
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')
+
 def main(
     argv=None, # arguments; None takes those of the process
 )->int: # exit status: 0, 2 for a wrong argument or bad input, 130 after Ctrl-C
     "The command `skin_lesions`"
     # fastai's, at its import
     warnings.filterwarnings('ignore', '.torch.jit.script. is deprecated', FutureWarning)
+    _print_any_name()
     args = vars(argument_parser().parse_args(argv))
     command,run,debug = (args.pop(k) for k in ('command', 'run_command', 'debug'))
     try: return run(**args)

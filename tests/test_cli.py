@@ -270,6 +270,17 @@ def test_an_out_of_distribution_image_is_named(sample, finished_run, call, tmp_p
     assert 'decision' not in printed and 'referral' not in printed
 
 
+def test_names_that_the_output_cannot_write(finished_run, sample, tmp_path):
+    "A Windows shell that is sent to a file writes in a code page of 256 characters; Linux is told to"
+    (tmp_path/'new').mkdir()
+    shutil.copy(next(sample.rglob('*.jpg')), tmp_path/'new'/'ä中.jpg')
+    command = [sys.executable, '-W', 'ignore', '-m', 'skin_lesions.cli', 'predict', 'new', '--bundle', str(finished_run), '--out', '中.csv']
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | dict(PYTHONIOENCODING='cp1252', PYTHONUTF8='0'), capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode('cp1252').startswith('1 predictions: \\u4e2d.csv')
+    assert list(pd.read_csv(tmp_path/'中.csv', encoding='utf-8').image_id) == ['ä中']
+
+
 def test_predict_names_unreadable_files_and_goes_on(sample, call, finished_run, tmp_path):
     (tmp_path/'in').mkdir()
     shutil.copy(next(sample.rglob('*.jpg')), tmp_path/'in'); (tmp_path/'in'/'bad.jpg').write_text('not an image')
