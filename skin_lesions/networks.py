@@ -12,13 +12,13 @@ import json, math
 from contextlib import nullcontext
 from pathlib import Path
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .architectures import WEIGHT_PACKAGES, check_arch, check_tensors, package_weights, read_weights
 from .core import is_whole, unknown_name
+import timm # after architectures, which keeps it from importing torch's compiler
 
 # %% ../nbs/30_networks.ipynb #d73607eb
 def _without_classifier(body, state)->dict:
