@@ -67,7 +67,8 @@ def network_name(bundle, record):
 
 
 def main(args):
-    from skin_lesions.bundle import BUNDLE_NAMES, named_bundle, read_bundle
+    from skin_lesions.core import BUNDLE_NAMES, named_bundle
+    from skin_lesions.bundle import read_bundle
     valid, out = validation_images(args.challenge), Path(args.out)
     record = read_bundle(named_bundle(args.bundle) if args.bundle in BUNDLE_NAMES else args.bundle)
     looks = json.loads(out.read_text())['looks'] if out.is_file() else []

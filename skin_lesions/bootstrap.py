@@ -10,11 +10,12 @@ __all__ = ['labelled', 'units_of', 'warn_of_absent', 'warn_of_images', 'divide',
 
 # %% ../nbs/61_bootstrap.ipynb #72a7bf40
 import warnings
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import csr_matrix
+
+if TYPE_CHECKING: from scipy.sparse import csr_matrix # prediction does without SciPy
 
 from .classes import classes_of
 from .predictions import check_predictions, decided_codes
@@ -282,9 +283,9 @@ def compare_tables(
 # %% ../nbs/61_bootstrap.ipynb #5f463ed6
 class RankCurve(NamedTuple):
     "What the steps of a ROC curve count of each unit"
-    positives:csr_matrix # positives called at a step [steps, units]
-    negatives:csr_matrix # negatives called at it, with the same score [steps, units]
-    between:csr_matrix # negatives called since the step before [steps, units]
+    positives:'csr_matrix' # positives called at a step [steps, units]
+    negatives:'csr_matrix' # negatives called at it, with the same score [steps, units]
+    between:'csr_matrix' # negatives called since the step before [steps, units]
     all_negatives:np.ndarray # negatives of each unit [units]
     thresholds:np.ndarray # of each step, falling [steps]
 
@@ -296,6 +297,7 @@ def rank_curve(
     n_units:int, # number of units
 )->RankCurve:
     "Sort once what is scored in many draws"
+    from scipy.sparse import csr_matrix # prediction does without
     order = np.argsort(-score, kind='stable')
     score,true,units = score[order],true[order],units[order]
     tie = np.cumsum(np.append(True, score[1:]!=score[:-1])[:len(score)])-1 # number of the distinct score

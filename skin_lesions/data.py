@@ -6,9 +6,9 @@
 __all__ = ['CROPS', 'WEIGHT_KINDS', 'TensorPatient', 'EncodePatient', 'ItemTransform', 'as_item_transforms', 'check_crop',
            'crop_transform', 'crop_side', 'OpenImage', 'QuickDihedral', 'OtherCamera', 'lesion_augmentation',
            'get_source', 'get_image', 'get_dx', 'CategorizeDiagnosis', 'crop_box', 'scaled_part', 'stacked_targets',
-           'can_shorten', 'cropped', 'ImageBatches', 'note_item', 'LesionDL', 'WeightedLesionDL', 'ham10000_datablock',
-           'class_weights', 'checked_meta', 'sampling_weights', 'ham10000_dataloaders', 'warn_if_weighted_twice',
-           'plot_examples', 'plot_class_frequencies']
+           'dataset_labels', 'can_shorten', 'cropped', 'ImageBatches', 'note_item', 'LesionDL', 'WeightedLesionDL',
+           'ham10000_datablock', 'class_weights', 'checked_meta', 'sampling_weights', 'ham10000_dataloaders',
+           'warn_if_weighted_twice', 'plot_examples', 'plot_class_frequencies']
 
 # %% ../nbs/14_data.ipynb #ad9ffd79
 import math, os, re, warnings
@@ -24,7 +24,7 @@ from fastcore.basics import noop
 from fastcore.foundation import L
 from PIL import Image
 
-from .core import check_columns, read_image, unknown_name
+from .core import check_columns, is_whole, read_image, unknown_name
 from .classes import check_diagnoses, class_set, classes_of, with_classes
 from .architectures import normalization
 from .camera import random_camera
@@ -93,7 +93,8 @@ def check_crop(
 ):
     "Raise a `ValueError` for a crop that cannot be made"
     if crop not in CROPS: raise ValueError(unknown_name('crop', crop, CROPS))
-    if int(size)!=size or size<8: raise ValueError(f"size must be a whole number of pixels, 8 or more, got {size}")
+    if not is_whole(size, 8):
+        raise ValueError(f"size must be one whole number of pixels, the side of a square, 8 or more, got {size!r}")
     if not 0<min_scale<=1: raise ValueError(f"min_scale must be in (0,1], got {min_scale}")
 
 def crop_transform(
@@ -114,6 +115,7 @@ def crop_side(
     min_scale:float=.35, # `random` only: smallest part of the image's area
 ): # pixels; None where the image is needed as it is
     "The shorter side that an image needs for a crop"
+    check_crop(size, crop, min_scale)
     if crop=='window': return None
     if crop=='resize': return size
     # at validation fastai squeezes the image to this and takes its centre
@@ -244,6 +246,14 @@ def stacked_targets(
     stacked = torch.stack([torch.as_tensor(v) for v in values])
     kind = type(values[0])
     return stacked.as_subclass(kind) if issubclass(kind, torch.Tensor) else stacked
+
+def dataset_labels(
+    dataset, # fastai's, as `dls.train_ds`
+)->np.ndarray: # [n] names of classes; None where an item has no single class
+    "The class of each item as the network is taught it, without opening an image"
+    tls,n_inp = getattr(dataset, 'tls', ()),getattr(dataset, 'n_inp', 0)
+    if len(tls)!=n_inp+1 or not len(tls[-1]) or not isinstance(tls[-1][0], TensorCategory): return None
+    return np.array(list(tls[-1].vocab), dtype=object)[stacked_targets(tls[-1]).numpy()]
 
 # %% ../nbs/14_data.ipynb #6e947ea9
 def can_shorten(

@@ -18,8 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import minimize
-from scipy.special import log_softmax, logsumexp, softmax
 
 from .bootstrap import (average_recall_interval, class_recall_intervals, fraction_right,
                                     rank_curve, rank_scores)
@@ -122,12 +120,19 @@ CALIBRATIONS = ('temperature', 'vector', 'stages', 'stages_vector')
 
 def _logs(p): return np.log(np.maximum(p, _TINY))
 
+def _logsumexp(x)->np.ndarray:
+    "The logarithm of the sum of exponentials of each row, as SciPy's, whose import takes longer than a prediction"
+    largest = x.max(axis=1, keepdims=True)
+    return largest + np.log(np.exp(x-largest).sum(axis=1, keepdims=True))
+
+def _log_softmax(x)->np.ndarray: return x-_logsumexp(x)
+
 def _split_stages(p:np.ndarray, first:int)->tuple:
     "Stage one's log-probabilities of the first class and of the rest [n, 2], stage two's of the others [n, classes-1]"
     logs = _logs(p)
     others = np.delete(logs, first, axis=1)
-    one = np.stack([logs[:,first], logsumexp(others, axis=1)], axis=1)
-    return log_softmax(one, axis=1), log_softmax(others, axis=1)
+    rest = _logsumexp(others)
+    return _log_softmax(np.hstack([logs[:,[first]], rest])), others-rest
 
 def _join_stages(one:np.ndarray, two:np.ndarray, first:int)->np.ndarray:
     "The log-probabilities of all classes from both stages' log-probabilities"
@@ -150,10 +155,11 @@ def _minimum(
     offset=0., # [n, classes], known part of the logits
 )->np.ndarray: # [k] coefficients
     "Minimise the mean negative log-likelihood of softmax(offset + x @ coefficients)"
+    from scipy.optimize import minimize # prediction does without
     rows = np.arange(len(y))
-    def loss(w): return -log_softmax(offset+x@w, axis=1)[rows,y].mean() + .5*(penalty*w**2).sum()
+    def loss(w): return -_log_softmax(offset+x@w)[rows,y].mean() + .5*(penalty*w**2).sum()
     def means(w):
-        q = softmax(offset+x@w, axis=1)
+        q = np.exp(_log_softmax(offset+x@w))
         return q, np.einsum('nc,nck->nk', q, x)
     def gradient(w): return (means(w)[1]-x[rows,y]).mean(0) + penalty*w
     def hessian(w):
@@ -283,12 +289,12 @@ def _bias_of(calibration)->np.ndarray:
 def _calibrated(calibration, p)->np.ndarray:
     "Calibrated log-probabilities [n, classes] of probabilities [n, classes]"
     temperatures,bias = calibration.temperatures,_bias_of(calibration)
-    if calibration.first is None: return log_softmax(_logs(p)/temperatures[0] + bias, axis=1)
+    if calibration.first is None: return _log_softmax(_logs(p)/temperatures[0] + bias)
     i = calibration.codes.index(calibration.first)
     one,two = _split_stages(p, i)
     one = one/temperatures[0] + [bias[i], 0]
     two = two/temperatures[1] + np.delete(bias, i)
-    return _join_stages(log_softmax(one, axis=1), log_softmax(two, axis=1), i)
+    return _join_stages(_log_softmax(one), _log_softmax(two), i)
 
 # %% ../nbs/63_decide.ipynb #p9465860
 @dataclass(frozen=True)

@@ -173,6 +173,16 @@ class _OfRank:
     # metrics are gathered once, at the end
     def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, gather=False)
     def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls or self._whole_class, **kwargs)
+    # data-loading workers that are not forked get the loader as a pickle, and pickle finds no class that was made here
+    def __reduce__(self): return _empty_loader,(self._whole_class,),self.__dict__
+
+def _class_of_rank(cls): return type(cls.__name__, (_OfRank, cls), {})
+
+def _empty_loader(cls):
+    "A rank's loader without anything in it"
+    new = object.__new__(cls)
+    new.__class__ = _class_of_rank(cls)
+    return new
 
 def copy_loader(dl):
     "A loader like `dl` that shares its data"
@@ -195,7 +205,7 @@ def rank_loader(
     if hasattr(dl, 'on_rank'): return dl.on_rank(rank, ranks, equal=equal)
     if dl.bs is None: raise ValueError("a loader without batch size cannot be divided over ranks; give bs")
     new,cls = copy_loader(dl),type(dl)
-    new.__class__ = type(cls.__name__, (_OfRank, cls), {})
+    new.__class__ = _class_of_rank(cls)
     new.rank_of,new._equal,new._whole_class = (rank, ranks),equal,cls
     # an order that was given to the loader itself, as fastai's `get_preds` does
     new._own_idxs = vars(new).pop('get_idxs', None)

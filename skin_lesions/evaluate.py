@@ -12,16 +12,13 @@ __all__ = ['ISIC_SCORES', 'ISIC_UNSCORED', 'AGE_BANDS', 'FEW_LESIONS', 'POINTS',
 # %% ../nbs/62_evaluate.ipynb #b351a35c
 import warnings
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import sklearn.metrics as skm
-from matplotlib import patheffects
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from scipy.sparse import csr_matrix
+
+# scores are on the screen before a library of figures could be imported
+if TYPE_CHECKING: from matplotlib.figure import Axes, Figure
 
 from skin_lesions.bootstrap import (average_recall_interval, check_draws, divide, in_draws, interval_ends, labelled,
     rank_counts, rank_curve, rank_scores, recall_draws, two_sided, unit_draws, unit_sums, units_of, warn_of_absent,
@@ -31,6 +28,13 @@ from .core import check_columns, unknown_name
 from .predictions import decided_probabilities
 
 # %% ../nbs/62_evaluate.ipynb #3e1a17d0
+def _rank_auc(score, true)->float:
+    "How often a positive scores above a negative, where ties count half: the area under the ROC curve"
+    _,place,n = np.unique(score, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(n)-(n-1)/2)[place]
+    n_true = int(true.sum())
+    return float((ranks[true].sum()-n_true*(n_true+1)/2)/(n_true*(len(true)-n_true)))
+
 def class_aucs(
     p, # probabilities [n, classes]
     y, # number of the true class [n]
@@ -38,7 +42,7 @@ def class_aucs(
     "The area under the ROC curve of each class against the rest"
     true = y[:,None]==np.arange(p.shape[1])
     defined = true.any(0) & ~true.all(0)
-    return np.array([skm.roc_auc_score(t, q) if ok else np.nan for t,q,ok in zip(true.T, p.T, defined)])
+    return np.array([_rank_auc(q, t) if ok else np.nan for t,q,ok in zip(true.T, p.T, defined)])
 
 def _accuracy_and_recall(y, called)->tuple:
     "Accuracy and average recall over the classes that are there"
@@ -72,7 +76,8 @@ def confusion_matrix(
     "How many images of each class are called what"
     _,y,decided = labelled(table)
     codes = classes_of(table).codes
-    counts = skm.confusion_matrix(y, decided, labels=np.arange(len(codes)))
+    k = len(codes)
+    counts = np.bincount(y*k+decided, minlength=k*k).reshape(k, k)
     return pd.DataFrame(counts, index=pd.Index(codes, name='true'), columns=pd.Index(codes, name='predicted'))
 
 def class_scores(
@@ -109,6 +114,7 @@ class OfficialScores:
         units, # number of the unit of each image [n]
         n_units:int, # number of units
     ):
+        from scipy.sparse import csr_matrix # the challenge's scores alone need it
         self.k = p.shape[1]
         true,called = y[:,None]==np.arange(self.k),p>.5
         right = true & (labels==y)[:,None]
@@ -293,6 +299,7 @@ def score_intervals(
 # %% ../nbs/62_evaluate.ipynb #c2d00f07
 def _draw_intervals(ax, labels, frame, value, hollow=None):
     "A point and a bar for each row, the first on top; NaN rows stay empty"
+    from matplotlib.ticker import MaxNLocator # with the figures
     y = np.arange(len(frame))[::-1]
     values,low,high = (frame[c].to_numpy(dtype=float) for c in (value, 'low', 'high'))
     hollow = np.zeros(len(frame), bool) if hollow is None else np.asarray(hollow)
@@ -308,8 +315,9 @@ def _draw_intervals(ax, labels, frame, value, hollow=None):
 def plot_intervals(
     intervals:pd.DataFrame, # what `score_intervals` or `compare` returned
     scores=('recall', 'auc'), # scores of a class, a panel each
-)->Figure:
+)->'Figure':
     "The intervals of each class and of their mean; for a comparison the differences, with a line at 0"
+    import matplotlib.pyplot as plt # with the figures
     for s in scores:
         if s not in _BY_CLASS: raise ValueError(unknown_name('score of a class', s, _BY_CLASS))
     codes,compared = _codes_of(intervals.index),'difference' in intervals
@@ -459,8 +467,9 @@ def plot_scores_by(
     frame:pd.DataFrame, # what `scores_by` returned
     *,
     ax=None, # axes to draw on; None makes a figure
-)->plt.Axes:
+)->'Axes':
     "Average recall and its interval in each subgroup; hollow where some class has fewer than ten lesions"
+    import matplotlib.pyplot as plt # with the figures
     if ax is None: _,ax = plt.subplots(figsize=(6, .9+.3*len(frame)), layout='constrained')
     labels = [f'{g} ({r.images:,} images, {r.classes} classes)' for g,r in zip(frame.index, frame.itertuples())]
     ax.axvline(frame.average_recall.iloc[0], color='.6', linewidth=1, linestyle='--')
@@ -496,8 +505,9 @@ def plot_confusion(
     normalize:bool=True, # fractions of each row with the counts below; False: counts only
     *,
     ax=None, # axes to draw on; None makes a figure
-)->plt.Axes:
+)->'Axes':
     "The confusion matrix in shades of blue, rows true, columns decided"
+    import matplotlib.pyplot as plt # with the figures
     counts = confusion_matrix(table).to_numpy()
     codes,n = classes_of(table).codes,counts.sum(1)
     shade = divide(counts, np.repeat(n[:,None], len(codes), axis=1)) if normalize else counts/counts.max()
@@ -517,7 +527,8 @@ def roc_points(
     true, # whether each image is positive [n]
 )->tuple: # false positive rates, true positive rates, from (0,0) to (1,1)
     "The steps of a ROC curve; equal probabilities make one step"
-    fpr,tpr,_ = skm.roc_curve(true, p, drop_intermediate=False)
+    from sklearn.metrics import roc_curve # with the figures
+    fpr,tpr,_ = roc_curve(true, p, drop_intermediate=False)
     return fpr,tpr
 
 # %% ../nbs/62_evaluate.ipynb #da3988e1
@@ -525,8 +536,10 @@ def plot_roc(
     table:pd.DataFrame, # predictions table with dx
     *,
     ax=None, # axes to draw on; None makes a figure
-)->plt.Axes:
+)->'Axes':
     "ROC curves of each class against the rest, with their AUC in the legend"
+    import matplotlib.pyplot as plt # with the figures
+    from matplotlib import patheffects
     (p,y,_),classes = labelled(table),classes_of(table)
     if ax is None: _,ax = plt.subplots(figsize=(5, 4.6), layout='constrained')
     ax.plot([0, 1], [0, 1], color='.75', linewidth=1, zorder=0)
@@ -667,8 +680,9 @@ def plot_operating_points(
     *,
     targets:dict=None, # as for `operating_points`
     fig=None, # matplotlib figure to draw on; None makes one
-)->Figure:
+)->'Figure':
     "ROC curves of the targets against the rest, with their operating points"
+    import matplotlib.pyplot as plt # with the figures
     if points is None: points = operating_points(table, targets=targets)
     labelled(table)
     arrays = _target_arrays(table, targets)

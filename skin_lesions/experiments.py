@@ -30,7 +30,8 @@ from .recipes import recipe_digest, recipe_names, training_config, with_changes
 from .split import split_by_lesion
 from .style import interval_text, number_text
 from .synthetic import synthetic_dataset
-from .train import FOLDS, data_fingerprint, read_run, run_scores, run_state, split_images, train_run
+from .train import FOLDS, data_fingerprint, run_scores, run_state, split_images, train_run
+from .report import read_run
 
 # %% ../nbs/71_experiments.ipynb #63e7553c
 STAND_INS = ('auto', 'never', 'always')

@@ -253,11 +253,11 @@ def _stage_two_score(z, target, first, n, codes)->tuple:
     "Classes explained [bs] and stage two's scores for them [bs]"
     if target is None: column = z.argmax(1)
     else:
-        numbers = class_numbers(target, n, len(z), codes).to(z.device)
+        numbers = class_numbers(target, n, len(z), codes)
         at = (numbers==first).nonzero()
         if len(at): raise ValueError(f"stage two does not know the first class (image {int(at[0])} of the batch); "
                                      "use stage='one' or None for it")
-        column = numbers-(numbers>first).long()
+        column = (numbers-(numbers>first).long()).to(z.device)
     return column+(column>=first).long(),z.gather(1, column[:,None])[:,0]
 
 # %% ../nbs/50_gradcam.ipynb #59c571e2

@@ -26,6 +26,8 @@ from torch import nn
 
 from .classes import CLASS_SETS, ClassSet, classes_of
 from .core import check_columns, first_few, image_files, unknown_name, unreadable_files
+from .data import dataset_labels
+from .networks import full_precision
 from .views import answer_of_views, check_views, n_crops, view_images
 
 # %% ../nbs/59_inference.ipynb #44c6047b
@@ -42,17 +44,23 @@ def _frame_of_paths(paths)->pd.DataFrame:
     return frame
 
 # %% ../nbs/59_inference.ipynb #9e30f0c5
+def _own_items(learn, ds_idx)->pd.DataFrame:
+    "A data set of the learner, with the diagnoses that it was taught"
+    dl = learn.dls[ds_idx]
+    items = getattr(dl, 'items', None)
+    if items is None or not len(items):
+        raise ValueError(f"the learner has no data set {ds_idx} (an exported learner has none); give items: a meta "
+                         "frame, a folder or image files")
+    frame,labels = items_frame(learn, items),dataset_labels(getattr(dl, 'dataset', None))
+    return frame if labels is None else frame.assign(dx=labels)
+
 def items_frame(
     learn:Learner, # trained
     items=None, # meta frame with path, image file, folder, or list of paths; None takes the learner's data set `ds_idx`
     ds_idx:int=1, # 0 training, 1 validation
 )->pd.DataFrame: # at least image_id and path
     "The frame of what is to be predicted"
-    if items is None:
-        items = getattr(learn.dls[ds_idx], 'items', None)
-        if items is None or not len(items):
-            raise ValueError(f"the learner has no data set {ds_idx} (an exported learner has none); give items: a meta "
-                             f"frame, a folder or image files")
+    if items is None: return _own_items(learn, ds_idx)
     if isinstance(items, (str, Path)): items = image_files(items)
     if not isinstance(items, pd.DataFrame): return _frame_of_paths(items)
     check_columns(items, ['path'], name='items', why='each image is read from it')
@@ -187,7 +195,7 @@ class AnswerNet(nn.Module):
         def probabilities(x):
             copies = len(x)//len(rest[0]) if rest else 1
             inputs = [r.repeat_interleave(copies, 0) for r in rest]
-            with torch.autocast(x.device.type, enabled=False): raw = self.model(x.float(), *inputs)
+            with full_precision(x.device): raw = self.model(x.float(), *inputs)
             return to_probabilities(raw, self.loss_func, self.n_classes).numpy()
         return torch.from_numpy(answer_of_views(probabilities, x, self.views, self.average))
 

@@ -27,7 +27,7 @@ from torch import nn
 from .architectures import normalization
 from .classes import classes_of
 from .core import unknown_name
-from .data import WEIGHT_KINDS, class_weights, warn_if_weighted_twice
+from .data import WEIGHT_KINDS, class_weights, dataset_labels, warn_if_weighted_twice
 from .losses import FocalLossFlat, TwoStageFocalLoss
 from .metrics import AverageRecall, StageOneAUC, StageTwoRecall
 from .mixup import MixUp
@@ -109,10 +109,10 @@ def classifier_learner(
 
 # %% ../nbs/31_learner.ipynb #b368852a
 def _training_frame(dls, why):
-    "The training images as a frame with column dx"
-    items = getattr(dls.train_ds, 'items', None)
-    if isinstance(items, pd.DataFrame) and 'dx' in items: return items
-    raise ValueError(f"{why}; these DataLoaders do not have their training images as a frame with column 'dx'")
+    "A frame with the diagnosis of each training image in column dx, as the network is taught it"
+    labels = dataset_labels(dls.train_ds)
+    if labels is not None: return pd.DataFrame(dict(dx=labels))
+    raise ValueError(f"{why}; these DataLoaders do not say the diagnoses of their training images")
 
 def resolve_alpha(
     dls:DataLoaders, # as from `ham10000_dataloaders`
@@ -121,7 +121,8 @@ def resolve_alpha(
     "Class weights by name from the training images of `dls`; anything else as it is"
     if not isinstance(alpha, str): return alpha
     if alpha not in WEIGHT_KINDS: raise ValueError(unknown_name('kind of class weights', alpha, WEIGHT_KINDS))
-    return class_weights(_training_frame(dls, f"alpha={alpha!r} counts diagnoses: give alpha as weights"), alpha)
+    frame = _training_frame(dls, f"alpha={alpha!r} counts diagnoses: give alpha as weights")
+    return class_weights(frame, alpha, classes=list(dls.vocab))
 
 # %% ../nbs/31_learner.ipynb #c610db53
 def first_class(

@@ -107,7 +107,7 @@ class MixUp(_MixedLoss):
         "Mix the inputs and keep the partners' targets"
         bs = _batch_size(self.learn.xb, self.learn.yb)
         order = torch.randperm(bs)
-        self.weight = self.lam if self.alpha is None else draw_weights(self.alpha, bs)
+        self.weight = self.lam if self.alpha is None else draw_weights(self.alpha, bs).to(self.learn.xb[0].device)
         self.yb1 = tuple(y[order.to(y.device)] for y in self.learn.yb)
         self.learn.xb = tuple(mix(x, x[order.to(x.device)], self.weight) for x in self.learn.xb)
 

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['PATIENT_FEATURES', 'COMBINE', 'MOST_MEMBERS', 'load_body_weights', 'create_body', 'dense_head', 'n_patient',
            'ClassifierNet', 'LesionNet', 'join_stages', 'route_stages', 'TwoStageNet', 'EnsembleNet',
-           'network_from_config', 'classifier_config']
+           'network_from_config', 'classifier_config', 'full_precision']
 
 # %% ../nbs/30_networks.ipynb #45593659
-import json
+import json, math
+from contextlib import nullcontext
 from pathlib import Path
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .architectures import WEIGHT_PACKAGES, check_arch, check_tensors, package_weights, read_weights
-from .core import unknown_name
+from .core import is_whole, unknown_name
+import timm # after architectures, which keeps it from importing torch's compiler
 
 # %% ../nbs/30_networks.ipynb #d73607eb
 def _without_classifier(body, state)->dict:
@@ -107,7 +108,7 @@ PATIENT_FEATURES = 32 # that the patient layer makes
 
 def _patient_layer(n_patient):
     "The layer for `n_patient` numbers; None for 0"
-    if isinstance(n_patient, bool) or int(n_patient)!=n_patient or n_patient<0:
+    if not is_whole(n_patient):
         raise ValueError(f"n_patient must be a whole number, 0 for no patient data, got {n_patient!r}")
     return nn.Sequential(nn.Linear(int(n_patient), PATIENT_FEATURES), nn.ReLU()) if n_patient else None
 
@@ -232,8 +233,8 @@ def route_stages(
     eps:float=1e-6, # probability that the side not taken keeps
 )->Tensor: # [bs, n], log-probabilities
     "The paper's hard routing: the first class where stage one gives it one half or more, else stage two's answer"
-    sure = torch.tensor(eps).logit().neg().to(s)
-    return join_stages(torch.where(s>=0, sure, -sure), z, first)
+    sure = math.log1p(-eps)-math.log(eps)
+    return join_stages(torch.full_like(s, sure).where(s>=0, -sure), z, first)
 
 # %% ../nbs/30_networks.ipynb #68b30abb
 COMBINE = ('product', 'paper')
@@ -363,3 +364,13 @@ def classifier_config(
     "The configuration of the `LesionNet` or `TwoStageNet` inside"
     config = config.get('classifier', config)
     return classifier_config(config['members'][0]) if config.get('members') else config
+
+# %% ../nbs/30_networks.ipynb #30fa0002
+def full_precision(
+    device, # `torch.device` or its name
+): # a context manager
+    "Inside the block nothing is cast to half precision"
+    kind = torch.device(device).type
+    # asked first: a traced network keeps no trace of it
+    halves = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if halves else nullcontext()

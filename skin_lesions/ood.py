@@ -19,6 +19,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from .networks import full_precision
+
 # %% ../nbs/55_ood.ipynb #8bc5b946
 TEXTURE_CHANNELS = 128 # most channels of the layer that the texture is taken from
 
@@ -121,7 +123,7 @@ def get_features(
     batches = learn.dls.test_dl(items, **({} if bs is None else {'bs': bs}))
     was_training,net = learn.model.training,learn.model.eval()
     try:
-        with torch.no_grad(), keep_features(net) as found:
+        with torch.no_grad(), full_precision(learn.dls.device or 'cpu'), keep_features(net) as found:
             for batch in batches: net(*batch[:learn.dls.n_inp])
     finally: net.train(was_training)
     return torch.cat(found).float().cpu().numpy()
@@ -301,7 +303,7 @@ def answer_with_score(
     *inputs # of the network: images, and patient data where it takes them
 )->tuple: # probabilities, float64 [bs, classes]; scores [bs], None without an `OODScore`
     "What a network answers for a batch, and how far its images are from the training images"
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(inputs[0].device):
         if score is None: return net(*inputs).cpu().double().softmax(1).numpy(),None
         with keep_features(net, texture=score.texture is not None) as found: raw = net(*inputs)
     return raw.cpu().double().softmax(1).numpy(),score.score(found[0])

@@ -37,11 +37,11 @@ from torch.nn import functional as F
 
 # %% ../nbs/40_pretext.ipynb #3d34837f
 from .architectures import check_arch, check_tensors, normalization
-from .core import ImageError, check_columns, first_few, image_files, unknown_name
+from .core import ImageError, check_columns, first_few, image_files, is_whole, unknown_name
 from .data import LesionDL, crop_transform, get_image
 from .dataset import check_images
 from .learner import check_normalization, classifier_learner, lesion_learner, two_stage_learner
-from .networks import ClassifierNet, LesionNet, create_body, network_from_config
+from .networks import ClassifierNet, LesionNet, create_body, full_precision, network_from_config
 
 # %% ../nbs/40_pretext.ipynb #fabf821a
 def open_unlabelled(item):
@@ -173,15 +173,8 @@ def _visible_radius(h:int, w:int, blur:float)->float:
     return radius
 
 # %% ../nbs/40_pretext.ipynb #2aaa5a47
-def rotate_images(
-    x:Tensor, # [bs, c, h, w], floats, normalised: 0 is the mean colour
-    degrees:Tensor, # [bs], counter-clockwise
-    blur:float=BLUR, # standard deviation of the smoothing, pixels; 0 for none, which betrays the angle
-)->Tensor: # [bs, c, h, w], 0 outside a circle
-    "Rotate each image about its centre by its own angle, with the same smoothing and the same circle for every angle"
-    if x.ndim!=4 or not x.is_floating_point():
-        raise ValueError(f"rotate_images needs floats of shape [bs, c, h, w], got {x.dtype} {tuple(x.shape)}")
-    x,dtype = x.as_subclass(Tensor),x.dtype
+def _rotated(x:Tensor, degrees:Tensor, blur:float)->Tensor:
+    "`rotate_images` for plain tensors"
     h,w = x.shape[-2:]
     radius = _visible_radius(h, w, blur)
     x = _smoothed(x.float(), blur) if blur else x.float()
@@ -190,13 +183,24 @@ def rotate_images(
     angle = torch.deg2rad(degrees.to(x)).view(-1, 1, 1)
     cos,sin = angle.cos(),angle.sin()
     grid = torch.stack([(cos*x0 - sin*y0)*2/w, (sin*x0 + cos*y0)*2/h], -1)
-    return (_sampled(x, grid)*(x0**2 + y0**2 <= radius**2)).to(dtype)
+    return _sampled(x, grid)*(x0**2 + y0**2 <= radius**2)
+
+def rotate_images(
+    x:Tensor, # [bs, c, h, w], floats, normalised: 0 is the mean colour
+    degrees:Tensor, # [bs], counter-clockwise
+    blur:float=BLUR, # standard deviation of the smoothing, pixels; 0 for none, which betrays the angle
+)->Tensor: # [bs, c, h, w], 0 outside a circle
+    "Rotate each image about its centre by its own angle, with the same smoothing and the same circle for every angle"
+    if x.ndim!=4 or not x.is_floating_point():
+        raise ValueError(f"rotate_images needs floats of shape [bs, c, h, w], got {x.dtype} {tuple(x.shape)}")
+    # half precision would round the angles by up to a degree, and the pixels
+    with full_precision(x.device): return _rotated(x.as_subclass(Tensor), degrees, blur).to(x.dtype)
 
 # %% ../nbs/40_pretext.ipynb #2de7ecc1
 def _check_angles(angles)->int:
     "A whole number, 2 or more"
-    if isinstance(angles, bool) or int(angles)!=angles or angles<2:
-        raise ValueError(f"angles must be a whole number, 2 or more, got {angles}; "
+    if not is_whole(angles, 2):
+        raise ValueError(f"angles must be a whole number, 2 or more, got {angles!r}; "
                          "6 rotates by 0, 60, ... 300 degrees, 4 by quarters")
     return int(angles)
 
@@ -415,7 +419,7 @@ class CallbackValue(Metric):
     def reset(self): self.total,self.n = 0.,0
     def accumulate(self, learn):
         bs = len(learn.xb[0])
-        self.total += float(getattr(self.cb, self.attr).mean())*bs
+        self.total += float(learn.to_detach(getattr(self.cb, self.attr).mean(), gather=False))*bs
         self.n += bs
 
     @property
@@ -460,8 +464,7 @@ def joint_rotation_learner(
 def _check_disorder(h, w, patch, swaps):
     "Raise a `ValueError` where patches cannot be swapped"
     for name,v,low in (('patch', patch, 1), ('swaps', swaps, 0)):
-        if isinstance(v, bool) or int(v)!=v or v<low:
-            raise ValueError(f"{name} must be a whole number, {low} or more, got {v}")
+        if not is_whole(v, low): raise ValueError(f"{name} must be a whole number, {low} or more, got {v!r}")
     if patch>min(h, w)/2:
         raise ValueError(f"a patch of {patch} pixels is larger than half the image of {h}x{w}; "
                          "two patches that do not overlap must fit")
@@ -575,17 +578,19 @@ def _parts(body):
         if split: yield from ((f'{name}.{n}', part) for n,part in child.named_children())
         else: yield name,child
 
+_FOR_A_UNET = ("its encoder must be a convolutional network whose stages follow each other, such as resnet50, "
+               "mobilenetv2_100 or tf_efficientnet_lite0")
+
 def _stages(body)->OrderedDict:
     "The parts of a timm network up to its last feature map, by name"
     info = getattr(body, 'feature_info', None)
     if not info or len({f['reduction'] for f in info})<2:
-        raise ValueError(f"{body.arch} has no feature maps of several sizes; a U-Net needs a convolutional network "
-                         "such as resnet50, mobilenetv2_100 or tf_efficientnet_lite0")
+        raise ValueError(f"{body.arch} has no feature maps of several sizes; {_FOR_A_UNET}")
     stages = OrderedDict()
     for name,part in _parts(body):
         stages[name] = part
         if name==info[-1]['module']: return stages
-    raise ValueError(f"the stages of {body.arch} do not follow each other; a U-Net cannot be built on it")
+    raise ValueError(f"the stages of {body.arch} do not follow each other; {_FOR_A_UNET}")
 
 # %% ../nbs/40_pretext.ipynb #e3ff5218
 def _unet(body, size)->DynamicUnet:
@@ -594,7 +599,11 @@ def _unet(body, size)->DynamicUnet:
     encoder = nn.Sequential(OrderedDict((name.replace('.', '_'), part) for name,part in _stages(body).items()))
     training = body.training
     # building it passes an image through, in evaluation mode
-    return DynamicUnet(encoder, 3, size).train(training)
+    try: return DynamicUnet(encoder, 3, size).train(training)
+    except Exception as e:
+        reason = str(e).strip().splitlines()[:1] or [type(e).__name__]
+        raise ValueError(f"no U-Net can be built on {body.arch} for images of {size[0]}x{size[1]} pixels ({reason[0]}); "
+                         f"{_FOR_A_UNET}") from e
 
 def _named_as_body(state, names)->dict:
     "The tensors of an encoder as the body names them; `names` are the body's names of its parts"

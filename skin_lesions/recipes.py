@@ -176,9 +176,9 @@ _PRETRAINED = [
     _row('efficientnet_mixup', 'EfficientNet, γ = 1, mixUp', .901, .800, of=_WITH_IMAGENET,
          arch=EFFNET, gamma=1., mixup=.7),
     _row('two_stage_efficientnet_mixup', 'two-stage EfficientNet, γ = 1, mixUp, nevi discounted', .905, .806,
-         of=_WITH_IMAGENET, arch=EFFNET, gamma=1., mixup=.7, stages=2, factors={'nv': .5})]
+         of=_WITH_IMAGENET, arch=EFFNET, gamma=1., mixup=.7, stages=2, combine='paper', factors={'nv': .5})]
 
-PAPER_CONFUSION = ( # of the two-stage EfficientNet; true classes down: akiec bcc bkl df mel nv vasc
+PAPER_CONFUSION = ( # of the two-stage EfficientNet on the fifth; true classes down: akiec bcc bkl df mel nv vasc
     (45, 3, 6, 1, 3, 4, 3), (4, 81, 3, 1, 5, 8, 1), (7, 1, 181, 0, 14, 10, 7), (3, 3, 0, 16, 0, 1, 0),
     (3, 1, 7, 0, 158, 47, 7), (1, 2, 11, 0, 18, 1304, 5), (0, 0, 0, 0, 0, 1, 27))
 # on the challenge's test images
@@ -227,7 +227,7 @@ WEIGHTED_RECIPES = _named(
     *(_weighted(f'resnet50_gamma{g}', _ALPHA) for g in ('0', '1.5', '2', '5')),
     _weighted('resnet50_pretrained_gamma0', 'resnet50_pretrained_gamma1_inverse_weights'),
     _weighted('resnet50_pretrained_gamma1', _ALPHA), _weighted('efficientnet_mixup', None),
-    _weighted('two_stage_efficientnet_mixup', 'efficientnet_mixup_inverse_weights'),
+    _weighted('two_stage_efficientnet_mixup', 'efficientnet_mixup_inverse_weights', combine='product'),
     _pretrained('nevi_half', 'nevi count half', factors={'nv': .5}),
     _pretrained('size128_window', 'a window of 128 pixels', crop='window'),
     _pretrained('size128_down', 'down-sampled to 128 pixels', crop='resize'),

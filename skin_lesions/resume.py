@@ -29,6 +29,7 @@ def _rng_state(dls)->tuple:
     tensors = {'rng.torch': torch.get_rng_state(), 'rng.numpy': torch.from_numpy(np.asarray(keys, np.int64))}
     if torch.cuda.is_available():
         tensors |= {f'rng.cuda.{i}': s for i,s in enumerate(torch.cuda.get_rng_state_all())}
+    if torch.backends.mps.is_available(): tensors['rng.mps'] = torch.mps.get_rng_state()
     return plain,tensors
 
 def _python_state(s): return (s[0], tuple(s[1]), s[2])
@@ -44,6 +45,7 @@ def _set_rng_state(dls, plain, tensors):
         dl.rng.setstate(_python_state(s))
     states = [tensors.get(f'rng.cuda.{i}') for i in range(torch.cuda.device_count())]
     if states: torch.cuda.set_rng_state_all([s for s in states if s is not None])
+    if 'rng.mps' in tensors and torch.backends.mps.is_available(): torch.mps.set_rng_state(tensors['rng.mps'])
 
 # %% ../nbs/23_resume.ipynb #3eb0b5f3
 FORMAT = 1
@@ -62,7 +64,7 @@ def _second_name(file, other):
     "Give a file another name, without its room on the disk where the file system can"
     other.unlink()
     try: os.link(file, other)
-    except OSError: shutil.copyfile(file, other)
+    except (OSError, AttributeError): shutil.copyfile(file, other) # some systems have no `os.link`
 
 # %% ../nbs/23_resume.ipynb #p3179567
 def write_state(
@@ -94,7 +96,8 @@ def _read(file)->tuple:
     incomplete = f"{file} is no complete state of a training"
     try:
         with safe_open(file, framework='pt') as f:
-            meta,tensors = f.metadata() or {},{k: f.get_tensor(k) for k in f.keys()}
+            # clones: Windows replaces no file of which a part is mapped into memory
+            meta,tensors = f.metadata() or {},{k: f.get_tensor(k).clone() for k in f.keys()}
     except (SafetensorError, OSError) as e: raise ValueError(f"{incomplete} ({e})") from e
     if 'state' not in meta or _checksum(meta['state'], tensors)!=meta.get('sha256'):
         raise ValueError(f"{file} is damaged: its checksum does not fit")
@@ -121,22 +124,36 @@ def read_state(
         return _read(files[1])
 
 # %% ../nbs/23_resume.ipynb #e7c0349f
+def _by_parameter(states)->dict:
+    "The states of an optimiser by the number of the parameter: fastai's have a list, PyTorch's a dict"
+    return dict(enumerate(states)) if isinstance(states, list) else {int(i): s for i,s in states.items()}
+
 def _opt_state(opt)->tuple:
-    "Of fastai's optimiser: what JSON can hold, and tensors by name"
+    "Of an optimiser, fastai's or `OptimWrapper` around PyTorch's: what JSON can hold, and tensors by name"
     state = opt.state_dict()
-    tensors = {f'opt.{i}.{k}': v for i,s in enumerate(state['state']) for k,v in s.items() if isinstance(v, Tensor)}
-    plain = [{k: v for k,v in s.items() if not isinstance(v, Tensor)} for s in state['state']]
-    number = lambda v: v if v is None or isinstance(v, (bool, int, str)) else float(v)
-    return dict(state=plain, hypers=[{k: number(v) for k,v in h.items()} for h in state['hypers']]),tensors
+    states = _by_parameter(state['state'])
+    tensors = {f'opt.{i}.{k}': v for i,s in states.items() for k,v in s.items() if isinstance(v, Tensor)}
+    plain:dict = {i: {k: v for k,v in s.items() if not isinstance(v, Tensor)} for i,s in states.items()}
+    number = lambda v: v if v is None or isinstance(v, (bool, int, str, list, tuple)) else float(v)
+    groups = {name: [{k: number(v) for k,v in g.items()} for g in state[name]] for name in state if name!='state'}
+    return dict(state=list(plain.values()) if 'hypers' in state else plain, **groups),tensors
+
+# %% ../nbs/23_resume.ipynb #p1361725
+def _part(tensors, prefix)->dict:
+    "The tensors whose names begin so, without it"
+    return {k.removeprefix(prefix): t for k,t in tensors.items() if k.startswith(prefix)}
 
 def _load_opt(opt, plain, tensors, device):
     "Put an optimiser back"
-    state = [dict(s) for s in plain['state']]
-    for name,v in tensors.items():
-        if name.startswith('opt.'):
-            _,i,key = name.split('.', 2)
-            state[int(i)][key] = v.to(device)
-    opt.load_state_dict(dict(state=state, hypers=[dict(h) for h in plain['hypers']]))
+    states = {i: dict(s) for i,s in _by_parameter(plain['state']).items()}
+    for name,v in _part(tensors, 'opt.').items():
+        i,key = name.split('.', 1)
+        states[int(i)][key] = v.to(device) if 'hypers' in plain else v # PyTorch's know which of theirs go where
+    if 'hypers' in plain: return opt.load_state_dict(dict(state=list(states.values()), hypers=plain['hypers']))
+    # JSON made lists of the pairs
+    groups = [{k: tuple(v) if isinstance(v, list) and k!='params' else v for k,v in g.items()}
+              for g in plain['param_groups']]
+    opt.load_state_dict(dict(state=states, param_groups=groups))
 
 # %% ../nbs/23_resume.ipynb #p1361724
 def _numbers(row): return [None if v is None else float(v) for v in row]
@@ -179,10 +196,6 @@ def _own_states(cbs)->tuple:
     states = {type(c).__name__: c.training_state() for c in cbs if hasattr(type(c), 'training_state')}
     tensors = {f'callback.{name}.{k}': t for name,(_,own) in states.items() for k,t in own.items()}
     return {name: plain for name,(plain,_) in states.items()},tensors
-
-def _part(tensors, prefix)->dict:
-    "The tensors whose names begin so, without it"
-    return {k.removeprefix(prefix): t for k,t in tensors.items() if k.startswith(prefix)}
 
 def _load_own_states(cbs, plain, tensors, folder):
     "Put these callbacks back"

@@ -14,7 +14,7 @@ import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
 from .classes import classes_of
-from .core import check_columns, first_few
+from .core import check_columns, first_few, is_whole
 
 # %% ../nbs/12_split.ipynb #2b4b55bd
 def _check_meta(meta, why):
@@ -30,8 +30,7 @@ def _check_meta(meta, why):
 
 def _check_number(k):
     "A number of folds"
-    if isinstance(k, bool) or int(k)!=k or k<2:
-        raise ValueError(f"k must be a whole number of folds, at least 2, got {k}")
+    if not is_whole(k, 2): raise ValueError(f"k must be a whole number of folds, at least 2, got {k!r}")
 
 def _check_lesions(meta, k):
     "Each class needs a group for each fold"
@@ -91,8 +90,8 @@ def split_by_lesion(
 )->pd.DataFrame: # copy of `meta` with a boolean column `is_valid`
     "Split so that no group is on both sides: one fold of `lesion_folds` validates"
     _check_number(k)
-    if isinstance(fold, bool) or int(fold)!=fold or not 0<=fold<k:
-        raise ValueError(f"fold must be a whole number from 0 to {k-1} with k={k}, got {fold}")
+    if not is_whole(fold) or fold>=k:
+        raise ValueError(f"fold must be a whole number from 0 to {k-1} with k={k}, got {fold!r}")
     unit = _unit(meta)
     # an image that is its own group is split by image, whatever the function is called
     by = 'image, which is its own group here' if unit=='image' else unit

@@ -19,7 +19,7 @@ from fastai.vision.augment import Brightness, Contrast, setup_aug_tfms
 from fastai.vision.core import PILImage
 
 from .architectures import normalization
-from .core import IMAGE_SUFFIXES, ImageError, atomic_path, read_image, unknown_name, write_json
+from .core import IMAGE_SUFFIXES, ImageError, atomic_path, is_whole, read_image, unknown_name, write_json
 from .data import crop_transform
 from .distributed import copy_loader, share
 from .pretext import UNREADABLE, AtLeast
@@ -350,7 +350,7 @@ def _check_stream(unreadable, valid_pct, **counts):
         raise ValueError(unknown_name('treatment of unreadable images', unreadable, UNREADABLE))
     if not 0<valid_pct<1: raise ValueError(f"valid_pct must be in (0,1), got {valid_pct}")
     for name,value in counts.items():
-        if int(value)!=value or value<1: raise ValueError(f"{name} must be a whole number, 1 or more, got {value}")
+        if not is_whole(value, 1): raise ValueError(f"{name} must be a whole number, 1 or more, got {value!r}")
 
 # %% ../nbs/41_stream.ipynb #a30bfde3
 def _stream_tfms(size, crop, arch, lighting)->dict:

@@ -7,9 +7,9 @@ __all__ = ['SPLITS', 'SPLIT_SEED', 'FOLDS', 'STATE_FOLDER', 'LOCK', 'RUN_FILES',
            'data_fingerprint', 'plain_adam', 'optimiser', 'recipe_loss', 'recipe_dataloaders', 'joint_learner',
            'recipe_learner', 'Training', 'WriteHistory', 'run_cache', 'step_loaders', 'save_weights', 'load_weights',
            'fit_schedule', 'pretext_learner', 'save_pretext', 'train_pretext', 'step_learner', 'train_step',
-           'train_recipe', 'new_run_folder', 'clear_partial', 'read_run', 'run_state', 'prepare_folder', 'locked',
-           'run_scores', 'split_sentence', 'run_for_report', 'fitted_ood', 'write_results', 'evaluate_run',
-           'run_record', 'collect_history', 'finish_run', 'trained', 'train_run']
+           'train_recipe', 'new_run_folder', 'clear_partial', 'run_state', 'prepare_folder', 'locked', 'run_scores',
+           'fitted_ood', 'write_results', 'evaluate_run', 'run_record', 'collect_history', 'finish_run', 'trained',
+           'train_run']
 
 # %% ../nbs/70_train.ipynb #d94dd430
 import hashlib, shutil, warnings
@@ -49,7 +49,7 @@ from .predictions import get_predictions, save_predictions, write_csv
 from .pretext import joint_restoration_learner, joint_rotation_learner, pretext_dataloaders
 from .pretext import restoration_learner, rotation_learner, transfer_body
 from .recipes import AUGMENTATIONS, Recipe, at_scale, find_recipe, recipe_digest, training_config
-from .report import html_report
+from .report import html_report, read_run, run_for_report, split_sentence
 from .resume import ResumeCallback
 from .split import describe_split, split_by_image, split_by_lesion
 
@@ -432,13 +432,6 @@ def clear_partial(
         else: path.unlink(missing_ok=True)
 
 # %% ../nbs/70_train.ipynb #4bc44f44
-def read_run(
-    out, # run folder
-)->dict: # what run.json holds; None where there is none
-    "The record of a run"
-    file = Path(out)/'run.json'
-    return read_json(file) if file.is_file() else None
-
 def run_state(
     out, # run folder
 )->str: # 'none', 'unfinished', 'stopped' by Ctrl-C, or 'complete'
@@ -500,27 +493,6 @@ def run_scores(
     values = {k: _finite(v) if isinstance(v, float) else v for k,v in scores(table).items()}
     ends = dict(average_recall_95_low=interval.low, average_recall_95_high=interval.high, interval_over=interval.unit)
     return values | ends | dict(recall=recall)
-
-# %% ../nbs/70_train.ipynb #1432c875
-def split_sentence(
-    split:dict, # of `describe_split`
-)->str:
-    "A split in words"
-    leak = split.get('valid_fraction_with_group_in_training')
-    counts = f"{split['train_images']:,} images for training, {split['valid_images']:,} for validation"
-    leaked = '' if leak is None else f'; {leak:.1%} of these show a lesion that is in training'
-    return f"{split['rule']}, seed {split['seed']}; {counts}{leaked}"
-
-# %% ../nbs/70_train.ipynb #85afc1ca
-def run_for_report(
-    record:dict, # of `read_run`; None stays None
-    data=None, # where other images than the validation images come from
-)->dict: # for `html_report`
-    "A run's record with its split as a sentence"
-    if record is None: return None
-    others = f'labelled images of {data}, without those that were used in training and their lesions'
-    split = split_sentence(record['split']) if data is None else others
-    return {k: v for k,v in record.items() if k not in ('history', 'scores', 'asked')} | dict(split=split)
 
 # %% ../nbs/70_train.ipynb #46f4b1ee
 def fitted_ood(

@@ -3,7 +3,8 @@ import json, re
 
 import pytest
 
-from skin_lesions.bundle import named_bundle, read_bundle
+from skin_lesions.core import named_bundle
+from skin_lesions.bundle import read_bundle
 from skin_lesions.card import model_card
 from skin_lesions.classes import CLASS_SETS
 

@@ -1,6 +1,7 @@
 "The command line as a user meets it: a process, files, exit codes, errors."
-import json, os, shutil, signal, subprocess, sys, time
+import io, json, os, shutil, signal, subprocess, sys, time, warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -25,12 +26,13 @@ def call(capsys):
 # ---- the parser
 
 def test_help_and_wrong_arguments_load_nothing_heavy(python, tmp_path):
-    (tmp_path/'table.csv').write_text('image_id\n')
+    (tmp_path/'table.csv').write_text('image_id\n'); (tmp_path/'a.jpg').touch()
     done = python('''
 import contextlib, io, sys
 from skin_lesions.cli import COMMANDS, main
 commands = [func.__name__.replace('_', '-') for func in COMMANDS]
 calls = [['--help'], ['--version'], *([c, '--help'] for c in commands), ['trian'], ['train', '--out'], ['paper', '--list'], ['predict'],
+         ['predict', 'no.jpg'], ['predict', 'a.jpg', '--bundle', 'none'], ['train', '--out', 'run', '--csv', 'no.csv'],
          ['train', '--out', 'run', '--recipe', 'bst'], ['train', '--out', 'run', '--set', 'size'], ['evaluate', 'table.csv', '--data', '.'],
          ['evaluate', 'table.csv', '--part', 'test'], ['ensemble', 'a', 'a', '--out', 'b'], ['ensemble', 'a', 'b', '--out', 'c', '--greedy', '--out-of-fold']]
 for call in calls:
@@ -39,7 +41,7 @@ for call in calls:
         except SystemExit as stop: status = stop.code
     expected = 0 if call[-1] in ('--help', '--version', '--list') else 2
     assert status==expected, (call, status, error.getvalue())
-    heavy = {'torch', 'fastai', 'timm', 'matplotlib', 'sklearn'} & set(sys.modules)
+    heavy = {'torch', 'fastai', 'timm', 'matplotlib', 'sklearn', 'scipy', 'pandas', 'numpy', 'fastcore'} & set(sys.modules)
     assert not heavy, (call, heavy)
 ''', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -56,10 +58,11 @@ def test_one_flag_has_one_meaning():
         for name, param in inspect.signature(func).parameters.items():
             kind = get_args(param.annotation)[0] if get_origin(param.annotation) is tuple else param.annotation
             kinds.setdefault(name, set()).add(kind)
-    assert {name: kind for name, kind in kinds.items() if len(kind) > 1} == {}
+    # --csv is a table of one's own to read; predict, which reads none, prints one, as with --json
+    assert {name: kind for name, kind in kinds.items() if len(kind) > 1} == dict(csv={str, bool})
     for name in ('views', 'patients', 'bundle', 'device', 'n_folds', 'set_', 'csv', 'part'):
         texts = {docments(func)[name].split(';')[0].split(',')[0] for func in COMMANDS if name in inspect.signature(func).parameters
-                 and inspect.signature(func).parameters[name].kind is inspect.Parameter.KEYWORD_ONLY}
+                 and inspect.signature(func).parameters[name].annotation is not bool and inspect.signature(func).parameters[name].kind is inspect.Parameter.KEYWORD_ONLY}
         assert len(texts) == 1, (name, texts)
 
 
@@ -270,12 +273,74 @@ def test_an_out_of_distribution_image_is_named(sample, finished_run, call, tmp_p
     assert 'decision' not in printed and 'referral' not in printed
 
 
+def test_names_that_the_output_cannot_write(finished_run, sample, tmp_path):
+    "A Windows shell that is sent to a file writes in a code page of 256 characters; Linux is told to"
+    (tmp_path/'new').mkdir()
+    shutil.copy(next(sample.rglob('*.jpg')), tmp_path/'new'/'ä中.jpg')
+    command = [sys.executable, '-W', 'ignore', '-m', 'skin_lesions.cli', 'predict', 'new', '--bundle', str(finished_run), '--out', '中.csv']
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | dict(PYTHONIOENCODING='cp1252', PYTHONUTF8='0'), capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode('cp1252').startswith('1 predictions: \\u4e2d.csv')
+    assert list(pd.read_csv(tmp_path/'中.csv', encoding='utf-8').image_id) == ['ä中']
+
+
 def test_predict_names_unreadable_files_and_goes_on(sample, call, finished_run, tmp_path):
     (tmp_path/'in').mkdir()
     shutil.copy(next(sample.rglob('*.jpg')), tmp_path/'in'); (tmp_path/'in'/'bad.jpg').write_text('not an image')
     status, _, error = call('predict', tmp_path/'in', '--bundle', finished_run, '--out', tmp_path/'o.csv', '--quiet')
     assert status == 0 and '1 of 2 images left out: bad.jpg: not an image' in error, error
     assert len(pd.read_csv(tmp_path/'o.csv')) == 1
+
+
+def test_predict_answers_for_programs_and_through_a_pipe(call, tmp_path, monkeypatch):
+    "JSON and CSV with file, full names and rounded numbers; patterns, names and an image through standard input; no file is skipped silently"
+    from PIL import Image
+    from skin_lesions.classes import HAM10000
+    from skin_lesions.predict import load_predictor
+    from skin_lesions.synthetic import draw_image
+    for name in ('pillow_heif', 'pydicom'): monkeypatch.setitem(sys.modules, name, None) # not installed
+    folder = tmp_path/'in'; folder.mkdir()
+    for i in range(2): Image.fromarray(draw_image('nv', i, i, size=(300, 225))[0]).save(folder/f'{i}.png')
+    (folder/'phone.HEIC').write_bytes(b'\0\0\0\x18ftypheic' + bytes(99)); (folder/'scan.dcm').write_bytes(bytes(128) + b'DICM' + bytes(9))
+    status, printed, error = call('predict', folder, '--json', '--device', 'cpu')
+    found = json.loads(printed)
+    assert status == 0 and [Path(r['file']).name for r in found] == ['0.png', '1.png', 'phone.HEIC', 'scan.dcm']
+    assert '2 of 4 images left out' in error and 'pip install pillow-heif' in found[2]['note'] and 'pip install pydicom' in found[3]['note']
+    expected = load_predictor('ham10000', 'cpu').predict(folder/'1.png')
+    p = expected.loc[0, CODES].astype(float)
+    assert found[1]['probabilities'] == {HAM10000.full_name(c): round(p[c], 4) for c in CODES}
+    assert found[1]['malignant'] == round(p[['mel', 'bcc', 'akiec']].sum(), 4) and found[1]['decision'] == expected.decision[0]
+    status, printed, _ = call('predict', folder/'*.png', '--csv')
+    table = pd.read_csv(io.StringIO(printed))
+    assert table.file.tolist() == [r['file'] for r in found[:2]] and table.melanoma.tolist() == [r['probabilities']['melanoma'] for r in found[:2]]
+    through = lambda data: monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=io.BytesIO(data)))
+    through(''.join(f"{r['file']}\n" for r in found[:2]).encode())
+    assert call('predict', '-', '--csv')[1] == printed
+    through((folder/'1.png').read_bytes())
+    assert call('predict', '-')[1] == call('predict', folder/'1.png')[1]
+    through(b'')
+    assert call('predict', '-')[0] == 2
+    through((folder/'1.png').read_bytes())
+    assert 'save it and name it' in call('predict', '-', '--gradcam', tmp_path/'maps')[2] and not (tmp_path/'maps').exists()
+    assert 'no device cuda:77' in call('predict', folder/'1.png', '--device', 'cuda:77')[2] and 'unknown device' in call('predict', folder/'1.png', '--device', 'gpu')[2]
+
+
+def warns(
+    *,
+    overwrite:bool=False, # replace a file
+)->int:
+    "Warn, then fail"
+    warnings.warn('a.csv exists; overwrite=True replaces it')
+    warnings.warn('call another function', FutureWarning)
+    raise ValueError('give overwrite=')
+
+
+def test_warnings_and_errors_speak_to_someone_at_a_shell(call, monkeypatch):
+    from skin_lesions import cli
+    monkeypatch.setattr(cli, 'COMMANDS', (warns,))
+    warnings.simplefilter('default') # whatever those who came before have set
+    said = 'skin_lesions warns: a.csv exists; --overwrite replaces it\nskin_lesions warns: give --overwrite\n'
+    assert call('warns') == (2, '', said)
 
 
 def test_an_empty_name_is_not_the_folder_one_is_in(finished_run, call, monkeypatch, sample):

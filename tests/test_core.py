@@ -211,3 +211,51 @@ def test_the_foundations_need_neither_torch_nor_fastai(tmp_path, python):
     code = 'import sys; from skin_lesions import core, classes, synthetic, patient, preprocess; print([m for m in ("torch", "fastai", "timm", "matplotlib") if m in sys.modules])'
     done = python(code, cwd=tmp_path)
     assert done.stdout == '[]\n', done.stdout + done.stderr
+
+
+def test_heic_and_dicom_are_read_by_their_packages(tmp_path, monkeypatch):
+    "Through stand-ins for the packages: which files go to them, and what is refused"
+    import sys
+    from types import SimpleNamespace
+    from skin_lesions.core import ImageError, image_files, read_image
+    pixels = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+    class Record(dict):
+        def __getattr__(self, name): return self[name]
+    usual = Record(Rows=4, Columns=5, BitsAllocated=8, PhotometricInterpretation='YBR_FULL_422', PixelData=b'')
+    given = SimpleNamespace(dcmread=lambda f: usual, pixels=SimpleNamespace(pixel_array=lambda data: pixels))
+    (tmp_path/'a.dcm').write_bytes(bytes(128) + b'DICM'); (tmp_path/'b.HEIC').write_bytes(bytes(4) + b'ftypheic' + bytes(8))
+    assert [f.name for f in image_files(tmp_path)] == ['a.dcm', 'b.HEIC']
+    monkeypatch.setitem(sys.modules, 'pydicom', given)
+    assert (np.asarray(read_image(tmp_path/'a.dcm')) == pixels).all()
+    for change, why in ((dict(BitsAllocated=16), '16 bits'), (dict(NumberOfFrames='3'), 'several images'), (dict(Rows=10**5, Columns=10**5), 'limit'),
+                        (dict(PhotometricInterpretation='MONOCHROME1'), 'MONOCHROME1')):
+        monkeypatch.setattr(given, 'dcmread', lambda f: Record(usual | change))
+        with pytest.raises(ImageError, match=why): read_image(tmp_path/'a.dcm')
+    monkeypatch.setattr(given, 'dcmread', lambda f: Record())
+    with pytest.raises(ImageError, match='without an image'): read_image(tmp_path/'a.dcm')
+    asked = []
+    monkeypatch.setitem(sys.modules, 'pillow_heif', SimpleNamespace(register_heif_opener=lambda: asked.append(1)))
+    with pytest.raises(ImageError): read_image(tmp_path/'b.HEIC') # there is nothing in it
+    assert asked == [1]
+
+
+@pytest.mark.parametrize('kind', ['heic', 'dicom'])
+def test_real_heic_and_dicom(kind, tmp_path):
+    "With the packages themselves, where they are installed"
+    from PIL import Image
+    from skin_lesions.core import read_image
+    pixels = np.full((32, 48, 3), (200, 120, 40), dtype=np.uint8)
+    if kind == 'heic':
+        pytest.importorskip('pillow_heif').register_heif_opener()
+        Image.fromarray(pixels).save(tmp_path/'a.heic', quality=95)
+    else:
+        pydicom = pytest.importorskip('pydicom')
+        from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+        meta = pydicom.dataset.FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = SecondaryCaptureImageStorage, generate_uid(), ExplicitVRLittleEndian
+        data = pydicom.dataset.Dataset(); data.file_meta = meta
+        data.Rows, data.Columns, data.SamplesPerPixel, data.PhotometricInterpretation, data.PlanarConfiguration = 32, 48, 3, 'RGB', 0
+        data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation, data.PixelData = 8, 8, 7, 0, pixels.tobytes()
+        data.save_as(tmp_path/'a.dicom', enforce_file_format=True)
+    image = read_image(next(tmp_path.iterdir()))
+    assert image.size == (48, 32) and np.abs(np.asarray(image).astype(int) - pixels).max() <= 8

@@ -114,3 +114,12 @@ def test_training_stops_with_the_file_and_the_reason(kind, workers, meta, tmp_pa
 def test_a_batch_of_ham10000(real):
     xb, yb = ham10000_dataloaders(read_metadata(real), 128, bs=16, num_workers=0).one_batch()
     assert xb.shape == (16, 3, 128, 128) and xb.std() > .1
+
+
+@pytest.mark.parametrize('size', [(64, 96), [64, 96], '64', 64.5, 4, True, None])
+@pytest.mark.parametrize('crop', ['random', 'resize', 'window'])
+def test_a_size_is_the_side_of_a_square(size, crop, meta):
+    from skin_lesions.cache import resize_cache
+    from skin_lesions.pretext import pretext_dataloaders
+    for make in (ham10000_dataloaders, pretext_dataloaders, resize_cache):
+        with pytest.raises(ValueError, match='size must be one whole number of pixels'): make(meta, size, crop)

@@ -214,11 +214,6 @@ def test_images_without_a_decision_say_why():
     assert nothing.decision.isna().all() and nothing.reason.tolist() == ['cannot be decoded']
 
 
-def test_whoever_predicts_needs_no_plots_and_no_scikit_learn(python, tmp_path):
-    done = python("import sys, skin_lesions.decide; print([m for m in ('matplotlib', 'sklearn', 'fastai') if m in sys.modules])", cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout.strip() == '[]', done.stdout+done.stderr
-
-
 def test_words_agree_with_the_row():
     "Over many rows: never an all-clear for what is referred or not answered, the risk is the sum of the malignant ones, and no code stands for a name"
     from skin_lesions.classes import HAM10000

@@ -151,3 +151,83 @@ def test_the_readme_s_python_runs_as_it_stands(repo, sample, python, tmp_path):
     done = python(f"import os, warnings; warnings.simplefilter('ignore'); os.environ['HAM10000_DIR'] = {str(sample)!r}\n{short}", cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr
     assert 'average_recall' in done.stdout
+
+
+def own_blocks(sample, binary=True):
+    "A user's own DataBlock on a frame whose dx says something finer"
+    from fastai.data.block import CategoryBlock, DataBlock
+    from fastai.data.transforms import ColSplitter
+    from fastai.vision.augment import Resize
+    from fastai.vision.data import ImageBlock
+    from skin_lesions.readers import read_metadata
+    from skin_lesions.split import split_by_lesion
+    block = DataBlock(blocks=(ImageBlock, CategoryBlock), get_x=lambda row: row.path, splitter=ColSplitter('is_valid'), item_tfms=Resize(32, method='squish'),
+                      get_y=(lambda row: 'mel' if row.dx in ('mel', 'bcc') else 'other') if binary else (lambda row: row.dx))
+    meta = split_by_lesion(read_metadata(sample))
+    return block.dataloaders(meta, bs=16, num_workers=0, device='cpu'), meta
+
+
+@pytest.mark.parametrize('alpha', [None, 'inverse', 'sqrt', 'effective'])
+def test_an_own_datablock_of_two_classes(sample, alpha):
+    "Class weights, scores and the table go by what the network is taught, not by a column of the frame"
+    from skin_lesions.data import class_weights
+    from skin_lesions.evaluate import scores
+    from skin_lesions.learner import lesion_learner
+    from skin_lesions.predictions import get_predictions
+    dls, meta = own_blocks(sample)
+    learn = lesion_learner(dls, 'test_efficientnet', pretrained=False, alpha=alpha)
+    taught = meta.assign(dx=meta.dx.isin(['mel', 'bcc']).map({True: 'mel', False: 'other'}))
+    if alpha: torch.testing.assert_close(learn.loss_func.alpha, torch.tensor(list(class_weights(taught, alpha, classes=['mel', 'other']).values())))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    train_loss, valid_loss, accuracy, recall = learn.recorder.values[0]
+    assert train_loss == train_loss and valid_loss == valid_loss
+    table = get_predictions(learn)
+    assert table.dx.tolist() == taught.dx[taught.is_valid].tolist()
+    assert (scores(table)['accuracy'], scores(table)['average_recall']) == pytest.approx((accuracy, recall), abs=1e-6)
+
+
+def test_an_own_datablock_of_seven_classes_gets_two_stages(sample):
+    from skin_lesions.learner import two_stage_learner
+    dls, meta = own_blocks(sample, binary=False)
+    learn = two_stage_learner(dls, 'test_efficientnet', pretrained=False, alpha='inverse')
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert learn.loss_func.first == meta.dx.value_counts().index[0] and all(v == v for v in learn.recorder.values[0][:2])
+    with pytest.raises(ValueError, match='three classes or more.*lesion_learner'): two_stage_learner(own_blocks(sample)[0], 'test_efficientnet', pretrained=False)
+
+
+def test_labels_that_are_no_classes_are_told(sample):
+    from fastai.data.block import DataBlock, RegressionBlock
+    from fastai.data.transforms import ColSplitter
+    from fastai.vision.augment import Resize
+    from fastai.vision.data import ImageBlock
+    from skin_lesions.learner import resolve_alpha
+    block = DataBlock(blocks=(ImageBlock, RegressionBlock), get_x=lambda row: row.path, get_y=lambda row: 1., splitter=ColSplitter('is_valid'), item_tfms=Resize(32))
+    with pytest.raises(ValueError, match='do not say the diagnoses of their training images'): resolve_alpha(block.dataloaders(own_blocks(sample)[1], bs=16, num_workers=0, device='cpu'), 'inverse')
+
+
+class OwnNet(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 5, 4), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 7))
+
+    def forward(self, x): return self.layers(x)
+
+
+@pytest.mark.parametrize('given', [OwnNet(), OwnNet], ids=['network', 'class'])
+def test_a_network_of_one_s_own_is_no_architecture(dls, given, sample):
+    "Every door that takes a name says so; `classifier_learner` takes the network"
+    from fastai.losses import CrossEntropyLossFlat
+    from skin_lesions import learner as room
+    from skin_lesions.data import ham10000_dataloaders
+    from skin_lesions.networks import create_body
+    from skin_lesions.pretext import joint_restoration_learner, joint_rotation_learner, pretext_dataloaders, restoration_learner, rotation_learner
+    plain = ham10000_dataloaders(sample, 64, bs=16, augment=False, num_workers=0)
+    for make in (room.lesion_learner, room.two_stage_learner, joint_rotation_learner, joint_restoration_learner):
+        with pytest.raises(TypeError, match='got OwnNet; for a network of your own use classifier_learner'): make(plain, given)
+    for make in (rotation_learner, restoration_learner):
+        with pytest.raises(TypeError, match='name of a timm architecture, got OwnNet'): make(plain, given)
+    for make in (lambda: create_body(given), lambda: ham10000_dataloaders(sample, 64, arch=given), lambda: pretext_dataloaders(sample, 64, arch=given)):
+        with pytest.raises(TypeError, match='name of a timm architecture, got OwnNet'): make()
+    learn = room.classifier_learner(dls, OwnNet(), CrossEntropyLossFlat())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert learn.recorder.values[0][0] == learn.recorder.values[0][0]

@@ -53,8 +53,3 @@ def test_gradients_are_finite_where_a_probability_is_zero_or_one(n_classes):
             value = loss(x, targets)
             value.backward()
             assert torch.isfinite(value) and torch.isfinite(x.grad).all(), loss
-
-
-def test_losses_need_no_fastai(python, tmp_path):
-    done = python("import sys, skin_lesions.losses; assert 'fastai' not in sys.modules and 'timm' not in sys.modules", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr

@@ -8,12 +8,6 @@ from torch.nn import functional as F
 TINY = 'test_efficientnet'
 
 
-def test_needs_no_fastai(python, tmp_path):
-    done = python("import sys, skin_lesions.networks; print([m for m in sys.modules if m.split('.')[0] in ('fastai', 'matplotlib')])", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == '[]'
-
-
 @pytest.mark.parametrize('seed', range(5))
 @pytest.mark.parametrize('n', [3, 7, 11])
 def test_cross_entropy_of_joined_stages_is_that_of_the_stages(seed, n):

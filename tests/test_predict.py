@@ -198,23 +198,7 @@ def test_grad_cam_of_a_predictor(learn, bundle, meta, tmp_path):
     assert n == 2 and not bad
 
 
-# ---- light, and any class set
-
-LIGHT = """
-import sys, warnings
-warnings.simplefilter('ignore')
-from skin_lesions.predict import load_predictor
-table = load_predictor('ham10000', device='cpu').predict(sys.argv[1])
-assert table.problem.isna().all() and len(table) == 1
-print(sorted({m.split('.')[0] for m in sys.modules} & {'fastai', 'matplotlib', 'sklearn', 'cv2', 'IPython'}))
-"""
-
-
-def test_prediction_loads_neither_fastai_nor_matplotlib_nor_sklearn(meta, python, tmp_path):
-    done = python(LIGHT, meta.path[0], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split('\n')[-2] == '[]'
-
+# ---- any class set
 
 @pytest.mark.parametrize('classes', [ISIC2019, MELANOMA], ids=lambda c: c.name)
 def test_other_class_sets_from_training_to_decision(classes, sample, tmp_path):

@@ -172,21 +172,6 @@ def test_a_million_predictions(tmp_path):
     assert len(again) == MANY and (again[CODES].to_numpy() == p).all()
 
 
-def test_the_table_needs_neither_torch_nor_fastai(python, tmp_path):
-    "Reading, judging, combining and submitting tables in an interpreter without the two"
-    code = """
-import sys
-from skin_lesions import bootstrap, predictions, views
-heavy = [m for m in ('torch', 'fastai', 'torchvision', 'timm', 'matplotlib') if m in sys.modules]
-assert not heavy, heavy
-import skin_lesions.evaluate, skin_lesions.report
-heavy = [m for m in ('torch', 'fastai', 'torchvision', 'timm') if m in sys.modules]
-assert not heavy, heavy
-"""
-    done = python(code, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-
-
 @given(seed=st.integers(0, 1000))
 @quick
 def test_the_largest_confidence_is_the_decision(seed, tmp_path):

@@ -135,3 +135,33 @@ def test_no_pixels_are_kept(lesions):
     dls = pretext_dataloaders(lesions[1], 32, num_workers=0, device='cpu')
     assert all(isinstance(p, str) for p in dls.train_ds.items.path)
     assert dls.train_ds.items.memory_usage(deep=True).sum() < 2000*len(dls.train_ds)
+
+
+NO_ENCODERS = {'hrnet_w18_small': 'missing the required "forward"', 'levit_128s': 'unpack', 'tresnet_m': 'channels', 'selecsls42b': 'no attribute', 'maxvit_pico_rw_256': 'divisible', 'test_vit': 'several sizes'}
+
+
+@pytest.mark.parametrize('arch', NO_ENCODERS)
+def test_an_architecture_that_is_no_encoder_is_told(arch, monkeypatch):
+    "Whatever goes wrong inside, the error names the architecture, the reason and what serves"
+    from skin_lesions.networks import create_body
+    from skin_lesions.pretext import RestorationNet
+    with pytest.raises(ValueError, match=f'{arch} .*{NO_ENCODERS[arch]}.*; its encoder must be a convolutional network .* such as resnet50'): RestorationNet(create_body(arch, pretrained=False), (64, 64))
+
+
+def test_images_too_small_for_an_encoder_are_told():
+    from skin_lesions.networks import create_body
+    from skin_lesions.pretext import RestorationNet
+    with pytest.raises(ValueError, match='inception_v3 for images of 64x64 pixels .*Kernel size'): RestorationNet(create_body('inception_v3', pretrained=False), (64, 64))
+
+
+@pytest.mark.parametrize('arch', ['test_resnet', 'densenet121', 'regnetx_002', 'test_convnext', 'mobilenetv2_100'])
+def test_the_encoder_s_parts_follow_each_other_in_the_body_too(arch):
+    "What each part gives in the body is the very tensor that the next one gets"
+    from skin_lesions.networks import create_body
+    from skin_lesions.pretext import RestorationNet, _stages
+    body, seen = create_body(arch, pretrained=False).eval(), []
+    for part in _stages(body).values(): part.register_forward_hook(lambda module, x, y: seen.append((x[0], y)))
+    with torch.no_grad(): body(torch.randn(1, 3, 64, 96))
+    assert len(seen) == len(_stages(body)) and all(a[1] is b[0] for a, b in zip(seen, seen[1:]))
+    net = RestorationNet(create_body(arch, pretrained=False), (64, 96)).eval()
+    with torch.no_grad(): assert net(torch.randn(1, 3, 64, 96)).shape == (1, 3, 64, 96)

@@ -18,6 +18,15 @@ def test_every_figure_of_the_paper_is_there():
     assert {n: (r.paper_accuracy, r.paper_recall) for n, r in RECIPES.items() if r.paper_recall is not None} == FIGURES
 
 
+def test_the_paper_s_confusion_matrix_and_test_images():
+    "Its numbers give the best row's, and its classes are those of a stratified fifth of HAM10000"
+    rows, best = recipes.PAPER_CONFUSION, RECIPES['two_stage_efficientnet_mixup']
+    right, sums = [row[i] for i, row in enumerate(rows)], [sum(row) for row in rows]
+    assert sums == [65, 103, 220, 23, 223, 1341, 28] and sums == [round(n/5) for n in (327, 514, 1099, 115, 1113, 6705, 142)]
+    assert round(sum(right)/sum(sums), 3) == best.paper_accuracy and round(sum(r/n for r, n in zip(right, sums))/7, 3) == best.paper_recall
+    assert recipes.PAPER_TEST == dict(recipe=best.name, images=1511, accuracy=.891, average_recall=.784)
+
+
 def test_the_paper_s_protocol():
     "Constant rate of 1e-3, 20 epochs also where pretext and diagnosis are trained at once, α = 1 for networks from random weights"
     for r in PAPER_RECIPES.values():
@@ -25,7 +34,13 @@ def test_the_paper_s_protocol():
         if not r.pretrained and r.name != 'alpha_inverse': assert r.alpha is None and r.factors is None, r.name
         assert (r.mixup == .7) == ('mixup' in r.name)
     assert PAPER_RECIPES['rotation_sequential'].arch.startswith('tf_efficientnet')
-    assert PAPER_RECIPES['two_stage_efficientnet_mixup'].factors == {'nv': .5}
+    two_stage = PAPER_RECIPES['two_stage_efficientnet_mixup']
+    assert (two_stage.factors, two_stage.combine, two_stage.stages) == ({'nv': .5}, 'paper', 2) # a discount on nevi, hard routing
+    assert {n for n, r in PAPER_RECIPES.items() if r.arch == 'tf_efficientnet_b7'} == {'efficientnet_mixup', 'two_stage_efficientnet_mixup', 'rotation_sequential', 'rotation_simultaneous'}
+    assert {n for n, r in PAPER_RECIPES.items() if r.pretrained} == {n for n in PAPER_RECIPES if 'pretrained' in n or 'mixup' in n}
+    assert {n: (r.pretext, r.joint, r.patch, r.gamma) for n, r in PAPER_RECIPES.items() if r.pretext} == {
+        'rotation_sequential': ('rotation', False, 8, 1.), 'rotation_simultaneous': ('rotation', True, 8, 1.), 'restoration_sequential': ('restoration', False, 8, 1.),
+        'restoration_sequential_patch16': ('restoration', False, 16, 1.), 'restoration_simultaneous': ('restoration', True, 8, 1.)}
 
 
 @pytest.mark.parametrize('scale', SCALES)

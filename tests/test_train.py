@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from skin_lesions.recipes import at_scale
-from skin_lesions.train import RUN_FILES, STATE_FOLDER, read_run, run_state, train_run
+from skin_lesions.train import RUN_FILES, STATE_FOLDER, run_state, train_run
+from skin_lesions.report import read_run
 
 KILLS = int(os.environ.get('TRAIN_KILLS', 4))
 QUICK = dict(workers=0, device='cpu', cache=None, show=False, report=False, minutes=0)

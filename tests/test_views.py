@@ -34,8 +34,3 @@ def test_equal_answers_stay():
     for how in ('geometric', 'arithmetic'): np.testing.assert_allclose(average_probabilities([p]*9, how), p, rtol=1e-12)
     sure = np.eye(2)[[0, 1]]
     np.testing.assert_allclose(average_probabilities(sure[:,None]), [[.5, .5]]) # a 0 is not final
-
-
-def test_views_need_neither_torch_nor_fastai(python, tmp_path):
-    done = python("import sys, skin_lesions.views; assert not {'torch', 'fastai'} & set(sys.modules)", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
