@@ -575,12 +575,14 @@ def answer_records(
     files, # images, as from `named_images`
 )->list: # dicts: file, decision, diagnosis, malignant, refer, note, probabilities by full name; None where not known
     "Answers for people, spreadsheets and programs: full names, rounded numbers"
+    from skin_lesions.decide import malignancy_risk
     def known(value): return value if isinstance(value, str) else None
     records = []
     for file,row in zip(files, answers.to_dict('records')):
         code,problem = known(row['decision']),known(row['problem'])
         p = {c: None if problem else float(row[c]) for c in classes}
-        risk = None if problem or not classes.knows_malignancy else sum(p[c] for c in classes.malignant)
+        # about anything else than a lesion the probabilities mean nothing
+        risk = None if problem or row.get('ood') in (True,) else malignancy_risk(row, classes)
         records.append(dict(
             file='-' if isinstance(file, bytes) else str(file), decision=code,
             diagnosis=code and classes.full_name(code), malignant=risk if risk is None else round(risk, 4),
