@@ -806,10 +806,14 @@ def app(
     max_images:int=50, # images at once
     per_minute:int=60, # images of a client in a minute
     device:str=None, # cpu, cuda, ...; without it, the default device
+    no_browser:bool=False, # do not open the page in the browser of this machine
 )->int:
     "Serve the web demo until Ctrl-C: drop photographs, read the answer; needs Gradio (pip install gradio)"
+    note('starting the web demo ...') # the imports take some seconds
     from skin_lesions.app import launch_app
-    launch_app(bundle, host=host, port=port, max_mb=max_mb, max_images=max_images, per_minute=per_minute, device=device)
+    limits = dict(max_mb=max_mb, max_images=max_images, per_minute=per_minute)
+    # a program that reads the address opens no browser
+    launch_app(bundle, host=host, port=port, device=device, browser=not no_browser and sys.stdout.isatty(), **limits)
     return 0
 
 # %% ../nbs/81_cli.ipynb #2d04e29c

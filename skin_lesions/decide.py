@@ -891,6 +891,7 @@ class InWords(NamedTuple):
 
 def _yes(row, column): return bool(row[column]) if column in row and not pd.isna(row[column]) else None
 
+# %% ../nbs/63_decide.ipynb #63a00008
 def named_code(
     row, # of a predictions table
     codes, # of the classes
@@ -922,8 +923,8 @@ def _notes(row, classes, code, referral, calibrated): # yields sentences
                "so that fewer of them are missed.")
     if referral is not None:
         names = ', '.join(map(classes.full_name, referral.malignant))
-        yield (f"The threshold referred {referral.reached:.0%} of the malignant lesions ({names}) among the images "
-               f"that it was fitted on; {referral.sensitivity:.0%} were asked for.")
+        yield (f"The threshold referred {percent_text(referral.reached)} of the malignant lesions ({names}) among the "
+               f"images that it was fitted on; {percent_text(referral.sensitivity)} were asked for.")
     if not calibrated: yield "The probabilities are not calibrated: they order images, but are no frequencies."
     if _yes(row, 'ood') is None: yield "This network cannot tell whether an image is a dermatoscopic image at all."
 

@@ -123,7 +123,7 @@ def get_features(
     batches = learn.dls.test_dl(items, **({} if bs is None else {'bs': bs}))
     was_training,net = learn.model.training,learn.model.eval()
     try:
-        with torch.no_grad(), keep_features(net) as found:
+        with torch.no_grad(), full_precision(learn.dls.device or 'cpu'), keep_features(net) as found:
             for batch in batches: net(*batch[:learn.dls.n_inp])
     finally: net.train(was_training)
     return torch.cat(found).float().cpu().numpy()

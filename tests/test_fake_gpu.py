@@ -28,7 +28,7 @@ from skin_lesions.losses import FocalLossFlat, LogitAdjustedLossFlat, TwoStageFo
 from skin_lesions.metrics import AverageRecall, ClassRecall, StageOneAUC, StageTwoRecall
 from skin_lesions.mixup import MixUp
 from skin_lesions.networks import LesionNet, TwoStageNet, create_body
-from skin_lesions.ood import answer_with_score, keep_features
+from skin_lesions.ood import answer_with_score, get_features, keep_features
 from skin_lesions.predict import Predictor
 from skin_lesions.pretext import (CallbackValue, JointRestoration, JointRestorationNet, JointRotation, JointRotationNet, PredictRotation, RestorationNet,
                                   RestoreContext, rotate_images, swap_patches)
@@ -83,14 +83,22 @@ def fake_gpu(device='cuda'):
 
 @pytest.fixture(autouse=True)
 def fake_tensors_in_fastai(monkeypatch):
-    "A fake tensor cannot change its type, nor the parameters of a network that is on the GPU already"
+    "A fake tensor cannot change its type, and a module cannot change the place of its parameters: new ones are put there"
     ordinary, move = Tensor.as_subclass, nn.Module.to
     def as_subclass(self, kind):
         if not isinstance(self, FakeTensor): return self if issubclass(kind, FakeTensor) else ordinary(self, kind)
         with torch._C.DisableTorchFunctionSubclass(): out = self.view(self.shape)
         if issubclass(kind, TensorImage): out.__class__ = FakeImage
         return out
-    def to(self, *args, **kwargs): return self if any(isinstance(p, FakeTensor) for p in self.parameters()) else move(self, *args, **kwargs)
+    def to(self, *args, **kwargs):
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        if device is None or device.type == 'cpu': return move(self, *args, **kwargs)
+        for module in self.modules():
+            for name, p in module._parameters.items():
+                if p is not None and not isinstance(p, FakeTensor): module._parameters[name] = nn.Parameter(p.detach().to(device), requires_grad=p.requires_grad)
+            for name, buffer in module._buffers.items():
+                if buffer is not None: module._buffers[name] = buffer.to(device)
+        return self
     monkeypatch.setattr(Tensor, 'as_subclass', as_subclass)
     monkeypatch.setattr(nn.Module, 'to', to)
 
@@ -344,14 +352,12 @@ def test_moving_average(monkeypatch):
 
 
 class Asked(nn.Module):
-    "A network that notes in which type it computes"
+    "A network that notes in which type its body computes"
     def __init__(self, net):
         super().__init__()
         self.net, self.body, self.dtypes = net, net.body, []
-    def forward(self, *inputs):
-        out = self.net(*inputs)
-        self.dtypes.append(out.dtype)
-        return out
+        self.body.register_forward_hook(lambda body, inputs, out: self.dtypes.append(out.dtype))
+    def forward(self, *inputs): return self.net(*inputs)
 
 
 @pytest.mark.parametrize('views', [None, 'dihedral', 'multicrop'])
@@ -368,7 +374,8 @@ def test_scoring_is_float32_under_half_precision(views, n_patient):
 
 
 @pytest.mark.parametrize('shared', [True, False])
-def test_predictor_is_float32_under_half_precision(shared):
+def test_predictor_is_float32_under_half_precision(shared, monkeypatch):
+    monkeypatch.setattr('skin_lesions.predict.usable_device', torch.device) # which would say that there is no GPU
     with fake_gpu() as gpu, half_precision():
         net = Asked(network('cpu', kind=TwoStageNet, bodies=1 if shared else 2).eval())
         record = dict(classes=HAM10000.as_dict(), crop=dict(name='resize', size=[32, 32]), side=None, normalization=dict(mean=[.5]*3, std=[.2]*3),
@@ -382,3 +389,13 @@ def test_predictor_is_float32_under_half_precision(shared):
         # the features that an out-of-distribution score sees
         with keep_features(net, texture=False) as features: answer_with_score(net, None, gpu.images())
         assert features[0].dtype == torch.float32 and features[0].device.type == 'cuda'
+
+
+def test_features_of_the_out_of_distribution_score_are_float32_under_half_precision():
+    with fake_gpu() as gpu, half_precision():
+        net = Asked(network())
+        with torch.no_grad(): assert net(gpu.images()).dtype == torch.bfloat16 # what it must not do
+        net.dtypes.clear()
+        dls = SimpleNamespace(device=torch.device('cuda'), n_inp=1, test_dl=lambda items, **kwargs: [(gpu.images(),)]*2)
+        features = get_features(SimpleNamespace(model=net, dls=dls), None)
+        assert features.shape == (8, 8) and features.dtype == np.float32 and set(net.dtypes) == {torch.float32}
