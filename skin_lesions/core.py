@@ -33,6 +33,7 @@ def unknown_name(
     shown = ', '.join(known[:10]) + (', ...' if len(known)>10 else '')
     return f"unknown {kind} {name!r}; known: {shown}"
 
+# %% ../nbs/00_core.ipynb #00a00001
 def is_whole(
     value, # of any type
     least:int=0, # smallest number that counts
