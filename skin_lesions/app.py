@@ -233,7 +233,7 @@ def _gradio():
     "Gradio, without its reports home"
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
     try: import gradio
-    except ImportError as e: raise ModuleNotFoundError("the app needs Gradio: pip install 'skin-lesions[app]'") from e
+    except ImportError as e: raise ModuleNotFoundError("the app needs Gradio: pip install gradio") from e
     return gradio
 
 def _named(paths)->dict:

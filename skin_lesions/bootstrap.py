@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['labelled', 'units_of', 'warn_of_absent', 'warn_of_images', 'divide', 'unit_draws', 'unit_sums', 'in_draws',
-           'check_draws', 'interval_ends', 'two_sided', 'recall_draws', 'fraction_right', 'unit_counts',
-           'class_recall_intervals', 'Interval', 'average_recall_draws', 'average_recall_interval', 'compare_tables',
-           'RankCurve', 'rank_curve', 'RankCounts', 'rank_counts', 'rank_scores']
+           'check_draws', 'interval_ends', 'two_sided', 'with_half_lesions', 'recall_draws', 'fraction_right',
+           'unit_counts', 'class_recall_intervals', 'Interval', 'average_recall_draws', 'average_recall_interval',
+           'compare_tables', 'RankCurve', 'rank_curve', 'RankCounts', 'rank_counts', 'rank_scores']
 
 # %% ../nbs/61_bootstrap.ipynb #72a7bf40
 import warnings
@@ -147,6 +147,19 @@ def two_sided(
     return np.where(n>0, np.minimum(1, 2*(side+1)/(n+1)), np.nan)
 
 # %% ../nbs/61_bootstrap.ipynb #b77ed88f
+def with_half_lesions(
+    sums, # in each draw, of something between 0 and 1 over the images of a class [n, classes]
+    images, # in each draw, of the class [n, classes]
+    total, # images of each unit and class [units, classes]
+    seed:int, # of the weights
+)->np.ndarray: # means [n, classes]; NaN for a class without images
+    "Means in draws, with half a lesion of 1 and half a lesion of 0"
+    # of the lesion that an image of the class belongs to, on average
+    images_of_lesion = (total**2).sum(0)/np.maximum(1, total.sum(0))
+    # Gamma(1/2) beside Gamma(1) for a whole lesion: normalised, these are the weights of Jeffreys' prior Beta(1/2, 1/2)
+    weights = np.random.default_rng([seed, 1]).gamma(.5, size=(2, *images.shape))*images_of_lesion
+    return divide(sums+weights[0], images+weights.sum(0))
+
 def recall_draws(
     hits, # images of each unit and class that are called right [units, classes]
     total, # images of each unit and class [units, classes]
@@ -156,11 +169,7 @@ def recall_draws(
     "Recall in draws of the units, with half a lesion right and half a lesion wrong"
     right,images = draws@hits,draws@total
     if seed is None: return divide(right, images)
-    # of the lesion that an image of the class belongs to, on average
-    images_of_lesion = (total**2).sum(0)/np.maximum(1, total.sum(0))
-    # Gamma(1/2) beside Gamma(1) for a whole lesion: normalised, these are the weights of Jeffreys' prior Beta(1/2, 1/2)
-    weights = np.random.default_rng([seed, 1]).gamma(.5, size=(2, *right.shape))*images_of_lesion
-    return divide(right+weights[0], images+weights.sum(0))
+    return with_half_lesions(right, images, total, seed)
 
 # %% ../nbs/61_bootstrap.ipynb #fbadf441
 def fraction_right(

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from .bootstrap import (average_recall_interval, class_recall_intervals, fraction_right,
-                                    rank_curve, rank_scores)
+                                    rank_curve, rank_scores, recall_draws, unit_draws)
 from .classes import class_set, classes_of
 from .core import NOTICE, check_columns, unknown_name
 from .predictions import check_predictions, without_decisions
@@ -733,11 +733,13 @@ def advise(
 
 # %% ../nbs/63_decide.ipynb #fb987acf
 def _sensitivity_interval(refer, malignant, lesions, n, seed)->tuple:
-    "95 % percentile bootstrap over the lesions with malignant images"
+    "95 % interval over the lesions with malignant images, by the method of all recalls"
     units,index = np.unique(lesions[malignant], return_inverse=True)
-    hits,total = np.bincount(index, weights=refer[malignant]), np.bincount(index)
-    draws = np.random.default_rng(seed).multinomial(len(units), np.full(len(units), 1/len(units)), size=n)
-    return tuple(np.quantile((draws@hits)/(draws@total), [.025, .975]).tolist())
+    hits,total = (np.bincount(index, weights=w)[:,None] for w in (refer[malignant], np.ones(len(index))))
+    draws = unit_draws(np.zeros(len(units), dtype=int), n, seed)
+    low,high = np.quantile(recall_draws(hits, total, draws, seed), [.025, .975])
+    reached = hits.sum()/total.sum()
+    return min(float(low), reached),max(float(high), reached)
 
 def _lesion_names(table)->np.ndarray:
     "The lesion of each image; an image without one is its own"

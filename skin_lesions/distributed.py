@@ -184,6 +184,7 @@ def _empty_loader(cls):
     new.__class__ = _class_of_rank(cls)
     return new
 
+# %% ../nbs/32_distributed.ipynb #32a00001
 def copy_loader(dl):
     "A loader like `dl` that shares its data"
     new,old = copy.copy(dl),dl.fake_l

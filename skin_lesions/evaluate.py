@@ -20,9 +20,9 @@ import pandas as pd
 # scores are on the screen before a library of figures could be imported
 if TYPE_CHECKING: from matplotlib.figure import Axes, Figure
 
-from skin_lesions.bootstrap import (average_recall_interval, check_draws, divide, in_draws, interval_ends, labelled,
+from .bootstrap import (average_recall_interval, check_draws, divide, in_draws, interval_ends, labelled,
     rank_counts, rank_curve, rank_scores, recall_draws, two_sided, unit_draws, unit_sums, units_of, warn_of_absent,
-    warn_of_images)
+    warn_of_images, with_half_lesions)
 from .classes import ClassSet, classes_of
 from .core import check_columns, unknown_name
 from .predictions import decided_probabilities
@@ -265,11 +265,20 @@ def _curves(table, units, n_units)->tuple:
     return official,_malignant_curve(table, units, n_units)
 
 # %% ../nbs/62_evaluate.ipynb #e95552aa
-def _with_half_lesions(drawn, score, draws, seed, index)->np.ndarray:
-    "The draws of all scores, those of recall with half a lesion right and half a lesion wrong"
-    recalls = recall_draws(score.hits, score.total, draws, seed).T
-    drawn[index.get_indexer([('recall', dx) for dx in _codes_of(index)])] = recalls
-    for row in (('average_recall', 'all'), ('recall', 'macro')): drawn[index.get_loc(row)] = _mean(recalls, 0)
+def _with_half_lesions(drawn, score, draws, seed, index, malignant_codes)->np.ndarray:
+    "The draws of all scores, those of recall and AUC, means over the images of a class, with half lesions"
+    images,codes = draws@score.total,_codes_of(index)
+    means = {s: drawn[index.get_indexer([(s, dx) for dx in codes])] for s in ('recall', 'auc')}
+    for s,values in means.items():
+        means[s] = with_half_lesions(values.T*images, images, score.total, seed).T
+        drawn[index.get_indexer([(s, dx) for dx in codes])] = means[s]
+        drawn[index.get_loc((s, 'macro'))] = _mean(means[s], 0)
+    drawn[index.get_loc(('average_recall', 'all'))] = _mean(means['recall'], 0)
+    if ('auc', 'malignant') in index:
+        malignant = score.total[:,[c in malignant_codes for c in codes]].sum(1)[:,None]
+        row = index.get_loc(('auc', 'malignant'))
+        sums = drawn[row][:,None]*(draws@malignant)
+        drawn[row] = with_half_lesions(sums, draws@malignant, malignant, seed)[:,0]
     return drawn
 
 # %% ../nbs/62_evaluate.ipynb #503a6c80
@@ -289,7 +298,8 @@ def score_intervals(
         warn_of_absent(table)
         warn_of_images(unit)
     draws = unit_draws(score.stratum, n, seed)
-    drawn = _with_half_lesions(in_draws(score, draws, len(table)), score, draws, seed, index)
+    drawn = in_draws(score, draws, len(table))
+    drawn = _with_half_lesions(drawn, score, draws, seed, index, classes_of(table).malignant)
     value = score(np.ones((len(score.stratum), 1)))[:,0]
     low,high = interval_ends(drawn, level)
     # where all images are right or wrong the half lesions would leave the value out
@@ -593,22 +603,29 @@ def _best(curve, draws, free, at)->tuple:
     rates = at_step(sensitivity, 0.),at_step(specificity, 1.)
     return (*(rates if free=='sensitivity' else rates[::-1]),step)
 
-def _chosen_points(prob, true, units, draws, level)->dict:
+# %% ../nbs/62_evaluate.ipynb #62a00001
+def _ends_around(value, drawn, level)->np.ndarray:
+    "Both ends [2, rates] of the draws [n, rates] of rates; the value is never outside"
+    low,high = interval_ends(drawn.T, level)
+    return np.stack([np.fmin(low, value), np.fmax(high, value)])
+
+def _chosen_points(prob, true, units, draws, level, seed)->dict:
     "The operating points of one target, with thresholds from this table"
     rows,curve,once = {},rank_curve(prob, true, units, draws.shape[1]),np.ones((draws.shape[1], 1))
     for free,fixed,at in POINTS:
         row = dict.fromkeys(('threshold', 'value', 'low', 'high', 'reached'), np.nan)
         if true.any() and not true.all():
             value,reached,step = _best(curve, once, free, at)
-            drawn = in_draws(lambda d: _best(curve, d, free, at)[0], draws, len(prob))
-            low,high = interval_ends(drawn[None], level)[:,0]
+            images = unit_sums(units, np.where(true, 1, 0), np.ones(len(prob)), 2)[:,[int(free=='sensitivity')]]
+            drawn = in_draws(lambda d: _best(curve, d, free, at)[0], draws, len(prob))[:,None]*(draws@images)
+            low,high = _ends_around(value, with_half_lesions(drawn, draws@images, images, seed), level)[:,0]
             threshold = np.inf if step[0]<0 else curve.thresholds[step[0]]
             row = dict(threshold=threshold, value=value[0], low=low, high=high, reached=reached[0])
         rows[_point_name(free, fixed, at)] = row
     return rows
 
 # %% ../nbs/62_evaluate.ipynb #15e0b103
-def _given_points(thresholds, prob, true, units, draws, level)->dict:
+def _given_points(thresholds, prob, true, units, draws, level, seed)->dict:
     "The operating points of one target, with thresholds from elsewhere"
     rows,side = {},np.where(true, 1, 0)
     images = unit_sums(units, side, np.ones(len(prob)), 2) # [units, 2]: negatives, positives
@@ -616,9 +633,9 @@ def _given_points(thresholds, prob, true, units, draws, level)->dict:
         right = unit_sums(units, side, (prob>=threshold)==true, 2)
         by_sensitivity = name.startswith('sensitivity')
         order = [1, 0] if by_sensitivity else [0, 1] # the rate that is free comes first
-        rates = lambda d: divide(right[:,order].T@d, images[:,order].T@d)
-        value,reached = rates(np.ones((draws.shape[1], 1)))[:,0]
-        (low,reached_low),(high,reached_high) = interval_ends(in_draws(rates, draws, len(prob)), level)
+        rates = divide(right[:,order].sum(0), images[:,order].sum(0))
+        drawn = recall_draws(right[:,order], images[:,order], draws, seed)
+        (value,reached),((low,reached_low),(high,reached_high)) = rates,_ends_around(rates, drawn, level)
         rows[name] = dict(threshold=threshold, value=value, low=low, high=high,
                           reached=reached, reached_low=reached_low, reached_high=reached_high)
     return rows
@@ -644,8 +661,8 @@ def operating_points(
     draws = unit_draws(unit_sums(units, y, np.ones(len(y)), len(classes_of(table))).argmax(1), n, seed)
     rows:dict = {}
     for target,(prob,true) in _target_arrays(table, targets).items():
-        if points is None: found = _chosen_points(prob, true, units, draws, level)
-        else: found = _given_points(points.threshold[target], prob, true, units, draws, level)
+        if points is None: found = _chosen_points(prob, true, units, draws, level, seed)
+        else: found = _given_points(points.threshold[target], prob, true, units, draws, level, seed)
         rows |= {(target, name): row for name,row in found.items()}
     return pd.DataFrame(list(rows.values()), index=pd.MultiIndex.from_tuples(rows, names=['target', 'score']))
 

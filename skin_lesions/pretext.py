@@ -602,8 +602,8 @@ def _unet(body, size)->DynamicUnet:
     try: return DynamicUnet(encoder, 3, size).train(training)
     except Exception as e:
         reason = str(e).strip().splitlines()[:1] or [type(e).__name__]
-        raise ValueError(f"no U-Net can be built on {body.arch} for images of {size[0]}x{size[1]} pixels ({reason[0]}); "
-                         f"{_FOR_A_UNET}") from e
+        raise ValueError(f"no U-Net can be built on {body.arch} for images of {size[0]}x{size[1]} pixels "
+                         f"({reason[0]}); {_FOR_A_UNET}") from e
 
 def _named_as_body(state, names)->dict:
     "The tensors of an encoder as the body names them; `names` are the body's names of its parts"

@@ -116,7 +116,7 @@ def html_figure(
 # %% ../nbs/64_report.ipynb #4c110404
 _METHOD = (
     'Intervals here and below: percentile bootstrap, 1,000 draws over {n:,} {unit}; drawn class by class, 95 %. '
-    'In each draw the recall of a class gets half a lesion right and half a lesion wrong more, '
+    'In each draw a recall or AUC gets half a lesion right and half a lesion wrong more, '
     'so that a class with few lesions does not look certain. '
     'The intervals cover the choice of images, not the training: other random seeds give other networks.')
 _LESIONS_UNKNOWN = 'images: the table does not say which images show one lesion, so it is too narrow if any do'

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip('gradio', reason="the app is an extra: pip install 'skin-lesions[app]'")
+pytest.importorskip('gradio', reason="the app is an extra: pip install gradio")
 from skin_lesions.app import launch_app
 from skin_lesions.style import percent_text
 from skin_lesions.classes import HAM10000

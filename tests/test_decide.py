@@ -232,3 +232,18 @@ def test_words_agree_with_the_row():
             assert abs(said.risk-sum(row[c] for c in HAM10000.malignant)) < 1e-12
             assert HAM10000.full_name(row['decision']) in said.finding and said.warn == row['refer'] == ('dermatologist' in said.advice)
     assert seen == {(True, True), (False, True), (True, False)}
+
+
+def test_a_referral_of_all_of_few_is_not_sure():
+    "Every malignant lesion of few was referred: the sensitivity is 1, and its interval says how few they are"
+    from skin_lesions.classes import classes_of
+    from skin_lesions.decide import Referral, referral_report
+    from tables import synthetic_table
+    few, many = synthetic_table(25), synthetic_table(500)
+    lows = []
+    for table in (few, many):
+        codes = classes_of(table).codes
+        report = referral_report(table, Referral('risk', 0., .95, 1., codes, classes_of(table).malignant), 300)
+        assert report.sensitivity == report.high == 1 and report.low < 1
+        lows.append(report.low)
+    assert lows[0] < .93 < lows[1]

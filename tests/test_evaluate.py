@@ -159,3 +159,40 @@ def test_the_official_scorer_sees_the_decision(tmp_path):
     table = table.assign(decision=table.dx.where(table.index % 3 > 0, table.dx.iloc[::-1].to_numpy()))
     written = read_isic_submission(isic_submission(table, tmp_path/'s.csv')).merge(table[['image_id', 'dx']])
     assert isic_scores(written).balanced_accuracy == pytest.approx(scores(table)['average_recall'], abs=1e-12)
+
+
+def test_no_interval_of_a_mean_shrinks_to_a_point():
+    "A table without a mistake: recall, AUC and operating points of a class with few lesions stay unsure, in every place alike"
+    from skin_lesions.bootstrap import average_recall_interval, class_recall_intervals
+    from skin_lesions.evaluate import operating_points, scores_by
+    table = synthetic_table(60, skill=40.)
+    found, lesions = score_intervals(table, 300), table.groupby('dx').group.nunique()
+    for score in ('recall', 'auc'):
+        assert (found.value[score] == 1).all() and (found.high[score] == 1).all()
+        rows = found.loc[score].loc[lesions.index]
+        assert (rows.low[lesions < 10] < .9).all() and (rows.low < 1).all() and rows.low.corr(lesions, method='spearman') > .8
+    chosen = operating_points(table, 300)
+    for points in (chosen, operating_points(table, 300, points=chosen)):
+        assert (points.value == 1).all() and (points.high == 1).all() and (points.low < 1).all()
+    recalls, whole = class_recall_intervals(table, 300), average_recall_interval(table, 300)
+    pd.testing.assert_frame_equal(found.loc['recall'].loc[recalls.index, ['low', 'high']], recalls[['low', 'high']], check_names=False)
+    part = scores_by(table, table[['image_id']].assign(sex='female'), 'sex', 300)
+    assert part.loc['female', ['low', 'high']].tolist() == list(found.loc[('average_recall', 'all'), ['low', 'high']]) == [whole.low, whole.high]
+
+
+def test_the_auc_in_draws_gets_half_lesions_by_hand():
+    "The mean over positives of the fraction of negatives below, half a lesion of 1 and one of 0 beside them"
+    from skin_lesions.bootstrap import interval_ends, labelled, unit_draws, unit_sums, units_of
+    table = synthetic_table(50, most=1)
+    p, y, _ = labelled(table)
+    draws = unit_draws(y[np.argsort(units_of(table)[0])], 40, 7)[:, units_of(table)[0]]
+    weights = np.random.default_rng([7, 1]).gamma(.5, size=(2, 40, 7))
+    for c in (0, 5):
+        positive, drawn = y == c, []
+        for w, one, zero in zip(draws, weights[0, :, c], weights[1, :, c]):
+            pairs = (p[positive, c][:, None] > p[~positive, c]) + .5*(p[positive, c][:, None] == p[~positive, c])
+            below = (pairs*w[~positive]).sum(1)/w[~positive].sum()
+            drawn.append(((below*w[positive]).sum()+one)/(w[positive].sum()+one+zero))
+        low, high = interval_ends(np.array([drawn]))[:, 0]
+        row = score_intervals(table, 40, 7).loc[('auc', CODES[c])]
+        assert (row.low, row.high) == pytest.approx((min(low, row.value), max(high, row.value)), abs=1e-9)

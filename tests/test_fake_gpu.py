@@ -374,7 +374,8 @@ def test_scoring_is_float32_under_half_precision(views, n_patient):
 
 
 @pytest.mark.parametrize('shared', [True, False])
-def test_predictor_is_float32_under_half_precision(shared):
+def test_predictor_is_float32_under_half_precision(shared, monkeypatch):
+    monkeypatch.setattr('skin_lesions.predict.usable_device', torch.device) # which would say that there is no GPU
     with fake_gpu() as gpu, half_precision():
         net = Asked(network('cpu', kind=TwoStageNet, bodies=1 if shared else 2).eval())
         record = dict(classes=HAM10000.as_dict(), crop=dict(name='resize', size=[32, 32]), side=None, normalization=dict(mean=[.5]*3, std=[.2]*3),

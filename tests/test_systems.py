@@ -186,13 +186,13 @@ def test_two_stages_are_read_without_doubles(gpu):
 
 
 def test_the_fastest_device_is_taken(monkeypatch):
-    from skin_lesions.predict import _default_device
+    from skin_lesions.predict import usable_device
     has = dict(cuda=False, mps=False)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: has['cuda'])
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: has['mps'])
     for change, expected in (({}, 'cpu'), (dict(mps=True), 'mps'), (dict(cuda=True), 'cuda')):
         has.update(change)
-        assert _default_device().type == expected
+        assert usable_device().type == expected
 
 
 def test_half_precision_is_cuda_s(monkeypatch):
