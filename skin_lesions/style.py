@@ -105,6 +105,7 @@ NARROW = """
 @media(max-width:30rem){
  .sl table{font-size:.88rem}
  .sl th,.sl td{padding:.25rem .35rem}
+ .sl .gallery li,.sl .gallery figure{width:100%}
  .sl .stack thead{position:absolute;left:-999rem}
  .sl .stack,.sl .stack tbody,.sl .stack tr,.sl .stack th,.sl .stack td{display:block;width:auto}
  .sl .stack tr{border:1px solid var(--sl-line);border-radius:.4rem;padding:.5rem .7rem;margin:.7rem 0}

@@ -63,3 +63,46 @@ def test_a_report_that_fails_leaves_the_old_one(tmp_path):
     with pytest.raises(ValueError, match='sum to'): html_report(table.assign(nv=.9), tmp_path/'r.html')
     with pytest.raises(ValueError, match='history lacks'): html_report(table, tmp_path/'r.html', history=pd.DataFrame({'epoch': [0]}))
     assert (tmp_path/'r.html').read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ['r.html']
+
+
+def test_worst_errors_show_the_images_of_this_disk(tmp_path):
+    "Malignant called benign first; images stay in their files, none is in the page, and a browser shows them"
+    import shutil
+    from PIL import Image
+    from skin_lesions.classes import HAM10000
+    from skin_lesions.report import worst_errors
+    table = synthetic_table(60, skill=.8)
+    worst, shown = worst_errors(table, 100), worst_errors(table)
+    missed = worst.missed.to_numpy()
+    assert missed.any() and not missed.all() and (np.diff(missed.astype(int)) <= 0).all()
+    assert worst.true[missed].isin(HAM10000.malignant).all() and not worst.called[missed].isin(HAM10000.malignant).any()
+    for part in (worst[missed], worst[~missed]): assert (np.diff(part.p_true) >= 0).all()
+    (tmp_path/'data & more').mkdir()
+    paths = {i: tmp_path/'data & more'/f'{i} ä#.png' for i in table.image_id}
+    for path in paths.values(): Image.new('RGB', (9, 9), 'brown').save(path)
+    meta = table[['image_id']].assign(path=[str(paths[i]) for i in table.image_id])
+    report = html_report(table, tmp_path/'run'/'r.html', meta=meta)
+    text = report.read_text(encoding='utf-8')
+    assert 'image/jpeg' not in text and str(tmp_path) not in text, 'no photograph, and no path of this machine'
+    found = re.findall(r'src="(?!data:)([^"]*)"', text)
+    assert len(found) == len(shown) and all(f.startswith('../data') for f in found)
+    assert 'file:' not in html_report(table, tmp_path/'run'/'plain.html').read_text(encoding='utf-8')
+    browser = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    if browser is None: pytest.skip('no Chromium on this machine')
+    api = pytest.importorskip('playwright.sync_api')
+    axe = pytest.importorskip('axe_playwright_python.sync_playwright').Axe()
+    with api.sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=browser, args=['--no-sandbox'])
+        for width, scheme in ((1280, 'light'), (390, 'dark')):
+            page = chromium.new_context(viewport=dict(width=width, height=800), color_scheme=scheme).new_page()
+            page.goto(report.as_uri())
+            assert page.evaluate('[...document.images].every(i => i.naturalWidth > 0)'), 'all are shown'
+            assert page.evaluate('document.documentElement.scrollWidth') <= width
+            assert not [(v['id'], v['nodes'][0]['html'][:200]) for v in axe.run(page).response['violations']]
+        chromium.close()
+
+
+def test_a_table_without_an_error_has_no_section_of_errors(tmp_path):
+    table = synthetic_table(40)
+    text = page(table.assign(decision=table.dx), tmp_path)
+    assert 'Worst errors' not in text and 'Reliability' in text and 'Risk and coverage' in text
