@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PACKAGE_SUFFIXES', 'IMAGE_SUFFIXES', 'IMAGE_FORMATS', 'MAX_PIXELS', 'NOTICE', 'BUNDLE_NAMES', 'unknown_name',
            'is_whole', 'first_few', 'check_columns', 'table_text', 'atomic_path', 'json_value', 'write_json',
-           'read_json', 'file_lock', 'image_files', 'ImageError', 'read_image', 'why_unreadable', 'unreadable_files',
-           'progress', 'versions', 'named_bundle', 'reuse_memory']
+           'read_json', 'file_lock', 'image_files', 'without_copies', 'ImageError', 'read_image', 'why_unreadable',
+           'unreadable_files', 'progress', 'versions', 'named_bundle', 'reuse_memory']
 
 # %% ../nbs/00_core.ipynb #b4449989
-import contextlib, csv, ctypes, difflib, importlib, io, json, math, os, platform, stat, sys, tempfile
+import contextlib, csv, ctypes, difflib, filecmp, importlib, io, json, math, os, platform, stat, sys, tempfile
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Real
 from pathlib import Path
@@ -237,6 +237,19 @@ def image_files(
     files = sorted(p for p in path.rglob('*') if _is_image_file(p))
     if not files: raise FileNotFoundError(f"no image in {path} or below it; looked for {suffixes}")
     return files
+
+# %% ../nbs/00_core.ipynb #00a00002
+def without_copies(
+    files, # `Path`s
+)->list:
+    "Each file once: Kaggle's HAM10000 has its folders twice, in capitals and small letters or one inside the other"
+    kept:dict = {}
+    for p in files:
+        # folders of one name may hold different images of one name
+        alike = kept.setdefault((p.parent.name.lower(), p.name, p.stat().st_size), [])
+        if not any(filecmp.cmp(p, other, shallow=False) for other in alike): alike.append(p)
+    once = {p for alike in kept.values() for p in alike}
+    return [p for p in files if p in once]
 
 # %% ../nbs/00_core.ipynb #27bb7b0f
 IMAGE_FORMATS = ('JPEG', 'PNG', 'BMP', 'TIFF', 'WEBP', 'GIF') # by Pillow's names
