@@ -133,6 +133,7 @@ def open_bundle(
     from skin_lesions.predict import load_predictor
     return load_predictor(str(bundle), device)
 
+# %% ../nbs/81_cli.ipynb #p46f897f
 def check_bundle(
     bundle, # as for `open_bundle`
 ):
@@ -186,6 +187,7 @@ def piped_images()->list: # an image as bytes, or names
     except UnicodeDecodeError: text = None
     return [data] if text is None else [name for line in text.splitlines() if (name := line.strip())]
 
+# %% ../nbs/81_cli.ipynb #p84067d4
 def named_images(
     images, # files, folders, patterns with *, ? or [, and - for standard input
 )->list: # of paths, and of bytes for an image from standard input

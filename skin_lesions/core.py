@@ -315,6 +315,7 @@ def _package_format(head)->str:
     if head[4:8]==b'ftyp' and head[8:12] in _HEIF_BRANDS: return 'HEIC'
     return 'DICOM' if head[128:132]==b'DICM' else ''
 
+# %% ../nbs/00_core.ipynb #p8e3126c
 def _import_reader(module, package, name):
     "A package that reads a format"
     try: return importlib.import_module(module)
@@ -336,7 +337,7 @@ def _open_dicom(source):
     pydicom = _import_reader('pydicom', 'pydicom', 'DICOM')
     with _opened(source) as f: data = pydicom.dcmread(f)
     if 'PixelData' not in data: raise ValueError('a DICOM file without an image')
-    if int(data.get('NumberOfFrames') or 1)>1: raise ValueError('several images in one file; save the one that is meant')
+    if int(data.get('NumberOfFrames') or 1)>1: raise ValueError('several images in one file; save one of them')
     if data.BitsAllocated!=8: raise ValueError(f'{data.BitsAllocated} bits a pixel; convert it to 8 bits first')
     kind,size = data.PhotometricInterpretation,data.Rows*data.Columns
     if size>MAX_PIXELS: raise ValueError(f'{size:,} pixels, more than the limit of {MAX_PIXELS:,}; make it smaller')
