@@ -20,7 +20,7 @@ from PIL import Image
 
 from .classes import ClassSet, classes_of
 from .core import IMAGE_SUFFIXES, NOTICE
-from .decide import InWords, answer_in_words, named_code
+from .decide import InWords, answer_in_words, answer_record, named_code
 from .gradcam import GradCAM, overlay_cam
 from .predict import Predictor, load_predictor
 from .predictions import write_csv
@@ -233,7 +233,7 @@ def _gradio():
     "Gradio, without its reports home"
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
     try: import gradio
-    except ImportError as e: raise ModuleNotFoundError("the app needs Gradio: pip install 'skin-lesions[app]'") from e
+    except ImportError as e: raise ModuleNotFoundError("the app needs Gradio: pip install gradio") from e
     return gradio
 
 def _named(paths)->dict:
@@ -296,19 +296,10 @@ def as_html(
 def as_records(
     table:pd.DataFrame, # as from `diagnose`
     answers:list, # likewise
-)->list: # of dicts: image, advice, finding, notes, malignancy_risk, decision, refer, probabilities by full name
+)->list: # of dicts, see `skin_lesions.decide.answer_record`
     "Answers for programs"
-    classes,records = classes_of(table),[]
-    for answer,row in zip(answers, table.to_dict('records')):
-        words,found = answer.words,bool(answer.words.finding)
-        refer = row.get('refer') if found and row.get('refer') in (True, False) else None
-        p = {classes.full_name(c): round(v, 4) for c,v in (answer.probabilities or {}).items()}
-        records.append(dict(
-            image=answer.name, advice=words.advice, finding=words.finding, notes=list(words.notes),
-            malignancy_risk=None if words.risk is None else round(words.risk, 4),
-            decision=named_code(row, classes.codes) if found else None,
-            refer=None if refer is None else bool(refer), probabilities=p or None))
-    return records
+    classes,rows = classes_of(table),table.to_dict('records')
+    return [answer_record(answer.name, row, answer.words, classes) for answer,row in zip(answers, rows)]
 
 # %% ../nbs/80_app.ipynb #80a0000b
 def _app_predictor(model, device)->Predictor:

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from .architectures import check_tensors, normalization
 from .classes import ClassSet, class_set, classes_of
-from .core import NOTICE, atomic_path, json_value, unknown_name, versions
+from .core import NOTICE, REPOSITORY, atomic_path, json_value, unknown_name, versions
 from .decide import FittedOn
 from .decide import from_dict as decision_from_dict
 from .networks import EnsembleNet, LesionNet, TwoStageNet, classifier_config
@@ -381,7 +381,7 @@ def check_record(
         raise ValueError(f"{where}: format_version must be a whole number from 1, got {version!r}")
     if version>FORMAT_VERSION:
         raise ValueError(f"{where} has format version {version}, this skin_lesions reads up to {FORMAT_VERSION}: "
-                         "pip install -U skin-lesions")
+                         f"pip install -U git+{REPOSITORY}")
     for key,(expected,check) in _KEYS.items():
         if key not in record: raise ValueError(f"{where} has no {key!r}, expected {expected}")
         if not check(record[key]):

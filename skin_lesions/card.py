@@ -7,7 +7,7 @@ __all__ = ['SCORE_NAMES', 'CARD_TAGS', 'card_scores', 'model_card']
 
 # %% ../nbs/68_card.ipynb #6fb4e006
 from .classes import ClassSet
-from .core import NOTICE
+from .core import NOTICE, REPOSITORY
 from .networks import classifier_config
 
 # %% ../nbs/68_card.ipynb #7fe6c239
@@ -167,7 +167,8 @@ def _header(license)->str:
 def _use_lines(name, classes)->str:
     "How to predict with it"
     opened = "from skin_lesions.predict import load_predictor\nload_predictor('folder of this bundle')"
-    if name: opened = f"from skin_lesions.hub import from_hub  # pip install 'skin-lesions[hub]'\nfrom_hub('{name}')"
+    install = f"pip install 'skin_lesions[hub] @ git+{REPOSITORY}'"
+    if name: opened = f"from skin_lesions.hub import from_hub  # {install}\nfrom_hub('{name}')"
     listed = ', '.join(f'{c} ({classes.full_name(c)})' for c in classes)
     code = f"```python\n{opened}.predict('photo.jpg')\n```"
     return f'{code}\nThe classes: {listed}. Two files, tensors and JSON; no pickle.'

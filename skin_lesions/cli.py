@@ -9,9 +9,9 @@ __all__ = ['Views', 'Rule', 'Calibration', 'Split', 'Scale', 'COMMANDS', 'Repeat
            'check_source', 'read_images', 'without_bad_images', 'run_predictions', 'print_scores', 'recipe_changes',
            'print_run', 'train', 'train_and_print', 'own_split', 'unseen_images', 'read_split', 'validation_images',
            'readable_rows', 'predict_labelled', 'write_report', 'evaluate', 'read_patients', 'note_ood', 'print_answer',
-           'with_patients', 'write_maps', 'predict', 'answer_records', 'print_json', 'print_csv', 'print_lines',
-           'print_answers', 'gradcam', 'print_fitted', 'calibrate', 'ensemble', 'combined', 'submit', 'export_onnx',
-           'app', 'paper_runs', 'print_recipes', 'run_line', 'run_all', 'print_paper_table', 'paper',
+           'words_of', 'with_patients', 'write_maps', 'predict', 'answer_records', 'print_json', 'print_csv',
+           'print_lines', 'print_answers', 'gradcam', 'print_fitted', 'calibrate', 'ensemble', 'combined', 'submit',
+           'export_onnx', 'app', 'paper_runs', 'print_recipes', 'run_line', 'run_all', 'print_paper_table', 'paper',
            'reproduce_bundle', 'print_reproduced', 'demo_recipe', 'demo', 'demo_sample', 'run_demo', 'predict_demo',
            'argument_parser', 'shell_words', 'plain_warnings', 'main']
 
@@ -133,6 +133,7 @@ def open_bundle(
     from skin_lesions.predict import load_predictor
     return load_predictor(str(bundle), device)
 
+# %% ../nbs/81_cli.ipynb #p46f897f
 def check_bundle(
     bundle, # as for `open_bundle`
 ):
@@ -186,6 +187,7 @@ def piped_images()->list: # an image as bytes, or names
     except UnicodeDecodeError: text = None
     return [data] if text is None else [name for line in text.splitlines() if (name := line.strip())]
 
+# %% ../nbs/81_cli.ipynb #p84067d4
 def named_images(
     images, # files, folders, patterns with *, ? or [, and - for standard input
 )->list: # of paths, and of bytes for an image from standard input
@@ -492,24 +494,28 @@ def note_ood(
     "Say which images do not look like dermatoscopic ones"
     if 'ood' not in table or not table.ood.eq(True).any(): return
     names = list(table.image_id[table.ood.eq(True)])
-    if len(table)==1:
-        note(f'{names[0]} does not look like a dermatoscopic image, its probabilities mean nothing')
-    else:
-        n = f'{len(names)} of {len(table)} images'
-        note(f'{n} do not look like dermatoscopic images, their probabilities mean nothing: {first_few(names, 5)}')
+    n = f'{len(names)} of {len(table)} images'
+    note(f'{n} do not look like dermatoscopic images, their probabilities mean nothing: {first_few(names, 5)}')
 
 def print_answer(
     row, # of a predictions table
-    classes, # `ClassSet`
+    predictor, # `Predictor` whose table it is
 ):
-    "Print what a network answers to one image"
+    "Print what a network answers to one image, in the words of the web demo"
+    from skin_lesions.style import percent_text
+    classes = predictor.classes
+    print(words_of(row, predictor), end='\n\n')
     probabilities = row[list(classes)].astype(float).sort_values(ascending=False)
-    for code,p in probabilities.items(): print(f'{p:7.1%}  {code:5s} {classes.full_name(code)}')
-    # about anything else than a lesion there is nothing to decide
-    if row.get('ood') in (True,): return
-    if isinstance(row.get('decision'), str): print(f'decision: {row.decision}')
-    if row.get('refer') in (True, False):
-        print('refer to a dermatologist' if row.refer else 'below the threshold of referral; no all-clear')
+    for code,p in probabilities.items(): print(f'{percent_text(p):>9}  {code:5s} {classes.full_name(code)}')
+
+def words_of(
+    row, # of a predictions table
+    predictor, # `Predictor` whose table it is
+): # `InWords`
+    "What a row says, for people"
+    from skin_lesions.decide import answer_in_words
+    calibrated = predictor.calibration is not None
+    return answer_in_words(row, predictor.classes, referral=predictor.referral, calibrated=calibrated)
 
 # %% ../nbs/81_cli.ipynb #8856c18e
 def with_patients(
@@ -563,7 +569,7 @@ def predict(
     maps = None if gradcam is None else output_folder(gradcam, overwrite) if files_alone(files) else None
     predictor,patient_data = open_bundle(bundle, device),read_patients(patients)
     answers = predictor.predict(files, patient_data, views=chosen_views(predictor, views), progress=not quiet)
-    print_answers(answers, predictor.classes, out, files, 'json' if json else 'csv' if csv else 'text')
+    print_answers(answers, predictor, out, files, 'json' if json else 'csv' if csv else 'text')
     if maps is not None: write_maps(predictor, files, maps, answers, patient_data, show=not quiet)
     note(NOTICE)
     return 0
@@ -571,23 +577,14 @@ def predict(
 # %% ../nbs/81_cli.ipynb #cc060600
 def answer_records(
     answers, # predictions table with column problem
-    classes, # `ClassSet`
+    predictor, # `Predictor` whose table it is
     files, # images, as from `named_images`
-)->list: # dicts: file, decision, diagnosis, malignant, refer, note, probabilities by full name; None where not known
-    "Answers for people, spreadsheets and programs: full names, rounded numbers"
-    def known(value): return value if isinstance(value, str) else None
-    records = []
-    for file,row in zip(files, answers.to_dict('records')):
-        code,problem = known(row['decision']),known(row['problem'])
-        p = {c: None if problem else float(row[c]) for c in classes}
-        risk = None if problem or not classes.knows_malignancy else sum(p[c] for c in classes.malignant)
-        records.append(dict(
-            file='-' if isinstance(file, bytes) else str(file), decision=code,
-            diagnosis=code and classes.full_name(code), malignant=risk if risk is None else round(risk, 4),
-            refer=bool(row['refer']) if row.get('refer') in (True, False) else None,
-            note=problem or known(row.get('reason')),
-            probabilities={classes.full_name(c): v if v is None else round(v, 4) for c,v in p.items()}))
-    return records
+)->list: # dicts, see `skin_lesions.decide.answer_record`
+    "Answers for spreadsheets and programs: words, full names, rounded numbers"
+    from skin_lesions.decide import answer_record
+    names = ['-' if isinstance(file, bytes) else str(file) for file in files]
+    rows = answers.to_dict('records')
+    return [answer_record(name, row, words_of(row, predictor), predictor.classes) for name,row in zip(names, rows)]
 
 # %% ../nbs/81_cli.ipynb #cc060601
 def print_json(
@@ -610,31 +607,30 @@ def print_csv(
 def print_lines(
     records:list, # as from `answer_records`
 ):
-    "Print a line for each answer, in columns"
-    import pandas as pd
-    table = pd.DataFrame(records).drop(columns='probabilities').dropna(axis=1, how='all')
-    print(table.astype(object).where(table.notna(), '').to_string(index=False, justify='left'))
+    "Print a line for each answer"
+    width = max(len(r['file']) for r in records)
+    for r in records: print(f"{r['file']:{width}}  {r['finding'] or r['advice']}")
 
 # %% ../nbs/81_cli.ipynb #cc060592
 def print_answers(
     answers, # predictions table with column problem
-    classes, # `ClassSet`
+    predictor, # `Predictor` whose table it is
     out, # CSV to write; None prints them
     files, # images, as from `named_images`
     form:str='text', # 'text', 'csv' or 'json'
 ):
     "Print or write the answers to images, and name those that have none"
     table = readable_rows(answers)
-    note_ood(table)
+    if len(table)>1 or out: note_ood(table)
     if out:
         from skin_lesions.predictions import save_predictions
         save_predictions(table, out)
         print(f'{len(table)} predictions: {out}')
         if form=='text': return
-    records = answer_records(answers, classes, files)
+    records = answer_records(answers, predictor, files)
     if form=='json': print_json(records)
     elif form=='csv': print_csv(records)
-    elif len(table)==1: print_answer(table.iloc[0], classes)
+    elif len(table)==1: print_answer(table.iloc[0], predictor)
     else: print_lines(records)
 
 # %% ../nbs/81_cli.ipynb #7140a175

@@ -8,7 +8,7 @@ __all__ = ['CALIBRATIONS', 'OVERLAP', 'RULES', 'REFERRALS', 'ADVICE', 'NOT_DERMA
            'fit_calibration', 'calibration_report', 'plot_reliability', 'cost_matrix', 'DecisionRule', 'decision_rule',
            'compare_rules', 'crossfit', 'Referral', 'fit_referral', 'advise', 'referral_report', 'risk_coverage',
            'plot_risk_coverage', 'decide_table', 'InWords', 'named_code', 'malignancy_risk', 'answer_in_words',
-           'from_dict', 'Decisions', 'fit_decisions']
+           'answer_record', 'from_dict', 'Decisions', 'fit_decisions']
 
 # %% ../nbs/63_decide.ipynb #88db536c
 import hashlib, math, warnings
@@ -134,6 +134,7 @@ def _split_stages(p:np.ndarray, first:int)->tuple:
     rest = _logsumexp(others)
     return _log_softmax(np.hstack([logs[:,[first]], rest])), others-rest
 
+# %% ../nbs/63_decide.ipynb #pedcc11a
 def _join_stages(one:np.ndarray, two:np.ndarray, first:int)->np.ndarray:
     "The log-probabilities of all classes from both stages' log-probabilities"
     return np.insert(one[:,[1]]+two, first, one[:,0], axis=1)
@@ -947,6 +948,23 @@ def answer_in_words(
     finding = f'Suggests: {classes.full_name(code)};{of_risk} {_REFER[refer]}.'
     notes = tuple(_notes(row, classes, code, referral, calibrated))
     return InWords(_ADVICE[refer], finding, notes, bool(refer), risk)
+
+# %% ../nbs/63_decide.ipynb #63a0000a
+def answer_record(
+    name, # of the image
+    row, # of a predictions table, decided
+    words:InWords, # as from `answer_in_words`
+    classes, # `ClassSet`
+)->dict: # numbers with four digits; None for what is not known, or has no answer
+    "What a row says, for programs"
+    found,unread = bool(words.finding),isinstance(row.get('problem'), str)
+    code = named_code(row, classes) if found else None
+    reason = None if found else row['problem'] if unread else NOT_DERMATOSCOPIC
+    return dict(
+        file=str(name), finding=words.finding or None, advice=words.advice, decision=code,
+        diagnosis=code and classes.full_name(code), malignant=None if words.risk is None else round(words.risk, 4),
+        refer=_yes(row, 'refer') if found else None, note=reason,
+        probabilities={classes.full_name(c): None if unread else round(float(row[c]), 4) for c in classes})
 
 # %% ../nbs/63_decide.ipynb #fc5661fd
 def _seen_of(d:dict):

@@ -33,7 +33,7 @@ def _api(token=None):
     "The client of the hub"
     try: from huggingface_hub import HfApi
     except ModuleNotFoundError as e:
-        raise ModuleNotFoundError("the hub needs huggingface_hub: pip install 'skin-lesions[hub]'", name=e.name) from e
+        raise ModuleNotFoundError("the hub needs huggingface_hub: pip install huggingface_hub", name=e.name) from e
     return HfApi(token=token, library_name='skin_lesions')
 
 # %% ../nbs/69_hub.ipynb #66e7e18e

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip('gradio', reason="the app is an extra: pip install 'skin-lesions[app]'")
+pytest.importorskip('gradio', reason="the app is an extra: pip install gradio")
 from skin_lesions.app import launch_app
 from skin_lesions.style import percent_text
 from skin_lesions.classes import HAM10000
@@ -288,7 +288,7 @@ def test_the_curl_lines_of_the_page(app, bundle, sample, repo, tmp_path):
     predictor = load_predictor(bundle, 'cpu')
     row = predictor.predict(photo, progress=False).iloc[0]
     words = answer_in_words(row, HAM10000, referral=predictor.referral)
-    assert (answer['image'], answer['advice'], answer['finding'], answer['decision']) == ('photo.jpg', words.advice, words.finding, row.decision)
+    assert (answer['file'], answer['advice'], answer['finding'], answer['decision']) == ('photo.jpg', words.advice, words.finding, row.decision)
     assert answer['probabilities'] == {HAM10000.full_name(c): pytest.approx(float(row[c]), abs=1e-4) for c in HAM10000}
     # a client can name any file; only its uploads are read and deleted
     for sent in (str(photo), dict(path=str(photo), meta=dict(_type='gradio.FileData')), dict(path=str(photo))):

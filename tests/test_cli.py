@@ -269,8 +269,8 @@ def test_an_out_of_distribution_image_is_named(sample, finished_run, call, tmp_p
     table = pd.read_csv(tmp_path/'out.csv').set_index('image_id')
     assert table.ood.to_dict() == {'noise': True, 'text': True, lesion: False}
     status, printed, error = call('predict', tmp_path/'new'/'noise.png') # the network of the package, which decides and refers
-    assert status == 0 and 'noise does not look like a dermatoscopic image, its probabilities mean nothing' in error, error
-    assert 'decision' not in printed and 'referral' not in printed
+    assert status == 0 and printed.startswith('This does not look like a dermatoscopic image.') and 'mean nothing for this image' in printed, error
+    assert 'Suggests' not in printed and 'refer' not in printed
 
 
 def test_names_that_the_output_cannot_write(finished_run, sample, tmp_path):
@@ -296,6 +296,7 @@ def test_predict_answers_for_programs_and_through_a_pipe(call, tmp_path, monkeyp
     "JSON and CSV with file, full names and rounded numbers; patterns, names and an image through standard input; no file is skipped silently"
     from PIL import Image
     from skin_lesions.classes import HAM10000
+    from skin_lesions.decide import answer_in_words
     from skin_lesions.predict import load_predictor
     from skin_lesions.synthetic import draw_image
     for name in ('pillow_heif', 'pydicom'): monkeypatch.setitem(sys.modules, name, None) # not installed
@@ -309,6 +310,11 @@ def test_predict_answers_for_programs_and_through_a_pipe(call, tmp_path, monkeyp
     expected = load_predictor('ham10000', 'cpu').predict(folder/'1.png')
     p = expected.loc[0, CODES].astype(float)
     assert found[1]['probabilities'] == {HAM10000.full_name(c): round(p[c], 4) for c in CODES}
+    words = answer_in_words(expected.iloc[0], HAM10000, referral=load_predictor('ham10000', 'cpu').referral)
+    assert (found[1]['finding'], found[1]['advice']) == (words.finding, words.advice), 'the words of the web demo'
+    assert call('predict', folder/'1.png')[1].startswith(f'{words}\n\n')
+    lines = call('predict', folder, '--device', 'cpu')[1].splitlines()
+    assert [l.split('  ')[-1].strip() for l in lines] == [r['finding'] or r['advice'] for r in found]
     assert found[1]['malignant'] == round(p[['mel', 'bcc', 'akiec']].sum(), 4) and found[1]['decision'] == expected.decision[0]
     status, printed, _ = call('predict', folder/'*.png', '--csv')
     table = pd.read_csv(io.StringIO(printed))
@@ -394,6 +400,8 @@ def test_the_map_s_caption_says_what_predict_prints(sample, finished_run, call, 
     "Calibrated probabilities, and a rule's decision that is not the most probable class"
     from skin_lesions.bundle import update_bundle
     from skin_lesions.decide import Calibration, decision_rule
+    from skin_lesions.classes import HAM10000
+    from skin_lesions.style import percent_text
     from skin_lesions.predict import load_predictor
     run, image = Path(shutil.copytree(finished_run, tmp_path/'run')), sorted(sample.rglob('*.jpg'))[0]
     own = load_predictor(run).predict(image, progress=False)[CODES].astype(float).to_numpy()[0]
@@ -408,7 +416,7 @@ def test_the_map_s_caption_says_what_predict_prints(sample, finished_run, call, 
         assert status == 0, error
         gallery = (tmp_path/command/'gallery.html').read_text()
         assert f'predicted {decision} ({p[decision]:.1%}); map: {decision}' in gallery
-        if command == 'predict': assert f'{p[decision]:7.1%}  {decision}' in printed and f'decision: {decision}' in printed
+        if command == 'predict': assert f'{percent_text(p[decision])}  {decision}' in printed and f'Suggests: {HAM10000.full_name(decision)};' in printed
 
 
 def test_gradcam_writes_images_and_a_gallery(sample, finished_run, call, tmp_path):

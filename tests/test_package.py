@@ -1,5 +1,5 @@
 "What the package promises as a package: imports, contents, requirements."
-import ast, os, re, subprocess, sys, zipfile
+import ast, importlib.util, os, re, subprocess, sys, zipfile
 from pathlib import Path
 
 import pytest
@@ -109,21 +109,42 @@ def test_types():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_wheel_holds_the_modules_and_no_more(repo, tmp_path):
+def test_a_release_holds_the_modules_and_no_more(repo, tmp_path):
+    "tools/release.py makes an sdist and a wheel of what is in the repository"
+    from release import built, missing, names_in
     copy = tmp_path/'source'
     files = subprocess.run(['git', 'ls-files'], cwd=repo, capture_output=True, text=True).stdout.split('\n')
     if not any(files): pytest.skip('not a git checkout')
+    if importlib.util.find_spec('pip') is None: pytest.skip('this environment has no pip')
     for f in filter(None, files):
         (copy/f).parent.mkdir(parents=True, exist_ok=True)
         if (repo/f).is_file(): (copy/f).write_bytes((repo/f).read_bytes())
-    done = subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '-w', str(tmp_path/'dist'), str(copy)], capture_output=True, text=True)
-    if done.returncode and 'No module named pip' in done.stderr: pytest.skip('this environment has no pip')
-    assert done.returncode == 0, done.stderr
-    wheel, = (tmp_path/'dist').glob('*.whl')
-    names = zipfile.ZipFile(wheel).namelist()
+    (tmp_path/'dist').mkdir()
+    sdist, wheel = built(tmp_path/'dist', copy)
+    assert missing(sdist, copy) == missing(wheel, copy) == []
+    (copy/'skin_lesions'/'forgotten.py').touch()
+    assert missing(wheel, copy) == ['skin_lesions/forgotten.py']
+    assert not [n for n in names_in(sdist) if n.startswith(('tests/', 'benchmarks/'))]
+    names = names_in(wheel)
     assert {f'skin_lesions/{m}.py' for m in MODULES} <= set(names)
     assert not [n for n in names if not n.startswith(('skin_lesions/', 'skin_lesions-'))]
     assert 'skin_lesions/py.typed' in names and not [n for n in names if n.startswith('skin_lesions/') and not n.endswith('.py') and n != 'skin_lesions/py.typed' and '/bundles/' not in n]
     metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith('METADATA'))).decode()
     needs = [l for l in metadata.splitlines() if l.startswith('Requires-Dist') and 'extra' not in l]
     assert any('fastai' in n for n in needs) and not any('nbdev' in n or 'plum' in n or 'fastcore' in n for n in needs)
+
+
+def test_install_lines_work_without_an_index():
+    "Nothing is on an index: what installs this package names the repository, a clone or a folder of wheels; extras are ours"
+    from release import settings
+    from skin_lesions.core import REPOSITORY
+    cfg = settings()
+    assert REPOSITORY == cfg['git_url'] and f'git clone {REPOSITORY} && cd' in (REPO/'README.md').read_text(encoding='utf-8')
+    files = [p for pattern in ('README.md', 'CONTRIBUTING.md', 'nbs/*.ipynb', 'skin_lesions/*.py', 'spaces/*.txt', 'docs/build.py') for p in REPO.glob(pattern)]
+    lines = [(p.name, l) for p in files for l in p.read_text(encoding='utf-8').splitlines()]
+    wrong = [(name, l[:150]) for name, l in lines if re.search(r"skin-lesions\[|pip install (-\S+ )*'?skin[-_]lesions\b(?!\[\w+\] @ git)", l)]
+    assert not wrong, wrong
+    asked = {extra for _, l in lines for extra in re.findall(r"skin_lesions\[(\w+)\]|pip install[^`]* '\.\[(\w+)\]'", l) for extra in extra if extra}
+    assert asked and all(f'{extra}_requirements' in cfg for extra in asked), asked
+    addresses = {a for _, l in lines for a in re.findall(r'git\+(https://[\w./-]+)', l)}
+    assert addresses == {REPOSITORY}
