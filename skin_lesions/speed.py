@@ -35,10 +35,29 @@ def best_precision(
 
 class OwnMixedPrecision(MixedPrecision):
     "fastai's `MixedPrecision`; it leaves the training to another one that a user has added, by `learn.to_fp16()` say"
+    casting = False # inside the block of autocast?
+
     def before_fit(self):
+        self._end() # of a training that ended with an error
         # two of them would scale the loss twice; fastai sets `run` back after each fit
         self.run = not any(isinstance(cb, MixedPrecision) and cb is not self for cb in self.learn.cbs)
         if self.run: super().before_fit()
+
+    def before_batch(self):
+        super().before_batch()
+        self.casting = True
+
+    def _end(self):
+        if self.casting: self.autocast.__exit__(None, None, None)
+        self.casting = False
+
+    # a batch or training that is cancelled has no `after_loss`
+    def after_loss(self): self._end()
+    def after_cancel_batch(self): self._end()
+    def after_cancel_fit(self): self._end()
+    def after_cancel_validate(self): self._end()
+    def after_cancel_train(self): self._end()
+    def after_cancel_epoch(self): self._end()
 
 # %% ../nbs/26_speed.ipynb #26a00001
 def mixed_precision(
