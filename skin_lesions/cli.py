@@ -497,6 +497,7 @@ def note_ood(
     n = f'{len(names)} of {len(table)} images'
     note(f'{n} do not look like dermatoscopic images, their probabilities mean nothing: {first_few(names, 5)}')
 
+# %% ../nbs/81_cli.ipynb #f40464d4
 def print_answer(
     row, # of a predictions table
     predictor, # `Predictor` whose table it is
