@@ -350,7 +350,7 @@ def train_and_print(
     "Train a run on all processes that a launcher started, and print its scores on the first"
     from skin_lesions.recipes import with_changes
     recipe = with_changes(recipe, changes)
-    check_source(*(images[k] for k in ('data', 'part', 'csv')), {})
+    check_source(images['data'], images['part'], images['csv'], {})
     from skin_lesions.distributed import on_rank0, ranks
     from skin_lesions.train import train_run
     with ranks():
@@ -808,7 +808,7 @@ def app(
     "Serve the web demo until Ctrl-C: drop photographs, read the answer; needs Gradio (pip install gradio)"
     note('starting the web demo ...') # the imports take some seconds
     from skin_lesions.app import launch_app
-    limits = dict(max_mb=max_mb, max_images=max_images, per_minute=per_minute)
+    limits:dict = dict(max_mb=max_mb, max_images=max_images, per_minute=per_minute)
     # a program that reads the address opens no browser
     launch_app(bundle, host=host, port=port, device=device, browser=not no_browser and sys.stdout.isatty(), **limits)
     return 0

@@ -39,7 +39,8 @@ def is_whole(
     least:int=0, # smallest number that counts
 )->bool:
     "Whether a value is one whole number and not too small"
-    return isinstance(value, Real) and not isinstance(value, bool) and value%1==0 and value>=least
+    if not isinstance(value, Real) or isinstance(value, bool): return False
+    return float(value).is_integer() and int(value)>=least
 
 def first_few(
     items, # anything with a length or an iterator

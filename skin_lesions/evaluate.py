@@ -18,7 +18,9 @@ import numpy as np
 import pandas as pd
 
 # scores are on the screen before a library of figures could be imported
-if TYPE_CHECKING: from matplotlib.figure import Axes, Figure
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 from .bootstrap import (average_recall_interval, check_draws, divide, in_draws, interval_ends, labelled,
     rank_counts, rank_curve, rank_scores, recall_draws, two_sided, unit_draws, unit_sums, units_of, warn_of_absent,

@@ -367,8 +367,8 @@ def _maps(explain, x, target, stage, patient)->tuple:
     found = [_member_map(explain, i, x, target, stage, patient) for i in range(len(explain.members))]
     maps,answers,numbers = zip(*found)
     size = maps[0].shape[1:]
-    maps = [m if m.shape[1:]==size else resize_cams(m, size) for m in maps]
-    return torch.stack(maps).mean(0),answers,numbers[0]
+    same_size = [m if m.shape[1:]==size else resize_cams(m, size) for m in maps]
+    return torch.stack(same_size).mean(0),answers,numbers[0]
 
 # %% ../nbs/50_gradcam.ipynb #26d93488
 class GradCAM:
