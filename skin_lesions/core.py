@@ -40,7 +40,7 @@ def is_whole(
 )->bool:
     "Whether a value is one whole number and not too small"
     if not isinstance(value, Real) or isinstance(value, bool): return False
-    return float(value).is_integer() and int(value)>=least
+    return float(value).is_integer() and float(value)>=least
 
 def first_few(
     items, # anything with a length or an iterator
