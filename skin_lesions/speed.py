@@ -33,6 +33,7 @@ def best_precision(
     if device.type!='cuda': return 'float32'
     return 'bfloat16' if torch.cuda.get_device_capability(device)[0]>=8 else 'float16'
 
+# %% ../nbs/26_speed.ipynb #p32a2974
 class OwnMixedPrecision(MixedPrecision):
     "fastai's `MixedPrecision`; it leaves the training to another one that a user has added, by `learn.to_fp16()` say"
     casting = False # inside the block of autocast?
@@ -52,12 +53,8 @@ class OwnMixedPrecision(MixedPrecision):
         self.casting = False
 
     # a batch or training that is cancelled has no `after_loss`
-    def after_loss(self): self._end()
-    def after_cancel_batch(self): self._end()
-    def after_cancel_fit(self): self._end()
-    def after_cancel_validate(self): self._end()
-    def after_cancel_train(self): self._end()
-    def after_cancel_epoch(self): self._end()
+    after_loss = after_cancel_batch = after_cancel_train = after_cancel_validate = _end
+    after_cancel_epoch = after_cancel_fit = _end
 
 # %% ../nbs/26_speed.ipynb #26a00001
 def mixed_precision(
