@@ -133,6 +133,7 @@ def open_bundle(
     from skin_lesions.predict import load_predictor
     return load_predictor(str(bundle), device)
 
+# %% ../nbs/81_cli.ipynb #p46f897f
 def check_bundle(
     bundle, # as for `open_bundle`
 ):
@@ -186,6 +187,7 @@ def piped_images()->list: # an image as bytes, or names
     except UnicodeDecodeError: text = None
     return [data] if text is None else [name for line in text.splitlines() if (name := line.strip())]
 
+# %% ../nbs/81_cli.ipynb #p84067d4
 def named_images(
     images, # files, folders, patterns with *, ? or [, and - for standard input
 )->list: # of paths, and of bytes for an image from standard input
@@ -348,7 +350,7 @@ def train_and_print(
     "Train a run on all processes that a launcher started, and print its scores on the first"
     from skin_lesions.recipes import with_changes
     recipe = with_changes(recipe, changes)
-    check_source(*(images[k] for k in ('data', 'part', 'csv')), {})
+    check_source(images['data'], images['part'], images['csv'], {})
     from skin_lesions.distributed import on_rank0, ranks
     from skin_lesions.train import train_run
     with ranks():
@@ -495,6 +497,7 @@ def note_ood(
     n = f'{len(names)} of {len(table)} images'
     note(f'{n} do not look like dermatoscopic images, their probabilities mean nothing: {first_few(names, 5)}')
 
+# %% ../nbs/81_cli.ipynb #f40464d4
 def print_answer(
     row, # of a predictions table
     predictor, # `Predictor` whose table it is
@@ -805,7 +808,7 @@ def app(
     "Serve the web demo until Ctrl-C: drop photographs, read the answer; needs Gradio (pip install gradio)"
     note('starting the web demo ...') # the imports take some seconds
     from skin_lesions.app import launch_app
-    limits = dict(max_mb=max_mb, max_images=max_images, per_minute=per_minute)
+    limits:dict = dict(max_mb=max_mb, max_images=max_images, per_minute=per_minute)
     # a program that reads the address opens no browser
     launch_app(bundle, host=host, port=port, device=device, browser=not no_browser and sys.stdout.isatty(), **limits)
     return 0

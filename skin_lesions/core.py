@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PACKAGE_SUFFIXES', 'IMAGE_SUFFIXES', 'IMAGE_FORMATS', 'MAX_PIXELS', 'NOTICE', 'REPOSITORY', 'BUNDLE_NAMES',
            'unknown_name', 'is_whole', 'first_few', 'check_columns', 'table_text', 'atomic_path', 'json_value',
-           'write_json', 'read_json', 'file_lock', 'image_files', 'ImageError', 'read_image', 'why_unreadable',
-           'unreadable_files', 'progress', 'versions', 'named_bundle', 'reuse_memory']
+           'write_json', 'read_json', 'file_lock', 'image_files', 'without_copies', 'ImageError', 'read_image',
+           'why_unreadable', 'unreadable_files', 'progress', 'versions', 'named_bundle', 'reuse_memory']
 
 # %% ../nbs/00_core.ipynb #b4449989
-import contextlib, csv, ctypes, difflib, importlib, io, json, math, os, platform, stat, sys, tempfile
+import contextlib, csv, ctypes, difflib, filecmp, importlib, io, json, math, os, platform, stat, sys, tempfile
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Real
 from pathlib import Path
@@ -39,7 +39,8 @@ def is_whole(
     least:int=0, # smallest number that counts
 )->bool:
     "Whether a value is one whole number and not too small"
-    return isinstance(value, Real) and not isinstance(value, bool) and value%1==0 and value>=least
+    if not isinstance(value, Real) or isinstance(value, bool): return False
+    return float(value).is_integer() and float(value)>=least
 
 def first_few(
     items, # anything with a length or an iterator
@@ -238,6 +239,19 @@ def image_files(
     if not files: raise FileNotFoundError(f"no image in {path} or below it; looked for {suffixes}")
     return files
 
+# %% ../nbs/00_core.ipynb #00a00002
+def without_copies(
+    files, # `Path`s
+)->list:
+    "Each file once: Kaggle's HAM10000 has its folders twice, in capitals and small letters or one inside the other"
+    kept:dict = {}
+    for p in files:
+        # folders of one name may hold different images of one name
+        alike = kept.setdefault((p.parent.name.lower(), p.name, p.stat().st_size), [])
+        if not any(filecmp.cmp(p, other, shallow=False) for other in alike): alike.append(p)
+    once = {p for alike in kept.values() for p in alike}
+    return [p for p in files if p in once]
+
 # %% ../nbs/00_core.ipynb #27bb7b0f
 IMAGE_FORMATS = ('JPEG', 'PNG', 'BMP', 'TIFF', 'WEBP', 'GIF') # by Pillow's names
 MAX_PIXELS = 64_000_000 # width times height; 256 MB when decoded
@@ -315,6 +329,7 @@ def _package_format(head)->str:
     if head[4:8]==b'ftyp' and head[8:12] in _HEIF_BRANDS: return 'HEIC'
     return 'DICOM' if head[128:132]==b'DICM' else ''
 
+# %% ../nbs/00_core.ipynb #p8e3126c
 def _import_reader(module, package, name):
     "A package that reads a format"
     try: return importlib.import_module(module)
@@ -336,7 +351,7 @@ def _open_dicom(source):
     pydicom = _import_reader('pydicom', 'pydicom', 'DICOM')
     with _opened(source) as f: data = pydicom.dcmread(f)
     if 'PixelData' not in data: raise ValueError('a DICOM file without an image')
-    if int(data.get('NumberOfFrames') or 1)>1: raise ValueError('several images in one file; save the one that is meant')
+    if int(data.get('NumberOfFrames') or 1)>1: raise ValueError('several images in one file; save one of them')
     if data.BitsAllocated!=8: raise ValueError(f'{data.BitsAllocated} bits a pixel; convert it to 8 bits first')
     kind,size = data.PhotometricInterpretation,data.Rows*data.Columns
     if size>MAX_PIXELS: raise ValueError(f'{size:,} pixels, more than the limit of {MAX_PIXELS:,}; make it smaller')

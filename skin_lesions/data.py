@@ -251,7 +251,7 @@ def dataset_labels(
     dataset, # fastai's, as `dls.train_ds`
 )->np.ndarray: # [n] names of classes; None where an item has no single class
     "The class of each item as the network is taught it, without opening an image"
-    tls,n_inp = getattr(dataset, 'tls', ()),getattr(dataset, 'n_inp', 0)
+    tls,n_inp = list(getattr(dataset, 'tls', [])),getattr(dataset, 'n_inp', 0)
     if len(tls)!=n_inp+1 or not len(tls[-1]) or not isinstance(tls[-1][0], TensorCategory): return None
     return np.array(list(tls[-1].vocab), dtype=object)[stacked_targets(tls[-1]).numpy()]
 

@@ -134,6 +134,7 @@ def _split_stages(p:np.ndarray, first:int)->tuple:
     rest = _logsumexp(others)
     return _log_softmax(np.hstack([logs[:,[first]], rest])), others-rest
 
+# %% ../nbs/63_decide.ipynb #pedcc11a
 def _join_stages(one:np.ndarray, two:np.ndarray, first:int)->np.ndarray:
     "The log-probabilities of all classes from both stages' log-probabilities"
     return np.insert(one[:,[1]]+two, first, one[:,0], axis=1)

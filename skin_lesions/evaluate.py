@@ -18,7 +18,9 @@ import numpy as np
 import pandas as pd
 
 # scores are on the screen before a library of figures could be imported
-if TYPE_CHECKING: from matplotlib.figure import Axes, Figure
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 from .bootstrap import (average_recall_interval, check_draws, divide, in_draws, interval_ends, labelled,
     rank_counts, rank_curve, rank_scores, recall_draws, two_sided, unit_draws, unit_sums, units_of, warn_of_absent,
@@ -105,6 +107,12 @@ def _ratio(a, b)->np.ndarray:
     return np.divide(a, b, out=np.ones_like(a), where=b>0)
 
 # %% ../nbs/62_evaluate.ipynb #bb8a3106
+def _sums_by_unit(units, n_units):
+    "The sparse matrix [units, n] that adds up what belongs to images"
+    from scipy.sparse import csr_matrix # for these scores alone
+    return csr_matrix((np.ones(len(units)), (units, np.arange(len(units)))), shape=(n_units, len(units)))
+
+# %% ../nbs/62_evaluate.ipynb #pd0bc849
 class OfficialScores:
     "The official scores of one table in any number of draws of its units"
     def __init__(self,
@@ -114,11 +122,10 @@ class OfficialScores:
         units, # number of the unit of each image [n]
         n_units:int, # number of units
     ):
-        from scipy.sparse import csr_matrix # the challenge's scores alone need it
         self.k = p.shape[1]
         true,called = y[:,None]==np.arange(self.k),p>.5
         right = true & (labels==y)[:,None]
-        sums = csr_matrix((np.ones(len(y)), (units, np.arange(len(y)))), shape=(n_units, len(y)))
+        sums = _sums_by_unit(units, n_units)
         self.counts = (sums@np.hstack([true&called, ~true&called, true, right, np.ones((len(y), 1))])).astype(float)
         self.curves = [rank_curve(p[:,i], true[:,i], units, n_units) for i in range(self.k)]
 

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .classes import class_set
-from .core import NOTICE, atomic_path, check_columns, image_files, progress, unknown_name, why_unreadable
+from .core import (NOTICE, atomic_path, check_columns, image_files, progress, unknown_name, why_unreadable,
+                               without_copies)
 from .networks import EnsembleNet, LesionNet, TwoStageNet, join_stages, route_stages
 from .style import html_page
 
@@ -366,8 +367,8 @@ def _maps(explain, x, target, stage, patient)->tuple:
     found = [_member_map(explain, i, x, target, stage, patient) for i in range(len(explain.members))]
     maps,answers,numbers = zip(*found)
     size = maps[0].shape[1:]
-    maps = [m if m.shape[1:]==size else resize_cams(m, size) for m in maps]
-    return torch.stack(maps).mean(0),answers,numbers[0]
+    same_size = [m if m.shape[1:]==size else resize_cams(m, size) for m in maps]
+    return torch.stack(same_size).mean(0),answers,numbers[0]
 
 # %% ../nbs/50_gradcam.ipynb #26d93488
 class GradCAM:
@@ -437,7 +438,7 @@ def image_frame(
     items, # frame with path, image file, folder, or list of files
 )->pd.DataFrame: # with image_id and path, and what else the frame has; its index counts from 0
     "A frame of the images that are to be explained"
-    if isinstance(items, (str, Path)): items = image_files(items)
+    if isinstance(items, (str, Path)): items = without_copies(image_files(items))
     if not isinstance(items, pd.DataFrame): items = pd.DataFrame({'path': [str(p) for p in items]})
     check_columns(items, ['path'], name='items', why='each image is read from it')
     if not len(items): raise ValueError("the list of items is empty; give at least one image")

@@ -25,7 +25,8 @@ from PIL import Image
 from torch import nn
 
 from .classes import CLASS_SETS, ClassSet, classes_of
-from .core import check_columns, first_few, image_files, unknown_name, unreadable_files
+from .core import (check_columns, first_few, image_files, unknown_name, unreadable_files,
+                               without_copies)
 from .data import dataset_labels
 from .networks import full_precision
 from .views import answer_of_views, check_views, n_crops, view_images
@@ -61,7 +62,7 @@ def items_frame(
 )->pd.DataFrame: # at least image_id and path
     "The frame of what is to be predicted"
     if items is None: return _own_items(learn, ds_idx)
-    if isinstance(items, (str, Path)): items = image_files(items)
+    if isinstance(items, (str, Path)): items = without_copies(image_files(items))
     if not isinstance(items, pd.DataFrame): return _frame_of_paths(items)
     check_columns(items, ['path'], name='items', why='each image is read from it')
     if not len(items): raise ValueError("no image to predict: the frame is empty")

@@ -37,7 +37,8 @@ from torch.nn import functional as F
 
 # %% ../nbs/40_pretext.ipynb #3d34837f
 from .architectures import check_arch, check_tensors, normalization
-from .core import ImageError, check_columns, first_few, image_files, is_whole, unknown_name
+from .core import (ImageError, check_columns, first_few, image_files, is_whole, unknown_name,
+                               without_copies)
 from .data import LesionDL, crop_transform, get_image
 from .dataset import check_images
 from .learner import check_normalization, classifier_learner, lesion_learner, two_stage_learner
@@ -101,7 +102,8 @@ def _unlabelled_frame(images, valid_pct, seed, unreadable)->pd.DataFrame:
         check_columns(images, ['path'], why='pretraining reads the images there')
         meta = images
     else:
-        files = image_files(images) if isinstance(images, (str, Path)) else [Path(f) for f in images]
+        # a copy on the other side of the split would be a leak
+        files = without_copies(image_files(images)) if isinstance(images, (str, Path)) else [Path(f) for f in images]
         meta = pd.DataFrame({'path': [str(f) for f in files]})
     if not len(meta): raise ValueError("there are no images to train on: the list or frame is empty")
     meta = _hold_out(meta, valid_pct, seed)

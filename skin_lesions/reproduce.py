@@ -64,8 +64,8 @@ def mean_predictor(
     view = {k: first.record[k] for k in ('side', 'preprocess', 'crop', 'normalization')}
     net = EnsembleNet([p.model for p in predictors])
     # every image was seen by some of them
-    content = bundle_content(net, classes=first.classes, view=view, patient=first.patient, trained_on=meta)
-    return Predictor(net, *content, device)
+    record,_ = bundle_content(net, classes=first.classes, view=view, patient=first.patient, trained_on=meta)
+    return Predictor(net, record, device=device)
 
 # %% ../nbs/73_reproduce.ipynb #p8804001
 def score_of_training(

@@ -33,12 +33,28 @@ def best_precision(
     if device.type!='cuda': return 'float32'
     return 'bfloat16' if torch.cuda.get_device_capability(device)[0]>=8 else 'float16'
 
+# %% ../nbs/26_speed.ipynb #p32a2974
 class OwnMixedPrecision(MixedPrecision):
     "fastai's `MixedPrecision`; it leaves the training to another one that a user has added, by `learn.to_fp16()` say"
+    casting = False # inside the block of autocast?
+
     def before_fit(self):
+        self._end() # of a training that ended with an error
         # two of them would scale the loss twice; fastai sets `run` back after each fit
         self.run = not any(isinstance(cb, MixedPrecision) and cb is not self for cb in self.learn.cbs)
         if self.run: super().before_fit()
+
+    def before_batch(self):
+        super().before_batch()
+        self.casting = True
+
+    def _end(self):
+        if self.casting: self.autocast.__exit__(None, None, None)
+        self.casting = False
+
+    # a batch or training that is cancelled has no `after_loss`
+    after_loss = after_cancel_batch = after_cancel_train = after_cancel_validate = _end
+    after_cancel_epoch = after_cancel_fit = _end
 
 # %% ../nbs/26_speed.ipynb #26a00001
 def mixed_precision(

@@ -165,3 +165,16 @@ def test_the_encoder_s_parts_follow_each_other_in_the_body_too(arch):
     assert len(seen) == len(_stages(body)) and all(a[1] is b[0] for a, b in zip(seen, seen[1:]))
     net = RestorationNet(create_body(arch, pretrained=False), (64, 96)).eval()
     with torch.no_grad(): assert net(torch.randn(1, 3, 64, 96)).shape == (1, 3, 64, 96)
+
+
+def test_copies_of_an_image_are_on_no_two_sides(lesions, tmp_path):
+    "Kaggle's HAM10000 has its folders twice, one inside the other"
+    import shutil
+    from pathlib import Path
+    from skin_lesions.pretext import pretext_dataloaders
+    part = lesions[0]/'HAM10000_images_part_1'
+    for folder in ('HAM10000_images_part_1', 'HAM10000_images_part_1/HAM10000_images_part_1', 'ham10000_images_part_1'):
+        shutil.copytree(part, tmp_path/folder, dirs_exist_ok=True)
+    dls = pretext_dataloaders(tmp_path, 32, num_workers=0, device='cpu')
+    train, valid = ([Path(p).name for p in ds.items.path] for ds in (dls.train_ds, dls.valid_ds))
+    assert sorted(train+valid) == sorted(p.name for p in part.glob('*.jpg'))
