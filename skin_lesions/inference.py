@@ -53,7 +53,8 @@ def _own_items(learn, ds_idx)->pd.DataFrame:
         raise ValueError(f"the learner has no data set {ds_idx} (an exported learner has none); give items: a meta "
                          "frame, a folder or image files")
     frame,labels = items_frame(learn, items),dataset_labels(getattr(dl, 'dataset', None))
-    return frame if labels is None else frame.assign(dx=labels)
+    # as a list: pandas chooses its own type of text, as it does for a table that is read
+    return frame if labels is None else frame.assign(dx=labels.tolist())
 
 def items_frame(
     learn:Learner, # trained
