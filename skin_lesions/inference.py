@@ -53,8 +53,9 @@ def _own_items(learn, ds_idx)->pd.DataFrame:
         raise ValueError(f"the learner has no data set {ds_idx} (an exported learner has none); give items: a meta "
                          "frame, a folder or image files")
     frame,labels = items_frame(learn, items),dataset_labels(getattr(dl, 'dataset', None))
-    # as a list: pandas chooses its own type of text, as it does for a table that is read
-    return frame if labels is None else frame.assign(dx=labels.tolist())
+    # a column that is right stays, with its type of text
+    if labels is None or 'dx' in frame and (frame.dx.to_numpy(object)==labels).all(): return frame
+    return frame.assign(dx=labels)
 
 def items_frame(
     learn:Learner, # trained
