@@ -249,7 +249,7 @@ def test_predict_gives_the_run_s_own_probabilities(sample, finished_run, call, t
     np.testing.assert_allclose(found.loc[ids, CODES], table.loc[ids, CODES], atol=1e-5)
     files = sorted((tmp_path/'new').iterdir())
     status, one, error = call('predict', files[0], '--bundle', finished_run)
-    assert one.count('%') == 7 and 'melanoma' in one and 'FutureWarning' not in error
+    assert one.count('%  ') == 7 and 'melanoma' in one and 'FutureWarning' not in error
     assert call('predict', *files, '--bundle', finished_run, '--out', tmp_path/'files.csv')[0] == 0
     assert (tmp_path/'files.csv').read_text() == (tmp_path/'out.csv').read_text()
 

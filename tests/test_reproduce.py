@@ -64,6 +64,8 @@ def test_no_bundle_in_the_package(tmp_path, capsys, monkeypatch):
     class Fake:
         def predict(self, images, *args, **kwargs): asked.append(images); raise ValueError('asked')
     image = tmp_path/'a.png'
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'run').mkdir()
     monkeypatch.setattr('skin_lesions.cli.open_bundle', lambda bundle, device=None: asked.append(bundle) or Fake())
     for args in ([image], ['--bundle', 'run', '--quiet', image], [image, image, '--bundle', 'run']): main(['predict', *map(str, args)])
     assert asked == ['ham10000', [image], 'run', [image], 'run', [image, image]]

@@ -226,7 +226,7 @@ def test_the_data_folder_vanishes_in_mid_epoch(tmp_path, sample, small, capsys):
     assert 1 <= read_state(state.parent)[0]['epoch'] < 6
     capsys.readouterr()
     assert main([*args, '--resume']) == 2
-    assert 'does not exist' in capsys.readouterr().err and state.is_file()
+    assert 'no such file or folder' in capsys.readouterr().err and state.is_file()
     (tmp_path/'elsewhere').rename(data)
     assert main([*args, '--resume']) == 0
     history = pd.read_csv(tmp_path/'run'/'history.csv')
