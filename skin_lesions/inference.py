@@ -57,6 +57,7 @@ def _own_items(learn, ds_idx)->pd.DataFrame:
     if labels is None or 'dx' in frame and (frame.dx.to_numpy(object)==labels).all(): return frame
     return frame.assign(dx=labels)
 
+# %% ../nbs/59_inference.ipynb #p5aa7542
 def items_frame(
     learn:Learner, # trained
     items=None, # meta frame with path, image file, folder, or list of paths; None takes the learner's data set `ds_idx`
