@@ -2,7 +2,7 @@
 
     python benchmarks/decisions.py --data HAM10000 --out runs/decisions --size 128 --epochs 20
 
-The table of `nbs/63_decide.ipynb`. Fold 0 of 5, split by lesion, is for the report alone. Four two-stage networks with
+The table of `nbs/61_decide.ipynb`. Fold 0 of 5, split by lesion, is for the report alone. Four two-stage networks with
 the paper's loss are trained on the other folds, each without one of them, which is its validation set. Calibration and
 the exponent of the prior are fitted on the out-of-fold predictions of folds 1 to 4, for test-time augmentation on those
 with the same views, and never on fold 0. A single network's figures are the mean of the four. What is finished in --out
