@@ -110,10 +110,11 @@ def _joined_data_lines(made_of, seen)->str:
     "What the networks were trained on that one was made of"
     if not seen: return 'What it was trained on is not recorded.'
     return (f"Each of {made_of['networks']} networks held one fold out; together they were trained on "
-            f"{seen['n_images']:,} images of {seen['n_lesions']:,} lesions, so what they are made into cannot be measured "
-            "on them: the figures below are of the single networks, each on the lesions held out from it. "
+            f"{seen['n_images']:,} images of {seen['n_lesions']:,} lesions, so what they are made into cannot be "
+            "measured on them: the figures below are of the single networks, each on the lesions held out from it. "
             "That the calibration carries over is an assumption.")
 
+# %% ../nbs/68_card.ipynb #pc80686f
 def _data_lines(record)->str:
     "What the network was trained on"
     split,seen = record.get('split') or {},record.get('trained_on')

@@ -201,7 +201,7 @@ def write_reproduced(
     return scores
 
 # %% ../nbs/73_reproduce.ipynb #6213a895
-NETWORK_OF = ('all', 'mean', 'soup') # a network on all images, or of the folds' networks: the mean of answers or of weights
+NETWORK_OF = ('all', 'mean', 'soup') # one on all images, or of the folds' networks the mean of answers or of weights
 
 def decide_and_write(out, runs, network, recipe, meta, sensitivity, tolerance, device, **about)->dict:
     "Fit what a bundle decides with, measure it, and write the bundle"

@@ -27,7 +27,7 @@ def image_batches(
     images = list(images)
     if bs<2: raise ValueError(f"bs must be 2 or more (one image has no variance), got {bs}")
     if predictor.patient is not None:
-        raise ValueError("this network takes patient data: make batches (xb, patient) with its encoder, predictor.patient")
+        raise ValueError("this network takes patient data: make batches (xb, patient) with predictor.patient.encode")
     # batches of equal size: a last one of a single image would spoil the statistics
     for part in np.array_split(np.arange(len(images)), max(1, -(-len(images)//bs))):
         if len(part): yield (predictor.batch([predictor.prepare(images[i]) for i in part]),)
