@@ -63,9 +63,10 @@ def _check_soup(nets):
     configs = [net.config() for net in nets]
     differing = sorted({k for config in configs[1:] for k in config if config[k]!=configs[0].get(k)})
     if differing:
-        raise ValueError(f"the networks differ in {first_few(differing)}: only weights of the same network have a mean; "
-                         "EnsembleNet averages the answers of different ones")
+        raise ValueError(f"the networks differ in {first_few(differing)}: only weights of the same network have a "
+                         "mean; EnsembleNet averages the answers of different ones")
 
+# %% ../nbs/34_soup.ipynb #p4e0e87b
 def average_weights(
     nets, # two networks or more of the same configuration, which began at the same weights
     batches=None, # tuples of inputs, training images, for the batch normalisation; None keeps the mean of theirs
@@ -91,6 +92,7 @@ def last_layers(
     raise ValueError(f"a classifier has the heads of LesionNet or TwoStageNet, got a {type(net).__name__}; "
                      "take the members of an ensemble one by one")
 
+# %% ../nbs/34_soup.ipynb #p34a76a9
 def classifier_inputs(
     net:ClassifierNet, # `LesionNet` or `TwoStageNet`
     batches, # tuples of its inputs
