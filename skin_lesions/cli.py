@@ -978,7 +978,7 @@ def reproduce_bundle(
     recipe:str='ham10000', # recipe by name; skin_lesions paper --recipe all --list shows them
     set_:Repeated=None, # change a field of the recipe, e.g. --set size=224
     fold:tuple[int, ...]=(0,), # which of five folds by lesion are held out, each with a network of its own
-    network:Literal['all', 'mean']='all', # one more network on all images, or the mean of the folds' networks
+    network:Literal['all', 'mean', 'soup']='all', # one on all images, or the folds': mean of answers or of weights
     seed:int=42, # of weights, order and augmentation
     scale:Scale='full', # see skin_lesions paper
     cache:str=None, # folder for decoded images; without it, every epoch decodes them anew
