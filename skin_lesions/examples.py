@@ -18,11 +18,12 @@ from .core import unknown_name
 from .dataset import merge_lesions
 from .predictions import check_predictions
 
-# %% ../nbs/79_examples.ipynb #26af73c3
+# %% ../nbs/79_examples.ipynb #c7fcaa77
 TABLES = Path(core.__file__).parent/'tables'
 
 @lru_cache(None)
-def _read(name)->pd.DataFrame: return pd.read_csv(TABLES/f'{name}.csv.xz', keep_default_na=False, na_values={'age': ['']})
+def _read(name)->pd.DataFrame:
+    return pd.read_csv(TABLES/f'{name}.csv.xz', keep_default_na=False, na_values={'age': ['']})
 
 def example_metadata()->pd.DataFrame: # image_id, lesion_id, dx, dx_type, age, sex, site, source, group
     "HAM10000's metadata, one row an image; `group` is the lesion with its known duplicates merged"
@@ -53,8 +54,8 @@ def example_predictions(
     table = table[table.fold.isin(folds)].merge(meta, on='image_id', how='left', validate='one_to_one')
     return check_predictions(with_classes(table.reset_index(drop=True), HAM10000))
 
-# %% ../nbs/79_examples.ipynb #9bb7006b
-RESULT_NAMES = ('gradcam_overlap', 'ham10000_fold0', 'pretraining', 'split_leak')
+# %% ../nbs/79_examples.ipynb #aef96426
+RESULT_NAMES = ('gradcam_overlap', 'ham10000_fold0', 'pretraining')
 
 def example_results(
     name:str, # one of `RESULT_NAMES`
