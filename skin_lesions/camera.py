@@ -57,10 +57,13 @@ def blur(
 def add_noise(
     x:Tensor, # [bs, 3, h, w], 0 to 1
     sigma:float, # standard deviation of the noise
+    generator:torch.Generator=None, # of the noise, on the device of `x`; None takes PyTorch's own
 )->Tensor: # [bs, 3, h, w], 0 to 1
     "Images with Gaussian noise in each value"
     if sigma<0: raise ValueError(f"sigma must be 0 or more, got {sigma}")
-    return (x + sigma*torch.randn_like(x)).clamp(0, 1) if sigma else x
+    if sigma==0: return x
+    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    return (x + sigma*noise).clamp(0, 1)
 
 # %% ../nbs/05_camera.ipynb #p6220833
 def jpeg(

@@ -88,7 +88,9 @@ def _network_lines(record)->str:
     inner,n = classifier_config(network),len(network.get('members', ()))
     stages = 'two stages' if inner['network']=='TwoStageNet' else 'one stage'
     text = f"{inner['arch']}, {stages}, {size[0]} x {size[1]} pixels"
+    made_of = (record.get('scores') or {}).get('made_of') or {}
     if n: text = f"geometric mean of {n} networks: {text}"
+    if made_of.get('kind')=='soup': text = f"mean of the weights of {made_of['networks']} networks: {text}"
     if recipe:
         steps = ', '.join(f'{epochs} at {side} pixels' for side,epochs in recipe['steps'])
         start = 'ImageNet weights' if recipe['pretrained'] else 'random weights'
@@ -104,9 +106,20 @@ def _network_lines(record)->str:
     return f"{text}.\n\nWeights of {16 if record['dtype']=='float16' else 32} bits.{moved}"
 
 # %% ../nbs/68_card.ipynb #75506ada
+def _joined_data_lines(made_of, seen)->str:
+    "What the networks were trained on that one was made of"
+    if not seen: return 'What it was trained on is not recorded.'
+    return (f"Each of {made_of['networks']} networks held one fold out; together they were trained on "
+            f"{seen['n_images']:,} images of {seen['n_lesions']:,} lesions, so what they are made into cannot be "
+            "measured on them: the figures below are of the single networks, each on the lesions held out from it. "
+            "That the calibration carries over is an assumption.")
+
+# %% ../nbs/68_card.ipynb #pc80686f
 def _data_lines(record)->str:
     "What the network was trained on"
     split,seen = record.get('split') or {},record.get('trained_on')
+    made_of = (record.get('scores') or {}).get('made_of')
+    if made_of: return _joined_data_lines(made_of, seen)
     if not split.get('train_images'): return 'What it was trained on is not recorded.'
     lesions = f" of {seen['n_lesions']:,} lesions" if seen and seen.get('n_lesions') else ''
     text = f"Trained on {split['train_images']:,} images{lesions} (split: {split.get('rule') or 'not recorded'})."
@@ -121,12 +134,23 @@ def _data_lines(record)->str:
     return text
 
 # %% ../nbs/68_card.ipynb #2108b734
+def _set_line(sets)->str:
+    "The prediction sets"
+    if not sets: return ''
+    text = f" Prediction sets ({sets['method']}) for {1-sets['alpha']:.0%} of the lesions"
+    text += ' of each class' if sets['by_class'] else ''
+    bounds = ', '.join(f'{c} in {x:.0%} at most' for c,x in (sets['at_most'] or {}).items())
+    if bounds: text += f", excluded by mistake with confidence {sets['confidence']:g}: {bounds}"
+    always = ', '.join(c for c,t in sets['thresholds'].items() if t is None)
+    return text + (f'; never excluded for want of lesions: {always}.' if always else '.')
+
 def _decision_lines(record)->str:
-    "Rule and referral"
+    "Rule, prediction sets and referral"
     rule,referral = record.get('rule'),record.get('referral')
     exponent = '' if not rule or rule.get('t') is None else f", exponent {rule['t']:g}"
     text = f"Rule: {rule['name']}{exponent}." if rule else 'Rule: the most probable class.'
     text += ' Calibrated.' if record.get('calibration') else ' Not calibrated.'
+    text += _set_line(record.get('sets'))
     if not referral: return text
     malignant = ', '.join(referral['malignant'])
     return text + (f" Referral: the threshold on the {referral['by']} ({malignant} are malignant) that referred "

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['CALIBRATIONS', 'OVERLAP', 'RULES', 'REFERRALS', 'ADVICE', 'NOT_DERMATOSCOPIC', 'reliability',
-           'expected_calibration_error', 'brier_score', 'negative_log_likelihood', 'FittedOn', 'Calibration',
-           'fit_calibration', 'calibration_report', 'plot_reliability', 'cost_matrix', 'DecisionRule', 'decision_rule',
-           'compare_rules', 'crossfit', 'Referral', 'fit_referral', 'advise', 'referral_report', 'risk_coverage',
-           'plot_risk_coverage', 'decide_table', 'InWords', 'named_code', 'malignancy_risk', 'answer_in_words',
-           'answer_record', 'from_dict', 'Decisions', 'fit_decisions']
+           'expected_calibration_error', 'brier_score', 'negative_log_likelihood', 'FittedOn', 'check_overlap',
+           'probabilities_for', 'Calibration', 'fit_calibration', 'calibration_report', 'plot_reliability',
+           'cost_matrix', 'DecisionRule', 'decision_rule', 'compare_rules', 'crossfit', 'Referral', 'fit_referral',
+           'advise', 'referral_report', 'risk_coverage', 'plot_risk_coverage', 'decide_table', 'InWords', 'set_names',
+           'named_code', 'malignancy_risk', 'answer_in_words', 'answer_record', 'seen_of', 'from_dict', 'Decisions',
+           'fit_decisions']
 
 # %% ../nbs/61_decide.ipynb #88db536c
 import hashlib, math, warnings
@@ -21,7 +22,7 @@ import pandas as pd
 
 from .bootstrap import (average_recall_interval, class_recall_intervals, fraction_right,
                                     rank_curve, rank_scores, recall_draws, unit_draws)
-from .classes import class_set, classes_of
+from .classes import SET_SEPARATOR, class_set, classes_of
 from .core import NOTICE, check_columns, unknown_name
 from .predictions import check_predictions, without_decisions
 from .style import percent_text
@@ -246,7 +247,12 @@ def _as_dict(kind, fitted, **changes)->dict:
 # %% ../nbs/61_decide.ipynb #p9138002
 OVERLAP = ('raise', 'warn', 'ignore')
 
-def _check_overlap(fitted, table, overlap, object_name):
+def check_overlap(
+    fitted, # with `fitted_on`
+    table:pd.DataFrame, # predictions table
+    overlap:str, # one of `OVERLAP`
+    object_name:str, # for the message
+):
     "Complain if a table shares lesions with what something was fitted on"
     if overlap not in OVERLAP: raise ValueError(unknown_name('treatment of overlap', overlap, OVERLAP))
     if fitted.fitted_on is None or overlap=='ignore': return
@@ -257,7 +263,12 @@ def _check_overlap(fitted, table, overlap, object_name):
     if overlap=='raise': raise ValueError(message + "; overlap='warn' goes on regardless")
     warnings.warn(message, stacklevel=3)
 
-def _probabilities_for(fitted, table, object_name)->np.ndarray:
+# %% ../nbs/61_decide.ipynb #62000001
+def probabilities_for(
+    fitted, # with `codes`
+    table:pd.DataFrame, # predictions table
+    object_name:str, # for the message
+)->np.ndarray: # [n, classes]; rows sum to 1
     "Probabilities of a table in the order of an object's classes"
     present = classes_of(table).codes
     if set(present)!=set(fitted.codes):
@@ -315,8 +326,8 @@ class Calibration:
         overlap:str='warn', # if the table shares lesions with the fit: 'warn', 'raise' or 'ignore'
     )->pd.DataFrame: # the same table with calibrated probabilities, without earlier decisions
         "Calibrate a table"
-        p = np.exp(_calibrated(self, _probabilities_for(self, table, 'this calibration')))
-        _check_overlap(self, table, overlap, 'this calibration')
+        p = np.exp(_calibrated(self, probabilities_for(self, table, 'this calibration')))
+        check_overlap(self, table, overlap, 'this calibration')
         return without_decisions(table).assign(**{c: p[:,i] for i,c in enumerate(self.codes)})
 
     def as_dict(self)->dict: # as JSON can hold it; `from_dict` reads it
@@ -386,7 +397,7 @@ def calibration_report(
     overlap:str='raise', # if the table shares lesions with the fit: 'raise', 'warn' or 'ignore'
 )->pd.DataFrame: # rows before and after: nll, brier, ece, those of malignancy; accuracy and average_recall
     "What a calibration does to a table"
-    _check_overlap(calibration, table, overlap, 'this calibration')
+    check_overlap(calibration, table, overlap, 'this calibration')
     after = calibration.calibrate(table, overlap='ignore')
     return pd.DataFrame([_calibration_row(t, n_bins) for t in (table, after)], index=['before', 'after'])
 
@@ -525,8 +536,8 @@ class DecisionRule:
     )->np.ndarray: # [n], a code an image
         "The diagnosis of each image; of equal ones the first in the order of the classes"
         codes = self.codes or classes_of(table).codes
-        p = _probabilities(table) if self.codes is None else _probabilities_for(self, table, 'this rule')
-        _check_overlap(self, table, overlap, 'this rule')
+        p = _probabilities(table) if self.codes is None else probabilities_for(self, table, 'this rule')
+        check_overlap(self, table, overlap, 'this rule')
         return np.array(codes, dtype=object)[_rule_scores(self, p, codes).argmax(1)]
 
     def as_dict(self)->dict: return _as_dict('rule', self) # as JSON can hold it; `from_dict` reads it
@@ -687,7 +698,7 @@ class Referral:
         table:pd.DataFrame, # predictions table, calibrated as the one that the threshold was fitted on
     )->np.ndarray: # [n] booleans
         "Whether each image is referred"
-        p = _probabilities_for(self, table, 'this referral')
+        p = probabilities_for(self, table, 'this referral')
         return _referral_score(p, self.by, [self.codes.index(c) for c in self.malignant])>=self.threshold
 
     def as_dict(self)->dict: # as JSON can hold it; `from_dict` reads it
@@ -764,7 +775,7 @@ def referral_report(
     overlap:str='raise', # if the table shares lesions with the fit: 'raise', 'warn' or 'ignore'
 )->pd.Series: # sensitivity with interval and by class, specificity, referred fraction, missed images, error of the rest
     "What a referral does to a table"
-    _check_overlap(referral, table, overlap, 'this referral')
+    check_overlap(referral, table, overlap, 'this referral')
     p,y = _labelled(table, "the report counts what is referred")
     codes = classes_of(table).codes
     refer,malignant = referral.refer(table),np.isin(y, [codes.index(c) for c in referral.malignant])
@@ -887,10 +898,25 @@ class InWords(NamedTuple):
     notes:tuple # of sentences: why, and how far to trust it
     warn:bool # the image is referred, or has no answer
     risk:float # probability that it is malignant; None where unknown or without an answer
+    among:str = '' # full names of the diagnoses in the prediction set; '' without one
 
-    def __str__(self): return '\n'.join(filter(None, (self.finding, self.advice, *self.notes)))
+    def __str__(self):
+        among = self.among and f'Not excluded: {self.among}.'
+        return '\n'.join(filter(None, (self.finding, among, self.advice, *self.notes)))
 
 def _yes(row, column): return bool(row[column]) if column in row and not pd.isna(row[column]) else None
+
+# %% ../nbs/61_decide.ipynb #62000002
+def set_names(
+    row, # of a predictions table
+    classes, # `ClassSet`
+)->str: # '' for a row without a set
+    "The diagnoses of a row's prediction set by their full names"
+    codes = row.get('set')
+    if not isinstance(codes, str): return ''
+    names = [classes.full_name(c) for c in codes.split(SET_SEPARATOR)]
+    if len(names)==len(classes): return f'any of the {len(names)} diagnoses'
+    return ' or '.join(filter(None, (', '.join(names[:-1]), names[-1])))
 
 # %% ../nbs/61_decide.ipynb #63a00008
 def named_code(
@@ -917,8 +943,9 @@ _REFER = {True: 'refer', False: 'below the threshold of referral', None: 'no adv
 _NO_LESION = ("The network was trained on photographs through a dermatoscope and knows nothing else. "
               "Its probabilities mean nothing for this image.")
 
-def _notes(row, classes, code, referral, calibrated): # yields sentences
+def _notes(row, classes, code, referral, sets, calibrated): # yields sentences
     "How far to trust an answer"
+    if sets is not None and isinstance(row.get('set'), str): yield sets.note(classes)
     if code!=max(classes, key=lambda c: float(row[c])):
         yield ("The named diagnosis is not the most probable one: the decision rule weighs rare diagnoses up, "
                "so that fewer of them are missed.")
@@ -935,6 +962,7 @@ def answer_in_words(
     classes, # `ClassSet`
     *,
     referral:Referral=None, # whose threshold `refer` is; None for none
+    sets=None, # `PredictionSets` of `skin_lesions.conformal`, which made the column `set`; None for none
     calibrated:bool=True, # whether the probabilities are
 )->InWords:
     "What a row says, for people"
@@ -946,8 +974,8 @@ def answer_in_words(
     if referral is None: refer = None
     of_risk = '' if risk is None else f' malignancy risk {percent_text(risk)};'
     finding = f'Suggests: {classes.full_name(code)};{of_risk} {_REFER[refer]}.'
-    notes = tuple(_notes(row, classes, code, referral, calibrated))
-    return InWords(_ADVICE[refer], finding, notes, bool(refer), risk)
+    notes = tuple(_notes(row, classes, code, referral, sets, calibrated))
+    return InWords(_ADVICE[refer], finding, notes, bool(refer), risk, set_names(row, classes))
 
 # %% ../nbs/61_decide.ipynb #63a0000a
 def answer_record(
@@ -963,31 +991,34 @@ def answer_record(
     return dict(
         file=str(name), finding=words.finding or None, advice=words.advice, decision=code,
         diagnosis=code and classes.full_name(code), malignant=None if words.risk is None else round(words.risk, 4),
-        refer=_yes(row, 'refer') if found else None, note=reason,
+        refer=_yes(row, 'refer') if found else None, not_excluded=words.among or None, note=reason,
         probabilities={classes.full_name(c): None if unread else round(float(row[c]), 4) for c in classes})
 
 # %% ../nbs/61_decide.ipynb #fc5661fd
-def _seen_of(d:dict):
-    "The images that something was fitted on; None where unknown"
+def seen_of(
+    d:dict, # of a fitted object
+)->FittedOn: # None where unknown
+    "The images that something was fitted on"
     seen = d.get('fitted_on')
     if seen is None: return None
     return FittedOn(frozenset(map(str, seen['images'])), frozenset(map(str, seen.get('lesions', ()))))
 
+# %% ../nbs/61_decide.ipynb #62000003
 def _read_calibration(d):
     codes,bias = tuple(d['codes']),d.get('bias')
     if bias is not None:
         if set(bias)!=set(codes):
             raise ValueError(f"bias must have a number for each of {', '.join(codes)}, got {', '.join(map(str, bias))}")
         bias = tuple(float(bias[c]) for c in codes)
-    return Calibration(d['method'], tuple(map(float, d['temperatures'])), codes, bias, d.get('first'), _seen_of(d))
+    return Calibration(d['method'], tuple(map(float, d['temperatures'])), codes, bias, d.get('first'), seen_of(d))
 
 def _read_rule(d):
     codes = None if d['codes'] is None else tuple(d['codes'])
-    return DecisionRule(d['name'], codes, d.get('prior'), d.get('t'), d.get('costs'), d.get('first'), _seen_of(d))
+    return DecisionRule(d['name'], codes, d.get('prior'), d.get('t'), d.get('costs'), d.get('first'), seen_of(d))
 
 def _read_referral(d):
     numbers = (float(d[k]) for k in ('threshold', 'sensitivity', 'reached'))
-    return Referral(d['by'], *numbers, tuple(d['codes']), tuple(d['malignant']), _seen_of(d))
+    return Referral(d['by'], *numbers, tuple(d['codes']), tuple(d['malignant']), seen_of(d))
 
 _READERS = dict(calibration=_read_calibration, rule=_read_rule, referral=_read_referral)
 

@@ -132,9 +132,9 @@ def decided_codes(
 
 def without_decisions(
     table:pd.DataFrame, # predictions table
-)->pd.DataFrame: # the table without the columns decision and refer
+)->pd.DataFrame: # the table without the columns decision, refer and set
     "A table that is judged by its most probable diagnoses"
-    return table.drop(columns=[c for c in ('decision', 'refer') if c in table])
+    return table.drop(columns=[c for c in ('decision', 'refer', 'set') if c in table])
 
 # %% ../nbs/58_predictions.ipynb #57136eae
 _PACKED = ('.gz', '.bz2', '.zip', '.xz', '.zst', '.tar')
@@ -234,7 +234,7 @@ def _set_of_columns(texts)->ClassSet:
     raise ValueError(f"the predictions table has no columns of probabilities (has: {first_few(texts.columns, 12)})")
 
 # %% ../nbs/58_predictions.ipynb #782a6fec
-_TEXT_COLUMNS = ('image_id', 'dx', 'group', 'lesion_id', 'decision', 'reason', 'problem')
+_TEXT_COLUMNS = ('image_id', 'dx', 'group', 'lesion_id', 'decision', 'set', 'reason', 'problem')
 
 def read_predictions(
     path, # of a CSV file

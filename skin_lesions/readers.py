@@ -6,7 +6,7 @@
 __all__ = ['ARCHIVE_TERMS', 'PH2', 'READERS', 'PARTS', 'checked_frame', 'one_hot_labels', 'set_of_labels', 'read_ham10000',
            'read_isic2018', 'tables_with', 'read_isic2019', 'read_isic2020', 'archive_code', 'archive_labels',
            'of_image_type', 'read_isic_archive', 'read_pad_ufes_20', 'read_milk10k', 'read_ph2', 'read_csv_dataset',
-           'Reader', 'find_collection', 'read_metadata']
+           'Reader', 'find_collection', 'read_metadata', 'join_collections']
 
 # %% ../nbs/11_readers.ipynb #d25ab429
 import re, warnings
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from .classes import (CLASS_SETS, HAM10000, ISIC2019, MALIGNANT, MELANOMA, MILK10K, PAD_UFES_20, ClassSet,
-    Diagnosis, class_set, map_classes, with_classes)
+    Diagnosis, class_set, classes_of, map_classes, with_classes)
 from .core import check_columns, first_few, unknown_name
 from .dataset import (HOW_TO_GET, META_COLUMNS, NEAR_DUPLICATES, age_column, challenge_tables,
     find_ham10000, first_folder, folder_entries, ham10000_table, merge_groups, named_folder, number_column,
@@ -673,3 +673,31 @@ def read_metadata(
     meta = READERS[name].read(folder, part or 'training', missing=missing, **kwargs)
     meta.attrs['collection'] = READERS[name].about
     return _mapped(meta, classes)
+
+# %% ../nbs/11_readers.ipynb #70170002
+def _check_once(frames):
+    "Raise where two collections hold the same image"
+    ids = pd.concat([frame.image_id for frame in frames.values()])
+    twice = sorted(ids[ids.duplicated()].unique())
+    if twice:
+        raise ValueError(f"{len(twice)} image_ids are in more than one of {', '.join(frames)}: {first_few(twice)}; "
+                         "leave them out of one, or an image would be in training and validation")
+
+# %% ../nbs/11_readers.ipynb #p1a294ec
+def join_collections(
+    frames:dict, # frames as from `read_metadata`, by name of the collection
+    classes=None, # class set to map to, as for `skin_lesions.classes.class_set`; None takes that of the first
+)->pd.DataFrame: # as from `read_metadata`, with column `collection`
+    "Several collections as one"
+    if not frames: raise ValueError("expected frames by name of their collection, got none")
+    target = classes_of(next(iter(frames.values()))) if classes is None else class_set(classes)
+    _check_once(frames)
+    parts,taken = [],set()
+    for name,frame in frames.items():
+        part = (frame if classes_of(frame)==target else map_classes(frame, target)).assign(collection=name)
+        # ids such as 1, 2, 3 mean other lesions in each collection
+        if not taken.isdisjoint(part.group): part = part.assign(group=name + '/' + part.group.astype(str))
+        taken |= set(part.group)
+        parts.append(part)
+    joined = pd.concat(parts, ignore_index=True).sort_values('image_id', ignore_index=True)
+    return with_classes(joined, target)
