@@ -7,8 +7,8 @@
 The first form asks the packaged network about MILK10k's dermoscopic images and writes
 benchmarks/results/milk10k_packaged.csv.gz (probabilities as the network gives them, not calibrated; 15 minutes of a
 CPU core). The second reads that table. Both take the four sources of HAM10000 from the out-of-fold predictions of a
-recipe in benchmarks/results/experiments, calibrated and decided cross-fitted. The third trains a network of the recipe `quick`
-without each source (hours) and adds its rows. Writes benchmarks/results/cross_collection.json, for
+recipe in benchmarks/results/experiments, calibrated and decided cross-fitted. The third trains a network of the recipe
+`quick` without each source (hours) and adds its rows. Writes benchmarks/results/cross_collection.json, for
 nbs/76_cross_collection.ipynb.
 """
 import argparse, json, os
@@ -142,7 +142,7 @@ def main(args):
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--milk10k', help='folder of MILK10k; without it, no subgroups, and the kept predictions are read')
+    parser.add_argument('--milk10k', help='folder of MILK10k; without it, the last run is read, without subgroups')
     parser.add_argument('--kept', action='store_true', help='read the predictions of the last run')
     parser.add_argument('--train', help='folder of trainings, each without one source of HAM10000; without it, none')
     parser.add_argument('--size', type=int, default=64, help='pixels, of the trainings')
