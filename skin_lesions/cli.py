@@ -11,10 +11,10 @@ __all__ = ['Views', 'Rule', 'Calibration', 'Split', 'Scale', 'COMMANDS', 'Repeat
            'readable_rows', 'images_to_judge', 'predict_labelled', 'write_report', 'evaluate', 'print_stress', 'stress',
            'stress_and_print', 'read_patients', 'note_ood', 'print_answer', 'words_of', 'with_patients', 'write_maps',
            'predict', 'answer_records', 'print_json', 'print_csv', 'print_lines', 'print_answers', 'gradcam',
-           'print_fitted', 'calibrate', 'ensemble', 'combined', 'submit', 'export_onnx', 'app', 'paper_runs',
-           'print_recipes', 'run_line', 'run_all', 'print_paper_table', 'paper', 'reproduce_bundle', 'print_reproduced',
-           'demo_recipe', 'demo', 'demo_sample', 'run_demo', 'predict_demo', 'argument_parser', 'shell_words',
-           'plain_warnings', 'main']
+           'print_fitted', 'calibrate', 'ensemble', 'combined', 'submit', 'export_onnx', 'sign', 'verify', 'app',
+           'paper_runs', 'print_recipes', 'run_line', 'run_all', 'print_paper_table', 'paper', 'reproduce_bundle',
+           'print_reproduced', 'demo_recipe', 'demo', 'demo_sample', 'run_demo', 'predict_demo', 'argument_parser',
+           'shell_words', 'plain_warnings', 'main']
 
 # %% ../nbs/81_cli.ipynb #733f8970
 import argparse, ast, glob, inspect, io, os, re, sys, textwrap, tokenize, warnings
@@ -860,6 +860,30 @@ def export_onnx(
     note(NOTICE)
     return 0
 
+# %% ../nbs/81_cli.ipynb #78000001
+def sign(
+    bundle:str, # folder of a bundle or run
+    *,
+    key:str, # private key; with --make-keys, the folder for a new pair
+    make_keys:bool=False, # make private.pem and public.pem first, unlocked
+)->int:
+    "Sign a bundle; whoever has the public key can verify it. Needs model-signing and pyopenssl"
+    from skin_lesions import signing
+    private,public = signing.make_keys(key) if make_keys else (key, None)
+    print(signing.sign_bundle(bundle, private, os.environ.get('SKIN_LESIONS_KEY_PASSWORD')))
+    if public is not None: note(f"for those who verify: {public}; keep {private} to yourself")
+    return 0
+
+def verify(
+    bundle:str, # folder of a bundle or run
+    *,
+    key:str, # public key of the one who is said to have signed it
+)->int:
+    "Check the signature of a bundle. Needs model-signing and pyopenssl"
+    from skin_lesions import signing
+    print(f"{signing.verify_bundle(bundle, key)}: signed by the owner of {key}, not changed since")
+    return 0
+
 # %% ../nbs/81_cli.ipynb #195d4543
 def app(
     *,
@@ -1062,8 +1086,8 @@ def predict_demo(sample, folder)->int:
     return predict((str(image),), bundle=str(folder), quiet=True)
 
 # %% ../nbs/81_cli.ipynb #fa71ce75
-COMMANDS = (demo, train, evaluate, stress, predict, gradcam, calibrate, ensemble, submit, export_onnx, paper,
-            reproduce_bundle, app)
+COMMANDS = (demo, train, evaluate, stress, predict, gradcam, calibrate, ensemble, submit, export_onnx, sign, verify,
+            paper, reproduce_bundle, app)
 
 def argument_parser()->argparse.ArgumentParser: # of the command `skin_lesions`
     "All commands with their options; `--help` shows every default"
