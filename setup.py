@@ -24,7 +24,7 @@ setup(
                  'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     packages=find_packages(include=['skin_lesions', 'skin_lesions.*']),
     include_package_data=True,
-    package_data={'skin_lesions': ['py.typed', 'bundles/*/*']},
+    package_data={'skin_lesions': ['py.typed', 'bundles/*/*', 'tables/*']},
     install_requires=cfg['requirements'].split(),
     extras_require=extras,
     python_requires='>=' + cfg['min_python'],

@@ -49,7 +49,7 @@ def _overlays(predictor, prepared, codes)->list:
 # %% ../nbs/80_app.ipynb #80a00030
 def _chunk_answers(predictor, sources, table)->list:
     "The answers of a few images, from their rows"
-    kind = dict(referral=predictor.referral, calibrated=predictor.calibration is not None)
+    kind = dict(referral=predictor.referral, sets=predictor.sets, calibrated=predictor.calibration is not None)
     answers,explained = [],[]
     for source,(_,row) in zip(sources, table.iterrows()):
         answers.append(Answer(row.image_id, answer_in_words(row, predictor.classes, **kind)))
@@ -126,6 +126,7 @@ def answer_html(
     "An answer for people"
     words = answer.words
     finding = [P(words.finding, cls='finding')] if words.finding else []
+    if words.among: finding.append(P(f'Not excluded: {words.among}.'))
     box = _box(words.advice, *finding, Small(' '.join(words.notes)), warn=words.warn)
     rest = []
     if answer.probabilities: rest = [*_bars(answer, classes), Div(*_figures(answer), cls='pair')]
@@ -164,6 +165,7 @@ def _table_row(answer, row, classes):
     if not words.finding:
         return Tr(name, Td(words.advice, ' ', Small(' '.join(words.notes)), colspan=4), cls='without')
     cells = dict(suggests=classes.full_name(named_code(row, classes.codes)), risk=percent_text(words.risk))
+    if words.among: cells['suggests'] += f' (not excluded: {words.among})'
     advice = words.finding.split('; ')[-1].rstrip('.') # the words of the finding
     heads = {'suggests': cells['suggests'], 'malignancy risk': cells['risk'], 'advice': advice}
     return Tr(name, *[Td(text, data_head=head) for head,text in heads.items()], Td(_map(answer)))

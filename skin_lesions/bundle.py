@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from .architectures import check_tensors, normalization
 from .classes import ClassSet, class_set, classes_of
 from .core import NOTICE, REPOSITORY, atomic_path, json_value, unknown_name, versions
+from .conformal import PredictionSets
 from .decide import FittedOn
 from .decide import from_dict as decision_from_dict
 from .networks import EnsembleNet, LesionNet, TwoStageNet, classifier_config
@@ -213,7 +214,8 @@ class PixelNet(nn.Module):
     def forward(self, pixels, *inputs): return self.classifier(self.normalize(pixels), *inputs)
 
 # %% ../nbs/65_bundle.ipynb #fa8f7e12
-_FITTED = ('calibration', 'rule', 'referral')
+_FITTED = ('calibration', 'rule', 'referral', 'sets')
+_OPTIONAL = ('sets',) # a record without them has none
 _IDS = ('images', 'lesions')
 
 def _holders(record)->list:
@@ -331,6 +333,7 @@ def bundle_content(
     calibration=None, # `Calibration` of `skin_lesions.decide`, or its dict
     rule=None, # `DecisionRule` of `skin_lesions.decide`, or its dict
     referral=None, # `Referral` of `skin_lesions.decide`, or its dict
+    sets=None, # `PredictionSets` of `skin_lesions.conformal`, or its dict
     ood=None, # `OODScore` of `skin_lesions.ood`
     split:dict=None, # as from `describe_split`; None takes that of the source
     scores:dict=None, # as measured, with what they were measured on
@@ -383,6 +386,7 @@ def check_record(
         raise ValueError(f"{where} has format version {version}, this skin_lesions reads up to {FORMAT_VERSION}: "
                          f"pip install -U git+{REPOSITORY}")
     for key,(expected,check) in _KEYS.items():
+        if key not in record and key in _OPTIONAL: continue
         if key not in record: raise ValueError(f"{where} has no {key!r}, expected {expected}")
         if not check(record[key]):
             raise ValueError(f"{where}: {key!r} must be {expected}, got {str(record[key])[:80]!r}")
@@ -590,7 +594,7 @@ def read_record(
     "The record of a bundle; in the place of hashed ids it has a number"
     try: record = json.loads(data.decode('utf-8'))
     except (ValueError, RecursionError) as e: raise ValueError(f"{where} is damaged, it is not JSON: {e}") from e
-    return check_record(record, where)
+    return dict.fromkeys(_OPTIONAL) | check_record(record, where)
 
 def read_bundle(
     path, # folder, .zip, or one of the two files in the folder
@@ -660,14 +664,14 @@ def first_diagnosis(
 
 def decision_part(
     record:dict, # as from `open_files`
-    key:str, # 'calibration', 'rule' or 'referral'
+    key:str, # 'calibration', 'rule', 'referral' or 'sets'
 ): # the fitted object; None for none
-    "The calibration, rule or referral of a record"
+    "The calibration, rule, referral or prediction sets of a record"
     description = record[key]
     if description is None: return None
     if description.get('kind')!=key:
         raise ValueError(f"bundle.json: {key!r} holds a fitted object of kind {description.get('kind')!r}")
-    return decision_from_dict(description)
+    return PredictionSets.from_dict(description) if key=='sets' else decision_from_dict(description)
 
 # %% ../nbs/65_bundle.ipynb #f5df94d0
 def ood_of(
@@ -685,15 +689,17 @@ def ood_of(
     raise ValueError(f"bundle.json: the OODScore is for {ood.n_last} features and a texture of {ood.n_texture} "
                      f"numbers, the network makes {n} and {m}")
 
-# %% ../nbs/65_bundle.ipynb #22a5e769
+# %% ../nbs/65_bundle.ipynb #62000031
 def _as_part(value): return None if value is False else json_value(value)
 
+# %% ../nbs/65_bundle.ipynb #22a5e769
 def update_bundle(
     folder, # of a bundle
     *,
     calibration=None, # `Calibration` or its dict; None leaves what is there, False removes it
     rule=None, # `DecisionRule` or its dict; likewise
     referral=None, # `Referral` or its dict; likewise
+    sets=None, # `PredictionSets` or their dict; likewise
     scores=None, # dict; likewise
     ood=None, # `OODScore`; likewise
 )->Path: # the folder
@@ -702,7 +708,7 @@ def update_bundle(
     if path.suffix=='.zip': raise ValueError(f"{path} is a zip; unpack it, update the folder, and zip it again")
     if path.is_file(): path = path.parent
     record,tensors = open_files(*read_files(path))
-    given = dict(calibration=calibration, rule=rule, referral=referral, scores=scores, ood=ood)
+    given = dict(calibration=calibration, rule=rule, referral=referral, sets=sets, scores=scores, ood=ood)
     record |= {k: _as_part(v) for k,v in given.items() if v is not None}
     for key in _FITTED: decision_part(record, key)
     # ids are written anew, and the score's tensors where there is a new one

@@ -134,12 +134,23 @@ def _data_lines(record)->str:
     return text
 
 # %% ../nbs/68_card.ipynb #2108b734
+def _set_line(sets)->str:
+    "The prediction sets"
+    if not sets: return ''
+    text = f" Prediction sets ({sets['method']}) for {1-sets['alpha']:.0%} of the lesions"
+    text += ' of each class' if sets['by_class'] else ''
+    bounds = ', '.join(f'{c} in {x:.0%} at most' for c,x in (sets['at_most'] or {}).items())
+    if bounds: text += f", excluded by mistake with confidence {sets['confidence']:g}: {bounds}"
+    always = ', '.join(c for c,t in sets['thresholds'].items() if t is None)
+    return text + (f'; never excluded for want of lesions: {always}.' if always else '.')
+
 def _decision_lines(record)->str:
-    "Rule and referral"
+    "Rule, prediction sets and referral"
     rule,referral = record.get('rule'),record.get('referral')
     exponent = '' if not rule or rule.get('t') is None else f", exponent {rule['t']:g}"
     text = f"Rule: {rule['name']}{exponent}." if rule else 'Rule: the most probable class.'
     text += ' Calibrated.' if record.get('calibration') else ' Not calibrated.'
+    text += _set_line(record.get('sets'))
     if not referral: return text
     malignant = ', '.join(referral['malignant'])
     return text + (f" Referral: the threshold on the {referral['by']} ({malignant} are malignant) that referred "

@@ -11,10 +11,10 @@ __all__ = ['Views', 'Rule', 'Calibration', 'Split', 'Scale', 'COMMANDS', 'Repeat
            'readable_rows', 'images_to_judge', 'predict_labelled', 'write_report', 'evaluate', 'print_stress', 'stress',
            'stress_and_print', 'read_patients', 'note_ood', 'print_answer', 'words_of', 'with_patients', 'write_maps',
            'predict', 'answer_records', 'print_json', 'print_csv', 'print_lines', 'print_answers', 'gradcam',
-           'print_fitted', 'calibrate', 'ensemble', 'combined', 'submit', 'export_onnx', 'sign', 'verify', 'app',
-           'paper_runs', 'print_recipes', 'run_line', 'run_all', 'print_paper_table', 'paper', 'reproduce_bundle',
-           'print_reproduced', 'demo_recipe', 'demo', 'demo_sample', 'run_demo', 'predict_demo', 'argument_parser',
-           'shell_words', 'plain_warnings', 'main']
+           'print_fitted', 'fitted_sets', 'print_sets', 'calibrate', 'ensemble', 'combined', 'submit', 'export_onnx',
+           'sign', 'verify', 'app', 'paper_runs', 'print_recipes', 'run_line', 'run_all', 'print_paper_table', 'paper',
+           'reproduce_bundle', 'print_reproduced', 'demo_recipe', 'demo', 'demo_sample', 'run_demo', 'predict_demo',
+           'argument_parser', 'shell_words', 'plain_warnings', 'main']
 
 # %% ../nbs/81_cli.ipynb #733f8970
 import argparse, ast, glob, inspect, io, os, re, sys, textwrap, tokenize, warnings
@@ -582,8 +582,8 @@ def words_of(
 ): # `InWords`
     "What a row says, for people"
     from skin_lesions.decide import answer_in_words
-    calibrated = predictor.calibration is not None
-    return answer_in_words(row, predictor.classes, referral=predictor.referral, calibrated=calibrated)
+    kind = dict(referral=predictor.referral, sets=predictor.sets, calibrated=predictor.calibration is not None)
+    return answer_in_words(row, predictor.classes, **kind)
 
 # %% ../nbs/81_cli.ipynb #8856c18e
 def with_patients(
@@ -749,6 +749,8 @@ def _score_line(s)->str:
 # %% ../nbs/81_cli.ipynb #245dedf9
 def print_fitted(
     decisions, # as from `fit_decisions`
+    table, # predictions table that it was fitted on
+    sets=None, # `PredictionSets` that were fitted on it, or None
 ):
     "Print what was fitted, and what it does to lesions that it was not fitted on"
     rule,referral = decisions.rule,decisions.referral
@@ -758,6 +760,40 @@ def print_fitted(
         reached = f'{referral.reached:.1%} of the malignant validation images'
         print(f'refer from a score of {referral.threshold:.4f}: {reached}')
     for line in _measured_lines(decisions.measured): print(line)
+    if sets is not None: print_sets(table, decisions.calibration, sets)
+
+# %% ../nbs/81_cli.ipynb #62000021
+def fitted_sets(
+    table, # predictions table, not calibrated
+    calibration, # fitted on it, or None
+    alpha, # fraction of lesions that may be outside; None for no sets
+    at_most=None, # texts CODE=FRACTION; None for none
+): # `PredictionSets`, or None
+    "The prediction sets that a user asks for"
+    if alpha is None and at_most: raise ValueError('--at-most bounds prediction sets; give --sets too')
+    if alpha is None: return None
+    from skin_lesions.conformal import calibrated_sets
+    try: bounds = {code: float(fraction) for code,fraction in (text.split('=') for text in at_most or ())}
+    except ValueError:
+        raise ValueError(f"--at-most takes CODE=FRACTION, e.g. mel=0.05, got {' '.join(at_most)}") from None
+    return calibrated_sets(table, calibration, alpha, at_most=bounds or None)
+
+# %% ../nbs/81_cli.ipynb #62000022
+def print_sets(
+    table, # predictions table, not calibrated
+    calibration, # fitted on it, or None
+    sets, # `PredictionSets` that were fitted on it
+):
+    "Print what prediction sets do to lesions that they were not fitted on"
+    from skin_lesions.conformal import calibrated_out_of_fold, crossfitted_sets, set_report
+    k = int(min(5, table.groupby('dx').group.nunique().min()))
+    print(f'sets: alpha {sets.alpha:g}, in every set: {", ".join(sets.always) or "none"}')
+    if k<2: return
+    options = dict(by_class=sets.by_class, at_most=sets.at_most, confidence=sets.confidence)
+    found = crossfitted_sets(calibrated_out_of_fold(table, calibration), sets.alpha, k=k, **options)
+    r = set_report(found).loc['all']
+    between = f'{r.low:.3f} to {r.high:.3f}'
+    print(f"sets cross-fitted over {k} parts: coverage {r.coverage:.3f} ({between}), {r['size']:.2f} diagnoses a set")
 
 # %% ../nbs/81_cli.ipynb #48046bf9
 def calibrate(
@@ -767,17 +803,21 @@ def calibrate(
     calibration:Calibration='auto', # auto: by stages for a two-stage network, with biases where each class has images
     rule:Rule=None, # how a diagnosis is made of probabilities; without it, as the run's recipe says, else prior
     refer:float=None, # fraction of the malignant lesions to refer, e.g. 0.95; without it, no referral
+    sets:float=None, # fraction of lesions that may be outside their prediction sets, e.g. 0.1; without it, no sets
+    at_most:Repeated=None, # bound it for a class with 95 % confidence, e.g. --at-most mel=0.05
 )->int:
-    "Fit calibration, decision rule and referral, and put them into the bundle"
+    "Fit calibration, decision rule, referral and prediction sets, and put them into the bundle"
     folder = bundle_folder(bundle)
     from skin_lesions.bundle import first_diagnosis, read_bundle, update_bundle
     from skin_lesions.decide import fit_decisions
-    table,first = run_predictions(predictions or folder),first_diagnosis(read_bundle(folder))
-    rule = rule or recipe_of(read_bundle(folder)).get('rule', 'prior')
-    fitted = fit_decisions(table, first=first, method=calibration, rule=rule, sensitivity=refer)
+    table,record = run_predictions(predictions or folder),read_bundle(folder)
+    fitted = fit_decisions(table, first=first_diagnosis(record), method=calibration, sensitivity=refer,
+                           rule=rule or recipe_of(record).get('rule', 'prior'))
+    chosen = fitted_sets(table, fitted.calibration, sets, at_most)
+    parts = dict(calibration=fitted.calibration, rule=fitted.rule, referral=fitted.referral, sets=chosen)
     # False takes out what an earlier calibration has left
-    update_bundle(folder, calibration=fitted.calibration or False, rule=fitted.rule, referral=fitted.referral or False)
-    print_fitted(fitted)
+    update_bundle(folder, **{name: part or False for name,part in parts.items()})
+    print_fitted(fitted, table, chosen)
     print(f'bundle: {folder}')
     note(NOTICE)
     return 0

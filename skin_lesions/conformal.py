@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SET_METHODS', 'set_scores', 'fewest_lesions', 'lesion_threshold', 'bound_threshold', 'miss_bound', 'check_fraction',
-           'with_set', 'PredictionSets', 'fit_sets', 'set_members', 'set_report', 'plot_coverage', 'calibrated_sets',
-           'cross_sets']
+           'with_set', 'PredictionSets', 'enough_lesions', 'fit_sets', 'set_members', 'set_report', 'plot_coverage',
+           'calibrated_out_of_fold', 'calibrated_sets', 'crossfitted_sets', 'cross_sets']
 
 # %% ../nbs/62_conformal.ipynb #dea1f2fc
 import math, warnings
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from .bootstrap import (check_draws, divide, interval_ends, labelled, recall_dra
                                     units_of, warn_of_images)
 from .classes import SET_SEPARATOR, classes_of
 from .core import check_columns, unknown_name
-from .decide import FittedOn, check_overlap, probabilities_for, seen_of
+from .decide import FittedOn, check_overlap, crossfit, fit_calibration, probabilities_for, seen_of
 from .predictions import check_predictions, ensemble, out_of_fold
 
 # %% ../nbs/62_conformal.ipynb #b2ce244f
@@ -236,6 +237,13 @@ def _table_scores(table, method, **kwargs)->np.ndarray:
     p = table[list(classes_of(table).codes)].to_numpy(dtype=np.float64)
     return set_scores(p/p.sum(1, keepdims=True), method, **kwargs)
 
+def enough_lesions(
+    table:pd.DataFrame, # predictions table with dx and group
+    alpha:float=.1, # of the sets
+)->bool:
+    "Whether sets could ever exclude a class"
+    return bool(table.groupby('dx').group.nunique().max()>=fewest_lesions(alpha))
+
 def _warn_of_few(table, found, lesions, alpha, by_class):
     "Say which classes are in every set; a `ValueError` where all are"
     codes = classes_of(table).codes
@@ -343,22 +351,41 @@ def plot_coverage(
     return ax
 
 # %% ../nbs/62_conformal.ipynb #11d22315
+def calibrated_out_of_fold(
+    table:pd.DataFrame, # predictions table with dx and group, not calibrated
+    calibration=None, # `Calibration` of `skin_lesions.decide` that was fitted on it; None leaves the table as it is
+    k:int=5, # parts of the cross-fitting, or the lesions of the rarest class where these are fewer
+)->pd.DataFrame:
+    "A table calibrated by fits that have not seen its lesions; by the fit itself where a class has one lesion"
+    if calibration is None: return table
+    check_columns(table, ['dx', 'group'], name='the predictions table', why='calibration is cross-fitted over lesions')
+    def fit(part): return fit_calibration(part, calibration.method, first=calibration.first)
+    parts = int(min(k, table.groupby('dx').group.nunique().min()))
+    return crossfit(table, fit, parts) if parts>1 else calibration.calibrate(table, overlap='ignore')
+
+# %% ../nbs/62_conformal.ipynb #62000011
 def calibrated_sets(
     table:pd.DataFrame, # predictions table with dx and group, not calibrated
     calibration=None, # `Calibration` of `skin_lesions.decide` that was fitted on it; None for none
     alpha:float=.1, # as for `fit_sets`
-    *,
-    k:int=5, # parts of the cross-fitting, or the lesions of the rarest class where these are fewer
     **kwargs # of `fit_sets`
 )->PredictionSets:
     "Fit sets for calibrated probabilities, each calibrated by a fit on other lesions"
-    from skin_lesions.decide import crossfit, fit_calibration # brings scikit-learn
-    if calibration is None: return fit_sets(table, alpha, **kwargs)
-    check_columns(table, ['dx', 'group'], name='the predictions table', why='calibration is cross-fitted over lesions')
-    def fit(part): return fit_calibration(part, calibration.method, first=calibration.first)
-    parts = int(min(k, table.groupby('dx').group.nunique().min()))
-    ready = crossfit(table, fit, parts) if parts>1 else calibration.calibrate(table, overlap='ignore')
-    return fit_sets(ready, alpha, **kwargs)
+    return fit_sets(calibrated_out_of_fold(table, calibration), alpha, **kwargs)
+
+# %% ../nbs/62_conformal.ipynb #62000012
+def crossfitted_sets(
+    table:pd.DataFrame, # predictions table with dx and group, calibrated out of fold if sets are for calibrated ones
+    alpha:float=.1, # as for `fit_sets`
+    *,
+    k:int=5, # parts, from 2 to the lesions of the rarest class
+    **kwargs # of `fit_sets`
+)->pd.DataFrame: # the table with the column `set`
+    "Each image with the set of a fit on other lesions, to see what the sets are worth"
+    def fit(part): return partial(fit_sets(part, alpha, **kwargs).sets, overlap='ignore')
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'too few lesions')
+        return crossfit(table, fit, k)
 
 # %% ../nbs/62_conformal.ipynb #b231b495
 def _weight_at_least(scores, units, at)->np.ndarray:
@@ -424,5 +451,5 @@ def _read_sets(d)->PredictionSets:
         return PredictionSets(d['method'], float(d['alpha']), codes, thresholds, lesions, bool(d['by_class']),
                               d['at_most'], *numbers, int(d['free']), seen_of(d))
     except KeyError as e: raise ValueError(f"the sets lack {e.args[0]!r} (have: {', '.join(map(str, d))})") from e
-    except (TypeError, AttributeError) as e:
+    except (TypeError, AttributeError, OverflowError) as e:
         raise ValueError(f"the sets hold something of the wrong kind: {e}") from e

@@ -227,7 +227,8 @@ def _table(predictor, images, names, problems, answers)->pd.DataFrame:
         beyond = ~(scores<=predictor.ood.threshold) # as `OODScore.is_ood`
         table['ood'],table['ood_score'] = beyond if good.all() else np.where(good, beyond, None),scores
     table['problem'] = pd.Series(problems, dtype=object)
-    return decide_table(table, predictor.calibration, predictor.rule, predictor.referral)
+    table = decide_table(table, predictor.calibration, predictor.rule, predictor.referral)
+    return table if predictor.sets is None else predictor.sets.sets(table)
 
 # %% ../nbs/66_predict.ipynb #0f08b484
 class Predictor:
@@ -244,7 +245,7 @@ class Predictor:
         self.codes,self.notice = list(self.classes),record.get('notice', NOTICE)
         self.size = tuple(record['crop']['size']) # height and width that the network sees
         self.calibration,self.rule = decision_part(record, 'calibration'),decision_part(record, 'rule')
-        self.referral = decision_part(record, 'referral')
+        self.referral,self.sets = decision_part(record, 'referral'),decision_part(record, 'sets')
         self.patient,self.preprocess = _patient_encoder(record),_preprocessing(record)
         self.ood = ood_of(record, tensors or {}, model)
         self.network = PixelNet(model, record['normalization'])
@@ -300,7 +301,7 @@ class Predictor:
         views:str=None, # test-time augmentation, one of `skin_lesions.views.VIEWS`; None looks once
         part:float=.8, # as for `prepare`
         workers:int=None, # threads that open images; 0 for none; None takes one a core, up to 4
-    )->pd.DataFrame: # image_id, probability columns, decision, problem; where known dx, group, ood, refer, reason
+    )->pd.DataFrame: # image_id, probability columns, decision, problem; where known dx, group, ood, refer, reason, set
         "The predictions table of images"
         if bs<1: raise ValueError(f"bs must be 1 or more, got {bs}")
         sources,names,n = list_images(images)
@@ -348,7 +349,7 @@ class Predictor:
     def __repr__(self):
         network,(height,width) = self.record['network'],self.size
         view = f"{height}x{width} pixels, crop {self.record['crop']['name']}"
-        parts = [k for k in ('patient', 'calibration', 'rule', 'referral', 'ood') if self.record[k]]
+        parts = [k for k in ('patient', 'calibration', 'rule', 'referral', 'sets', 'ood') if self.record.get(k)]
         return f"Predictor({', '.join([network['network'], classifier_config(network)['arch'], view, *parts])})"
 
 # %% ../nbs/66_predict.ipynb #0fa6ab08

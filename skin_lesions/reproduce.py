@@ -19,6 +19,7 @@ from .bundle import bundle_content, first_diagnosis, read_bundle, save_bundle
 from .card import model_card
 from .classes import classes_of, with_classes
 from .core import atomic_path, unknown_name, write_json
+from .conformal import calibrated_sets, enough_lesions
 from .decide import fit_decisions
 from .evaluate import scores_by
 from .experiments import experiment_data, recipe_to_run, run_digest
@@ -212,7 +213,8 @@ def decide_and_write(out, runs, network, recipe, meta, sensitivity, tolerance, d
     predictor = predictor_of(network, runs, meta, device)
     decisions = fit_decisions(table, first=first_diagnosis(predictor.record), rule=recipe.rule,
                               sensitivity=sensitivity, seed=about['seed'])
-    fitted = dict(calibration=decisions.calibration, rule=decisions.rule, referral=decisions.referral)
+    sets = calibrated_sets(table, decisions.calibration) if enough_lesions(table) else None
+    fitted = dict(calibration=decisions.calibration, rule=decisions.rule, referral=decisions.referral, sets=sets)
     ood = (fit_ood_of_mean if mean else fit_ood_of_all)(runs, meta, seed=about['seed'], device=device)
     made_of = dict(kind=network, networks=len(runs)) if mean else None
     scores = measured_scores(decisions.measured, recipe, meta, table, list(of_folds), made_of=made_of, **about)

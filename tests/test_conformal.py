@@ -255,3 +255,88 @@ def test_bad_requests():
     for change, message in ((dict(thresholds={}), "lack 'akiec'"), (dict(alpha=2), 'alpha'), (dict(kind='rule'), "kind 'sets'"), (dict(method='x'), 'unknown kind of sets'),
                             (dict(thresholds=[1]), 'wrong kind'), (dict(at_most=dict(x=.1)), 'unknown code')):
         with pytest.raises(ValueError, match=message): PredictionSets.from_dict(d | change)
+
+
+# ---- in a bundle, a prediction, a command
+
+@pytest.fixture(scope='module')
+def bundle(sample, tmp_path_factory):
+    "A bundle with sets, and the sets"
+    from serving import make
+    from skin_lesions.bundle import save_bundle
+    from skin_lesions.predictions import get_predictions
+    from skin_lesions.readers import read_metadata
+    meta = read_metadata(sample)
+    learn = make(meta.assign(is_valid=meta.groupby('dx').cumcount() % 5 == 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        sets = fit_sets(get_predictions(learn), .4)
+    return save_bundle(learn, tmp_path_factory.mktemp('sets')/'b', sets=sets), sets
+
+
+def test_a_bundle_keeps_sets_and_predicts_with_them(bundle, tmp_path, sample):
+    import shutil
+    from skin_lesions.bundle import read_bundle, save_bundle, update_bundle
+    from skin_lesions.predict import load_predictor
+    folder, sets = bundle
+    predictor = load_predictor(folder, 'cpu')
+    assert predictor.sets == sets and 'sets' in repr(predictor)
+    assert list(read_bundle(folder)['sets']['fitted_on']) == ['ids', 'n_images', 'n_lesions'], 'hashed ids are beside the tensors'
+    table = predictor.predict(sorted(sample.rglob('*.jpg'))[:5], progress=False)
+    assert table.set.tolist() == sets.sets(table.drop(columns='set')).set.tolist() and all(d in s.split('|') for d, s in zip(table.decision, table.set))
+    assert load_predictor(save_bundle(predictor, tmp_path/'again'), 'cpu').sets == sets
+    # without them: valid, whether the key is there or not
+    shutil.copytree(folder, tmp_path/'old')
+    record = json.loads((tmp_path/'old'/'bundle.json').read_text())
+    for change in (lambda r: r.pop('sets'), lambda r: r.update(sets=None)):
+        old = json.loads(json.dumps(record)); change(old)
+        (tmp_path/'old'/'bundle.json').write_text(json.dumps(old))
+        plain = load_predictor(tmp_path/'old', 'cpu')
+        assert plain.sets is None and 'set' not in plain.predict(next(sample.rglob('*.jpg')), progress=False)
+    update_bundle(tmp_path/'old', sets=sets)
+    assert load_predictor(tmp_path/'old', 'cpu').sets == sets
+    for wrong, message in ((1, "'sets' must be an object or null"), (dict(record['sets'], kind='rule'), "fitted object of kind 'rule'"), (dict(record['sets'], alpha='x'), 'alpha|float'),
+                           (dict(record['sets'], free=1e400), 'wrong kind'), (dict(record['sets'], thresholds=None), 'wrong kind'), (dict(record['sets'], fitted_on=3), 'the number ids')):
+        (tmp_path/'old'/'bundle.json').write_text(json.dumps(record | dict(sets=wrong)))
+        with pytest.raises(ValueError, match=message): load_predictor(tmp_path/'old', 'cpu')
+
+
+def test_what_people_and_programs_read(bundle, sample, capsys):
+    "The same diagnoses, by their full names, in the text, the JSON, the CSV and the web demo"
+    from skin_lesions.app import as_html, diagnose
+    from skin_lesions.cli import main
+    from skin_lesions.predict import load_predictor
+    folder, sets = bundle
+    image = str(sorted(sample.rglob('*.jpg'))[3])
+    predictor = load_predictor(folder, 'cpu')
+    row = predictor.predict(image, progress=False).iloc[0]
+    names = [HAM10000.full_name(c) for c in row.set.split('|')]
+    assert main(['predict', image, '--bundle', str(folder), '--json', '--device', 'cpu']) == 0
+    found = json.loads(capsys.readouterr().out)[0]['not_excluded']
+    assert found == (' or '.join([', '.join(names[:-1]), names[-1]]) if 1 < len(names) < 7 else names[0] if len(names) == 1 else 'any of the 7 diagnoses')
+    assert main(['predict', image, '--bundle', str(folder), '--device', 'cpu']) == 0
+    text = capsys.readouterr().out
+    assert f'Not excluded: {found}.' in text and '60 % of new lesions of each diagnosis' in text
+    assert main(['predict', image, '--bundle', str(folder), '--csv', '--device', 'cpu']) == 0
+    assert 'not_excluded' in capsys.readouterr().out.splitlines()[0]
+    html = as_html(*diagnose(predictor, {'a.jpg': image}))
+    assert f'Not excluded: {found}.' in html
+    assert f'(not excluded: {found})' in as_html(*diagnose(predictor, {'a.jpg': image, 'b.jpg': image}))
+
+
+def test_calibrate_fits_and_removes_sets(bundle, tmp_path, capsys):
+    import shutil
+    from skin_lesions.cli import main
+    from skin_lesions.predict import load_predictor
+    from skin_lesions.predictions import save_predictions
+    shutil.copytree(bundle[0], tmp_path/'b')
+    table = save_predictions(synthetic_table(260, seed=2, skill=2), tmp_path/'t.csv')
+    ask = ['calibrate', str(tmp_path/'b'), '--predictions', str(table), '--calibration', 'temperature']
+    assert main([*ask, '--sets', '0.2', '--at-most', 'nv=0.1']) == 0
+    printed = capsys.readouterr().out
+    sets = load_predictor(tmp_path/'b', 'cpu').sets
+    assert (sets.alpha, sets.at_most) == (.2, dict(nv=.1)) and 'sets: alpha 0.2' in printed and 'sets cross-fitted over' in printed
+    assert main(ask) == 0 and load_predictor(tmp_path/'b', 'cpu').sets is None
+    for wrong, message in ((['--at-most', 'nv=0.1'], 'give --sets too'), (['--sets', '0.2', '--at-most', 'nv'], 'CODE=FRACTION'), (['--sets', '2'], 'alpha must be'), (['--sets', '.1', '--at-most', 'x=.1'], 'unknown code')):
+        capsys.readouterr()
+        assert main([*ask, *wrong]) == 2 and message in capsys.readouterr().err

@@ -128,7 +128,7 @@ def test_a_release_holds_the_modules_and_no_more(repo, tmp_path):
     names = names_in(wheel)
     assert {f'skin_lesions/{m}.py' for m in MODULES} <= set(names)
     assert not [n for n in names if not n.startswith(('skin_lesions/', 'skin_lesions-'))]
-    assert 'skin_lesions/py.typed' in names and not [n for n in names if n.startswith('skin_lesions/') and not n.endswith('.py') and n != 'skin_lesions/py.typed' and '/bundles/' not in n]
+    assert 'skin_lesions/py.typed' in names and not [n for n in names if n.startswith('skin_lesions/') and not n.endswith('.py') and n != 'skin_lesions/py.typed' and not n.startswith(('skin_lesions/bundles/', 'skin_lesions/tables/'))]
     metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith('METADATA'))).decode()
     needs = [l for l in metadata.splitlines() if l.startswith('Requires-Dist') and 'extra' not in l]
     assert any('fastai' in n for n in needs) and not any('nbdev' in n or 'plum' in n or 'fastcore' in n for n in needs)

@@ -37,7 +37,7 @@ def names_in(file):
 def missing(file, repo=REPO):
     "What a release must hold and the file does not"
     package = [p for p in (repo/'skin_lesions').rglob('*') if p.is_file() and '__pycache__' not in p.parts]
-    needed = {p.relative_to(repo).as_posix() for p in package if p.suffix in ('.py', '.typed', '.json', '.safetensors', '.md')}
+    needed = {p.relative_to(repo).as_posix() for p in package if p.suffix in ('.py', '.typed', '.json', '.safetensors', '.md', '.xz')}
     if file.suffix != '.whl': needed |= {'README.md', 'LICENSE', 'settings.ini', 'setup.py', 'pyproject.toml'}
     return sorted(needed - names_in(file))
 
