@@ -39,7 +39,8 @@ def make_keys(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     there = [name for name in (PRIVATE, PUBLIC) if (folder/name).exists()]
-    if there: raise FileExistsError(f"{folder} has {' and '.join(there)}: what was signed with a lost key cannot be signed again")
+    if there:
+        raise FileExistsError(f"{folder} has {' and '.join(there)}; they stay, since a lost key signs nothing again")
     key,pem = ec.generate_private_key(ec.SECP256R1()),serialization.Encoding.PEM
     locked = serialization.BestAvailableEncryption(password.encode()) if password else serialization.NoEncryption()
     _new_file(folder/PRIVATE, key.private_bytes(pem, serialization.PrivateFormat.PKCS8, locked))
