@@ -81,6 +81,7 @@ def sign_bundle(
     config.set_hashing_config(_hashing(hashing, folder)).sign(folder, folder/SIGNATURE)
     return folder/SIGNATURE
 
+# %% ../nbs/78_signing.ipynb #pdf2cab4
 def verify_bundle(
     bundle, # folder of a bundle or run
     public_key, # file of the one who is said to have signed it
