@@ -11,7 +11,8 @@ from latex2mathml.converter import convert
 from nbconvert import MarkdownExporter
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO)) # the pages' own version of the package
+sys.path[:0] = [str(REPO), str(REPO/'tools')] # the pages' own version of the package
+from readme import pages_text
 from skin_lesions.style import color_variables
 
 GIT = 'https://github.com/skin-lesions/skin_lesions/blob/main/'
@@ -28,7 +29,8 @@ def with_links(text):
     "Links between notebooks become links between pages; those to other files of the repository lead to it; a badge becomes its text"
     text = re.sub(r'\[!\[([^\]]*)\]\(https?:[^)]*\)\]', r'[\1]', text)
     text = re.sub(r'\]\((?:nbs/)?(\d\d_\w+)\.ipynb', r'](\1.md', text)
-    return re.sub(r'\]\(((?!https?:|#|mailto:|images/|\d\d_\w+\.md)[^)\s]+)\)', lambda m: f"]({GIT}{m[1].removeprefix('../')})", text)
+    text = re.sub(r'\]\((?:nbs/)?README\.md', '](pages.md', text)
+    return re.sub(r'\]\(((?!https?:|#|mailto:|images/|pages\.md|\d\d_\w+\.md)[^)\s]+)\)', lambda m: f"]({GIT}{m[1].removeprefix('../')})", text)
 
 
 def page(notebook, dest):
@@ -56,6 +58,7 @@ def sources(dest):
     (dest/'extra.css').write_text(colors+(REPO/'docs'/'extra.css').read_text(encoding='utf-8'), encoding='utf-8')
     (dest/'api').mkdir()
     page(REPO/'nbs'/'index.ipynb', dest)
+    (dest/'pages.md').write_text(with_links(pages_text(REPO/'nbs')), encoding='utf-8')
     pages = [{f"{n.stem[:2]} {page(n, dest)}": f'{n.stem}.md'} for n in sorted((REPO/'nbs').glob('[0-9]*.ipynb'))]
     modules = sorted(p.stem for p in (REPO/'skin_lesions').glob('[a-z]*.py'))
     for m in modules: (dest/'api'/f'{m}.md').write_text(f'# skin_lesions.{m}\n\n::: skin_lesions.{m}\n    options: {{show_root_heading: false, show_root_toc_entry: false}}\n')

@@ -168,6 +168,9 @@ APP_STYLE = """
 #files .or{color:inherit}
 :is(#files,#examples) button:focus-visible{outline:3px solid var(--sl-blue);
  outline-offset:-3px}
+@media(prefers-reduced-motion:reduce){
+ #result *{transition:none!important}
+}
 @media print{
  #files,#try,#examples,#footer,.sl .actions{display:none!important}
 }

@@ -1,5 +1,5 @@
 "Notebook hygiene: what CONTRIBUTING asks of every page."
-import io, json, re, sys, tokenize
+import ast, io, json, re, sys, tokenize
 from pathlib import Path
 
 import pytest
@@ -99,10 +99,51 @@ def test_no_machine_in_the_source(path):
         assert 'HF_TOKEN' not in source and 'api_key' not in source
 
 
-def test_readme_is_the_index_page(repo):
+def readme_tool(repo):
     sys.path.insert(0, str(repo/'tools'))
-    from readme import readme_text
-    assert (repo/'README.md').read_text() == readme_text(repo/'nbs'/'index.ipynb'), 'python tools/readme.py writes it'
+    import readme
+    return readme
+
+
+def test_readme_is_the_index_page(repo):
+    tool = readme_tool(repo)
+    assert (repo/'README.md').read_text() == tool.readme_text(repo/'nbs'/'index.ipynb'), 'python tools/readme.py writes it'
+    for name, data in tool.figures(repo/'nbs'/'index.ipynb'): assert (repo/'nbs'/'images'/name).read_bytes() == data, 'python tools/readme.py writes it'
+
+
+def last_value(source):
+    "What the last expression of a cell gives"
+    tree, names = ast.parse(source), {}
+    exec(compile(ast.Module(tree.body[:-1], []), 'cell', 'exec'), names)
+    return eval(compile(ast.Expression(tree.body[-1].value), 'cell', 'eval'), names)
+
+
+def test_the_readme_s_results_are_those_of_today(repo, monkeypatch):
+    "The table is what its cell prints now, from the packaged network's record and from benchmarks"
+    monkeypatch.chdir(repo/'nbs')
+    cell = next(c for c in json.loads((repo/'nbs'/'index.ipynb').read_text())['cells'] if c['id'] == 'results')
+    text = last_value(''.join(cell['source'])).data
+    assert text.count('\n|') == 4 and text in (repo/'README.md').read_text(), 'run nbs/index.ipynb again and store its outputs, then python tools/readme.py'
+
+
+def test_badges_are_true(repo):
+    from release import settings
+    cfg, text = settings(), (repo/'README.md').read_text()
+    badges = re.findall(r'^\[!\[(.+?)\]\(https://img\.shields\.io/badge/(\S+?)\)\]', text, re.M)
+    assert {alt for alt, _ in badges} == {f"Python {cfg['min_python']} and newer", f"fastai {re.search('fastai>=([0-9.]+)', cfg['requirements'])[1]} and newer",
+                                          'Code: Apache 2.0', 'Research software, not a medical device'}
+    assert cfg['license'] == 'apache2' and 'Apache License' in (repo/'LICENSE').read_text()
+    for alt, url in badges: assert url.rsplit('-', 1)[0].replace('_', ' ').replace('-', ' ').lower() == alt.replace(':', '').replace(',', '').lower()
+
+
+def test_every_page_is_listed(repo):
+    "nbs/README.md is read from the pages, so that a new one needs no line anywhere"
+    text = (repo/'nbs'/'README.md').read_text()
+    assert text == readme_tool(repo).pages_text(repo/'nbs'), 'python tools/readme.py writes it'
+    listed = re.findall(r'^\| \[(\d\d) .+\]\((\S+\.ipynb)\) \|', text, re.M)
+    assert sorted(name for _, name in listed) == [p.name for p in NOTEBOOKS if p.name != 'index.ipynb']
+    assert all(name.startswith(number) for number, name in listed)
+    assert '](nbs/README.md)' in (repo/'README.md').read_text()
 
 
 def test_no_photograph_in_the_repository(repo):
@@ -122,6 +163,6 @@ def test_no_dead_link_on_a_page(path):
 
 
 def test_no_dead_link_in_the_texts(repo):
-    files = [*repo.glob('*.md'), repo/'skin_lesions'/'bundles'/'ham10000'/'README.md']
-    assert not {f.name: dead for f in files if (dead := dead_links([f.read_text()], f.parent))}
+    files = [*repo.glob('*.md'), *repo.glob('*/README.md'), repo/'skin_lesions'/'bundles'/'ham10000'/'README.md']
+    assert not {str(f): dead for f in files if (dead := dead_links([f.read_text()], f.parent))}
     assert dead_links(['[x](gone.md) and `[y](code.md)`'], repo) == ['gone.md']
