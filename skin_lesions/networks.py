@@ -133,8 +133,9 @@ def _patient_features(net, x, patient):
                          "encode it with dls.patient.encode(meta), which also knows what to do with missing values")
     if patient.ndim!=2 or patient.shape[1]!=n or patient.shape[0]!=x.shape[0]:
         raise ValueError(f"patient data must have shape {(len(x), n)}, a row an image, got {tuple(patient.shape)}")
-    # a plain tensor stays as it is: `as_subclass` cannot be traced
-    return net.patient(patient if type(patient) is Tensor else patient.as_subclass(Tensor))
+    # `as_subclass` cannot be traced
+    plain = type(patient) is Tensor or torch.compiler.is_compiling()
+    return net.patient(patient if plain else patient.as_subclass(Tensor))
 
 def _join(features, patient_features):
     "Image features and patient features side by side"

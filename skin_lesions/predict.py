@@ -257,8 +257,9 @@ class Predictor:
         device, # 'cpu', 'cuda', ...; None takes the fastest of this machine
     )->'Predictor': # itself
         "Move the network"
-        self.device = usable_device(device)
-        self.network.to(self.device).eval()
+        usable = usable_device(device)
+        self.network.to(usable).eval()
+        self.device = usable
         if self.device.type=='cpu': reuse_memory()
         return self
 
@@ -408,6 +409,8 @@ def half_difference(
     images, # as for `Predictor.predict`
 )->float: # largest difference of a probability, 0 to 1
     "By how much 16-bit weights move the probabilities of images"
+    if predictor.network.classifier is not predictor.model:
+        raise ValueError("this predictor's probabilities come from an engine; give one of load_predictor")
     state = {k: v.clone() for k,v in predictor.model.state_dict().items()}
     rounded = {k: v.float() if v.dtype==torch.float16 else v for k,v in halved(state).items()}
     before = predictor.predict(images, progress=False)[predictor.codes]

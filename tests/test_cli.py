@@ -254,6 +254,15 @@ def test_predict_gives_the_run_s_own_probabilities(sample, finished_run, call, t
     assert (tmp_path/'files.csv').read_text() == (tmp_path/'out.csv').read_text()
 
 
+def test_predict_takes_an_engine(finished_run, sample, monkeypatch):
+    from skin_lesions import engine
+    given, file = [], next(sample.rglob('*.jpg'))
+    monkeypatch.setattr(engine, 'with_engine', lambda predictor: given.append(predictor) or predictor)
+    assert call('predict', file, '--bundle', finished_run, '--engine', 'onnxruntime')[0] == 0
+    assert [p.device.type for p in given] == ['cpu']
+    assert call('predict', file, '--bundle', finished_run)[0] == 0 and len(given) == 1
+
+
 def test_an_out_of_distribution_image_is_named(sample, finished_run, call, tmp_path):
     from PIL import Image
     from skin_lesions.synthetic import draw_non_lesion
