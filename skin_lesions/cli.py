@@ -732,9 +732,8 @@ def predict(
 )->int:
     "Predict images, or all images of a folder"
     files = named_images(images)
-    check_bundle(bundle)
-    maps = None if gradcam is None else output_folder(gradcam, overwrite) if files_alone(files) else None
     predictor,patient_data = open_bundle(bundle, device, engine),read_patients(patients)
+    maps = None if gradcam is None else output_folder(gradcam, overwrite) if files_alone(files) else None
     answers = predictor.predict(files, patient_data, views=chosen_views(predictor, views), progress=not quiet)
     print_answers(answers, predictor, out, files, 'json' if json else 'csv' if csv else 'text')
     if maps is not None: write_maps(predictor, files, maps, answers, patient_data, show=not quiet)

@@ -254,7 +254,7 @@ def test_predict_gives_the_run_s_own_probabilities(sample, finished_run, call, t
     assert (tmp_path/'files.csv').read_text() == (tmp_path/'out.csv').read_text()
 
 
-def test_predict_takes_an_engine(finished_run, sample, monkeypatch):
+def test_predict_takes_an_engine(call, finished_run, sample, monkeypatch):
     from skin_lesions import engine
     given, file = [], next(sample.rglob('*.jpg'))
     monkeypatch.setattr(engine, 'with_engine', lambda predictor: given.append(predictor) or predictor)

@@ -63,7 +63,7 @@ def test_what_an_engine_cannot_do_goes_on_with_pytorch_or_says_so(pair, tmp_path
     assert fast.learner.model is plain.model
     xb = torch.stack([fast.prepare(p) for p in meta.path[:2]])
     assert torch.equal(fast.batch(list(xb)), plain.batch(list(xb)))
-    with keep_features(fast.network) as kept: fast.answer(xb, torch.zeros(2, plain.patient.n))
+    with keep_features(fast.network) as kept: fast.network(xb, torch.zeros(2, plain.patient.n))
     assert [tuple(k.shape) for k in kept] == [(2, plain.ood.n_features)]
     with pytest.raises(ValueError, match='runs on the CPU'): fast.network.to(torch.device('cuda'))
     with pytest.raises(ValueError, match='come from an engine'): half_difference(fast, list(meta.path[:2]))
