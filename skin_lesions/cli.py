@@ -544,7 +544,7 @@ def print_benefit(
 
 # %% ../nbs/81_cli.ipynb #cc77d7aa
 def benefit(
-    table:str, # predictions table with dx (CSV), or run folder
+    source:str, # predictions table with dx (CSV), or run folder
     *,
     prevalence:float, # fraction of malignant lesions where the network would be used; not that of a collection
     threshold:float=None, # probability there from which on a lesion is referred; without it, the column refer
@@ -557,9 +557,9 @@ def benefit(
     if rates.count(None)==1:
         raise ValueError('--reader-sensitivity and --reader-specificity describe one person; give both')
     from skin_lesions.benefit import Reader, decision_curve, per_thousand
-    reader,source = None if None in rates else Reader(*rates),run_predictions(table)
-    counts = per_thousand(source, prevalence, threshold, reader=reader, malignant=malignant)
-    curve = None if threshold is None else decision_curve(source, prevalence, [threshold], malignant=malignant)
+    reader,table = None if None in rates else Reader(*rates),run_predictions(source)
+    counts = per_thousand(table, prevalence, threshold, reader=reader, malignant=malignant)
+    curve = None if threshold is None else decision_curve(table, prevalence, [threshold], malignant=malignant)
     print_benefit(counts, prevalence, None if curve is None else curve.iloc[0])
     note(NOTICE)
     return 0
