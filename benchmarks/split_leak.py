@@ -1,4 +1,4 @@
-"""What an image of the same lesion in training is worth on HAM10000: the nearest neighbour, with and without the lesion.
+"""What an image of the same lesion in training is worth on HAM10000: nearest neighbours, with and without the lesion.
 
     python benchmarks/split_leak.py --data HAM10000
 
