@@ -749,9 +749,9 @@ def _names_of(source)->list:
     return [classes.full_name(c) if c in classes else c for c in codes_of(source)]
 
 # %% ../nbs/50_gradcam.ipynb #f0a1b2c5
-def _write_batch(batch, out, codes, names, stage)->list:
+def _write_batch(batch, out, source, stage)->list:
     "Write the PNG of each image of a batch; returns their figures for the gallery, which have room for names"
-    figures = []
+    codes,names,figures = codes_of(source),_names_of(source),[]
     for i,row in batch.frame.iterrows():
         pair = _side_by_side(batch.images[i], batch.cams[i])
         with atomic_path(out/row.png) as tmp: _with_caption(pair, _caption(batch, i, codes, stage)).save(tmp)
@@ -776,12 +776,11 @@ def gradcam_folder(
     "Write a PNG for each image, with the map beside it, and a gallery that needs no other file"
     frame,out = image_frame(files),Path(out)
     frame['png'] = _png_names(frame.path)
-    codes,names = codes_of(source),_names_of(source)
     out.mkdir(parents=True, exist_ok=True)
     n,unreadable,figures = 0,{},[]
     for batch in stream_cams(source, frame, target=target, method=method, stage=stage, show=show, **kwargs):
         unreadable,n = unreadable | batch.unreadable,n+len(batch.frame)
-        figures += _write_batch(batch, out, codes, names, stage)[:limit-len(figures)]
+        figures += _write_batch(batch, out, source, stage)[:limit-len(figures)]
     if not n: raise ValueError(f"none of the {len(frame)} images can be read; first: {_first_reasons(unreadable)}")
     _write_gallery(out/'gallery.html', figures, _gallery_text(len(figures), n, target, stage, method), unreadable)
     return n,unreadable
