@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['CLASS_SETS', 'ClassSet', 'FocalLossFlat', 'GradCAM', 'MixUp', 'RECIPES', 'class_scores', 'class_set', 'class_weights',
-           'classes_of', 'compare', 'decide_table', 'download_ham10000', 'find_recipe', 'fit_decisions',
-           'get_predictions', 'ham10000_dataloaders', 'html_report', 'leak_report', 'lesion_learner', 'load_predictor',
-           'map_classes', 'paper_settings', 'plot_class_frequencies', 'plot_confusion', 'plot_examples', 'plot_gradcam',
-           'plot_roc', 'pretext_dataloaders', 'read_csv_dataset', 'read_metadata', 'read_predictions', 'resize_cache',
+           'classes_of', 'compare', 'decide_table', 'decision_curve', 'download_ham10000', 'find_overlap',
+           'find_recipe', 'fit_decisions', 'fit_sets', 'get_predictions', 'ham10000_dataloaders', 'html_report',
+           'leak_report', 'lesion_learner', 'load_predictor', 'map_classes', 'paper_settings', 'per_thousand',
+           'plot_class_frequencies', 'plot_confusion', 'plot_examples', 'plot_gradcam', 'plot_roc',
+           'pretext_dataloaders', 'read_csv_dataset', 'read_metadata', 'read_predictions', 'resize_cache',
            'restoration_learner', 'rotation_learner', 'save_bundle', 'save_predictions', 'score_intervals', 'scores',
-           'split_by_image', 'split_by_lesion', 'synthetic_dataset', 'synthetic_ham10000', 'train_run', 'transfer_body',
-           'two_stage_learner', 'with_changes']
+           'set_report', 'split_by_image', 'split_by_lesion', 'synthetic_dataset', 'synthetic_ham10000', 'train_run',
+           'transfer_body', 'two_stage_learner', 'with_changes']
 
 # %% ../nbs/85_all.ipynb #b855cda4
+from .benefit import decision_curve, per_thousand
 from .bundle import save_bundle
 from .cache import resize_cache
 from .classes import CLASS_SETS, ClassSet, class_set, classes_of, map_classes
+from .conformal import fit_sets, set_report
 from .data import class_weights, ham10000_dataloaders, plot_class_frequencies, plot_examples
 from .dataset import download_ham10000
 from .decide import decide_table, fit_decisions
@@ -26,6 +29,7 @@ from .learner import lesion_learner, paper_settings, two_stage_learner
 # %% ../nbs/85_all.ipynb #ec3b6423
 from .losses import FocalLossFlat
 from .mixup import MixUp
+from .overlap import find_overlap
 from .predict import load_predictor
 from .predictions import get_predictions, read_predictions, save_predictions
 from .pretext import pretext_dataloaders, restoration_learner, rotation_learner, transfer_body
@@ -38,11 +42,12 @@ from .train import train_run
 
 # %% ../nbs/85_all.ipynb #a0a760ec
 _all_ = ['CLASS_SETS', 'ClassSet', 'FocalLossFlat', 'GradCAM', 'MixUp', 'RECIPES', 'class_scores', 'class_set',
-         'class_weights', 'classes_of', 'compare', 'decide_table', 'download_ham10000', 'find_recipe',
-         'fit_decisions', 'get_predictions', 'ham10000_dataloaders', 'html_report', 'leak_report',
-         'lesion_learner', 'load_predictor', 'map_classes', 'paper_settings', 'plot_class_frequencies',
+         'class_weights', 'classes_of', 'compare', 'decide_table', 'decision_curve', 'download_ham10000',
+         'find_overlap', 'find_recipe', 'fit_decisions', 'fit_sets', 'get_predictions', 'ham10000_dataloaders',
+         'html_report', 'leak_report', 'lesion_learner', 'load_predictor', 'map_classes', 'paper_settings',
+         'per_thousand', 'plot_class_frequencies',
          'plot_confusion', 'plot_examples', 'plot_gradcam', 'plot_roc', 'pretext_dataloaders',
          'read_csv_dataset', 'read_metadata', 'read_predictions', 'resize_cache', 'restoration_learner',
-         'rotation_learner', 'save_bundle', 'save_predictions', 'score_intervals', 'scores',
+         'rotation_learner', 'save_bundle', 'save_predictions', 'score_intervals', 'scores', 'set_report',
          'split_by_image', 'split_by_lesion', 'synthetic_dataset', 'synthetic_ham10000', 'train_run',
          'transfer_body', 'two_stage_learner', 'with_changes']

@@ -1,5 +1,5 @@
 "Notebook hygiene: what CONTRIBUTING asks of every page."
-import io, json, re, sys, tokenize
+import ast, io, json, re, sys, tokenize
 from pathlib import Path
 
 import pytest
@@ -109,6 +109,31 @@ def test_readme_is_the_index_page(repo):
     tool = readme_tool(repo)
     assert (repo/'README.md').read_text() == tool.readme_text(repo/'nbs'/'index.ipynb'), 'python tools/readme.py writes it'
     for name, data in tool.figures(repo/'nbs'/'index.ipynb'): assert (repo/'nbs'/'images'/name).read_bytes() == data, 'python tools/readme.py writes it'
+
+
+def last_value(source):
+    "What the last expression of a cell gives"
+    tree, names = ast.parse(source), {}
+    exec(compile(ast.Module(tree.body[:-1], []), 'cell', 'exec'), names)
+    return eval(compile(ast.Expression(tree.body[-1].value), 'cell', 'eval'), names)
+
+
+def test_the_readme_s_results_are_those_of_today(repo, monkeypatch):
+    "The table is what its cell prints now, from the packaged network's record and from benchmarks"
+    monkeypatch.chdir(repo/'nbs')
+    cell = next(c for c in json.loads((repo/'nbs'/'index.ipynb').read_text())['cells'] if c['id'] == 'results')
+    text = last_value(''.join(cell['source'])).data
+    assert text.count('\n|') == 4 and text in (repo/'README.md').read_text(), 'run nbs/index.ipynb again and store its outputs, then python tools/readme.py'
+
+
+def test_badges_are_true(repo):
+    from release import settings
+    cfg, text = settings(), (repo/'README.md').read_text()
+    badges = re.findall(r'^\[!\[(.+?)\]\(https://img\.shields\.io/badge/(\S+?)\)\]', text, re.M)
+    assert {alt for alt, _ in badges} == {f"Python {cfg['min_python']} and newer", f"fastai {re.search('fastai>=([0-9.]+)', cfg['requirements'])[1]} and newer",
+                                          'Code: Apache 2.0', 'Research software, not a medical device'}
+    assert cfg['license'] == 'apache2' and 'Apache License' in (repo/'LICENSE').read_text()
+    for alt, url in badges: assert url.rsplit('-', 1)[0].replace('_', ' ').replace('-', ' ').lower() == alt.replace(':', '').replace(',', '').lower()
 
 
 def test_every_page_is_listed(repo):
