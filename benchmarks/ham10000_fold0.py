@@ -1,4 +1,4 @@
-"""The table of `nbs/90_tutorial.ipynb`: plain fastai, one stage and two stages on fold 0 of HAM10000, split by lesion.
+"""For `nbs/90_tutorial.ipynb`: plain fastai, one stage and two stages on fold 0 of HAM10000, split by lesion.
 
     python benchmarks/ham10000_fold0.py --data HAM10000 --out runs/fold0 --epochs 5
 

@@ -1,11 +1,11 @@
-"""What changes of the images do to the packaged network: nine changes in five strengths, on images it was not trained on.
+"""What changes of the images do to the packaged network: nine changes in five strengths, on images that are new to it.
 
     HAM10000_DIR=... python benchmarks/robustness.py --out runs/robustness
     HAM10000_DIR=... python benchmarks/robustness.py --out runs/robustness --data MILK10K --name milk10k --n 400
 
 Without --data: the 193 validation images of the ISIC 2018 challenge. Nothing is chosen by what comes out, so this is no
-second look in the sense of challenge.py. With --data, images of diagnoses that the network does not have are left out. What
-is finished in --out is kept. Adds to benchmarks/results/robustness.json, and writes the predictions, rounded, to
+second look in the sense of challenge.py. With --data, images of diagnoses that the network does not have are left out.
+What is finished in --out is kept. Adds to benchmarks/results/robustness.json, and writes the predictions, rounded, to
 benchmarks/results/robustness_NAME.csv.gz.
 """
 import argparse, json, os
@@ -21,7 +21,8 @@ def images(args, classes):
     "The images to change, and what they are in words"
     from skin_lesions.readers import read_metadata
     if args.data is None:
-        return read_metadata(os.environ['HAM10000_DIR'], part='validation'), 'validation images of the ISIC 2018 challenge'
+        meta = read_metadata(os.environ['HAM10000_DIR'], part='validation')
+        return meta, 'validation images of the ISIC 2018 challenge'
     meta = read_metadata(args.data, classes=classes)
     return meta, meta.attrs['collection']
 
@@ -47,7 +48,7 @@ def main(args):
     predictor = load_predictor(args.bundle, 'cpu')
     meta, about = images(args, predictor.classes)
     seen = predictor.trained_on(meta)
-    if seen.any(): raise SystemExit(f'{seen.sum()} of {len(meta)} images are of lesions that the network was trained on')
+    if seen.any(): raise SystemExit(f'{seen.sum()} of {len(meta)} images show lesions that the network has seen')
     if args.n: meta = some_images(meta, args.n)
     folder = Path(args.out)/args.name
     result = stress(predictor, meta, folder=folder, workers=args.threads)

@@ -8,14 +8,15 @@ __all__ = ['Views', 'Rule', 'Calibration', 'Split', 'Scale', 'COMMANDS', 'Repeat
            'chosen_views', 'bundle_folder', 'output_folder', 'piped_images', 'named_images', 'files_alone',
            'check_source', 'read_images', 'without_bad_images', 'run_predictions', 'print_scores', 'recipe_changes',
            'print_run', 'train', 'train_and_print', 'own_split', 'unseen_images', 'read_split', 'validation_images',
-           'readable_rows', 'images_to_judge', 'predict_labelled', 'write_report', 'check_scored', 'note_overlap',
-           'evaluate', 'print_pairs', 'audit_labels', 'audit', 'print_benefit', 'benefit', 'print_stress', 'stress',
-           'stress_and_print', 'read_patients', 'note_ood', 'print_answer', 'words_of', 'with_patients', 'write_maps',
-           'predict', 'answer_records', 'print_json', 'print_csv', 'print_lines', 'print_answers', 'gradcam',
-           'print_fitted', 'fitted_sets', 'print_sets', 'calibrate', 'ensemble', 'combined', 'submit', 'export_onnx',
-           'app', 'paper_runs', 'print_recipes', 'run_line', 'run_all', 'print_paper_table', 'paper',
-           'reproduce_bundle', 'print_reproduced', 'demo_recipe', 'demo', 'demo_sample', 'run_demo', 'predict_demo',
-           'argument_parser', 'shell_words', 'plain_warnings', 'main']
+           'readable_rows', 'map_entries', 'in_classes', 'images_to_judge', 'predict_labelled', 'write_report',
+           'check_evaluated', 'note_overlap', 'evaluate', 'print_pairs', 'audit_labels', 'audit', 'print_benefit',
+           'benefit', 'change_names', 'print_stress', 'stress', 'stress_and_print', 'read_patients', 'note_ood',
+           'print_answer', 'words_of', 'with_patients', 'write_maps', 'predict', 'answer_records', 'print_json',
+           'print_csv', 'print_lines', 'print_answers', 'gradcam', 'print_fitted', 'fitted_sets', 'print_sets',
+           'calibrate', 'ensemble', 'combined', 'submit', 'export_onnx', 'sign', 'verify', 'app', 'paper_runs',
+           'print_recipes', 'run_line', 'run_all', 'print_paper_table', 'paper', 'reproduce_bundle', 'print_reproduced',
+           'demo_recipe', 'demo', 'demo_sample', 'run_demo', 'predict_demo', 'argument_parser', 'shell_words',
+           'plain_warnings', 'main']
 
 # %% ../nbs/81_cli.ipynb #733f8970
 import argparse, ast, glob, inspect, io, os, re, sys, textwrap, tokenize, warnings
@@ -420,14 +421,49 @@ def readable_rows(
     if len(bad): note(f"{len(bad)} of {len(table)} images left out: {'; '.join(bad.problem)}")
     return table[table.problem.isna()].drop(columns='problem').reset_index(drop=True)
 
+# %% ../nbs/81_cli.ipynb #3fd47589
+def map_entries(
+    entries, # texts CODE=CODE; None for none
+)->dict: # code of the network by code of the images, None leaves a diagnosis out; None without entries
+    "What `--map` says"
+    if not entries: return None
+    for text in entries:
+        if text.count('=')!=1: raise ValueError(f"--map takes CODE=CODE, e.g. --map scc=akiec, got {text!r}")
+    pairs = [[part.strip() for part in text.split('=')] for text in entries]
+    return {code: None if target=='none' else target for code,target in pairs}
+
+# %% ../nbs/81_cli.ipynb #0cd42171
+def in_classes(
+    meta, # metadata frame
+    classes, # `ClassSet` of a network
+    entries:dict=None, # as from `map_entries`
+): # metadata frame
+    "Images in the classes of a network; those of diagnoses that it does not have are left out and counted"
+    from skin_lesions.classes import classes_of, map_classes
+    if entries is None and set(classes_of(meta))<=set(classes): return meta
+    try: mapped = map_classes(meta, classes, entries)
+    except ValueError as e:
+        raise ValueError(f"{str(e).split('; give codes')[0]}; add --map CODE=CODE, or CODE=none to leave it out") from e
+    left_out = meta.dx[~meta.image_id.isin(mapped.image_id)].value_counts()
+    if not len(mapped):
+        raise ValueError(f"the network has none of the diagnoses of these images ({', '.join(classes)})")
+    counts = ', '.join(f'{code} {n}' for code,n in left_out.items())
+    if len(left_out):
+        note(f'{left_out.sum()} of {len(meta)} images left out, the network has no class for them: {counts}')
+    return mapped
+
+# %% ../nbs/81_cli.ipynb #d6c5db37
 def images_to_judge(
     predictor, # `Predictor`
     run, # as for `open_bundle`
     images:dict, # for `read_images`; without data and csv, the run's own validation images
+    entries:dict=None, # for `in_classes`
 )->tuple: # metadata frame, and where its images come from, None for the run's own
     "Labelled images that a network was not trained on"
     source = images['csv'] or images['data']
-    return validation_images(run) if source is None else unseen_images(predictor, read_images(**images)),source
+    if source is None: return validation_images(run),None
+    meta = in_classes(read_images(**images), predictor.classes, entries)
+    return unseen_images(predictor, meta),source
 
 # %% ../nbs/81_cli.ipynb #a32c4db8
 def predict_labelled(
@@ -435,10 +471,11 @@ def predict_labelled(
     images:dict, # as for `images_to_judge`
     views:str=None, # of each image
     device=None, # see `open_bundle`
+    entries:dict=None, # as for `images_to_judge`
 )->tuple: # predictions table, and what its images are, in words
     "Predictions of labelled images that a network was not trained on"
     predictor = open_bundle(run, device)
-    meta,source = images_to_judge(predictor, run, images)
+    meta,source = images_to_judge(predictor, run, images, entries)
     return readable_rows(predictor.predict(meta, views=chosen_views(predictor, views), progress=images['show'])),source
 
 # %% ../nbs/81_cli.ipynb #3a7a056e
@@ -456,16 +493,20 @@ def write_report(
                 title=f'Evaluation of {Path(run).name}')
     return out
 
-# %% ../nbs/81_cli.ipynb #f33df68b
-def check_scored(run, named, views, audit):
-    "Raise where `evaluate` gets a table and options that need images"
+# %% ../nbs/81_cli.ipynb #ed070fa4
+def check_evaluated(run, named, views, entries, audit=None):
+    "Raise where options of `evaluate` do not go together"
     if audit and not Path(audit).exists():
         raise FileNotFoundError(f'--audit {audit} does not exist; give the folder of the training images')
-    if not Path(run).is_file() or Path(run).suffix=='.zip': return
-    if named or views:
-        raise ValueError(f"{run} is a table; --data, --csv and --views predict with a network and need a run folder")
-    if audit: raise ValueError(f"{run} is a table and has no images that --audit could compare; give a run folder")
+    is_table = Path(run).is_file() and Path(run).suffix!='.zip'
+    if is_table and (named or views or entries):
+        raise ValueError(f"{run} is a table; --data, --csv, --map and --views predict with a network "
+                         "and need a run folder")
+    if is_table and audit: raise ValueError(f"{run} is a table and has no images that --audit could compare; "
+                                            "give a run folder")
+    if entries and not named: raise ValueError("--map is about the diagnoses of other images; give --data or --csv too")
 
+# %% ../nbs/81_cli.ipynb #d6e47769
 def note_overlap(
     table, # predictions table that was scored
     run, # run folder, for its own validation images
@@ -488,6 +529,7 @@ def evaluate(
     run:str, # run folder or bundle, or a predictions table (CSV)
     *,
     out:str=None, # HTML report to write; without it, report.html beside the table or in the run folder
+    map_:Repeated=None, # read a diagnosis as one of the network's, e.g. --map scc=akiec, or inf=none to leave it out
     views:Views=None, # views of each image to average over; recipe: those of the run's recipe; without it, one
     audit:str=None, # folder of training images: say which scored images show one of their photographs
     device:str=None, # cpu, cuda, ...; without it, the default device
@@ -495,13 +537,13 @@ def evaluate(
     **kwargs, # for `read_images`
 )->int:
     "Score a run or a predictions table, on its own validation images or on new ones"
-    named,images = kwargs['data'] or kwargs['csv'],kwargs | dict(show=not quiet)
-    check_scored(run, named, views, audit)
+    named,entries = kwargs['data'] or kwargs['csv'],map_entries(map_)
+    check_evaluated(run, named, views, entries, audit)
     check_source(kwargs['data'], kwargs['part'], kwargs['csv'], {})
     table,source = run_predictions(run) if not (named or views) else None,None
-    if table is None: table,source = predict_labelled(run, images, views, device)
+    if table is None: table,source = predict_labelled(run, kwargs | dict(show=not quiet), views, device, entries)
     print_scores(table)
-    if audit: note_overlap(table, run, images, audit)
+    if audit: note_overlap(table, run, kwargs | dict(show=not quiet), audit)
     # the scores are there in a moment, the figures of the report are not
     sys.stdout.flush()
     print(f'report: {write_report(table, run, out, source)}')
@@ -589,7 +631,7 @@ def print_benefit(
 
 # %% ../nbs/81_cli.ipynb #cc77d7aa
 def benefit(
-    table:str, # predictions table with dx (CSV), or run folder
+    source:str, # predictions table with dx (CSV), or run folder
     *,
     prevalence:float, # fraction of malignant lesions where the network would be used; not that of a collection
     threshold:float=None, # probability there from which on a lesion is referred; without it, the column refer
@@ -602,14 +644,23 @@ def benefit(
     if rates.count(None)==1:
         raise ValueError('--reader-sensitivity and --reader-specificity describe one person; give both')
     from skin_lesions.benefit import Reader, decision_curve, per_thousand
-    reader,source = None if None in rates else Reader(*rates),run_predictions(table)
-    counts = per_thousand(source, prevalence, threshold, reader=reader, malignant=malignant)
-    curve = None if threshold is None else decision_curve(source, prevalence, [threshold], malignant=malignant)
+    reader,table = None if None in rates else Reader(*rates),run_predictions(source)
+    counts = per_thousand(table, prevalence, threshold, reader=reader, malignant=malignant)
+    curve = None if threshold is None else decision_curve(table, prevalence, [threshold], malignant=malignant)
     print_benefit(counts, prevalence, None if curve is None else curve.iloc[0])
     note(NOTICE)
     return 0
 
 # %% ../nbs/81_cli.ipynb #b3e4c8f1
+def change_names(
+    only, # texts, names of changes with or without commas between them
+)->list:
+    "The names of changes that `--only` lists"
+    from skin_lesions.robustness import setting_of
+    names = [name for text in only for name in text.split(',') if name]
+    for name in names: setting_of(name, 1)
+    return names
+
 def print_stress(
     result, # of `skin_lesions.robustness.stress`
 ):
@@ -629,6 +680,7 @@ def stress(
     out:str=None, # folder for stress.csv, stress.html and the predictions; the same command goes on after a stop
     only:tuple[str, ...]=(), # changes by name, e.g. jpeg blur; without it, all
     n:int=None, # images to look at, whole lesions at random; without it, all
+    map_:Repeated=None, # read a diagnosis as one of the network's, e.g. --map scc=akiec, or inf=none to leave it out
     views:Views=None, # views of each image to average over; recipe: those of the run's recipe; without it, one
     seed:int=42, # of images and changes
     device:str=None, # cpu, cuda, ...; without it, the default device
@@ -639,11 +691,9 @@ def stress(
     check_source(kwargs['data'], kwargs['part'], kwargs['csv'], {})
     if out is not None and Path(out).is_file(): raise FileExistsError(f'{out} is a file; give a folder')
     check_bundle(run)
-    from skin_lesions.robustness import setting_of
-    names = [name for text in only for name in text.split(',') if name]
-    for name in names: setting_of(name, 1)
-    predictor = open_bundle(run, device)
-    meta,_ = images_to_judge(predictor, run, kwargs | dict(show=not quiet))
+    names = change_names(only)
+    entries,predictor = map_entries(map_),open_bundle(run, device)
+    meta,_ = images_to_judge(predictor, run, kwargs | dict(show=not quiet), entries)
     options:dict = dict(n=n, seed=seed, views=chosen_views(predictor, views), show=not quiet)
     return stress_and_print(predictor, meta, names, out, options)
 
@@ -1028,6 +1078,30 @@ def export_onnx(
     note(NOTICE)
     return 0
 
+# %% ../nbs/81_cli.ipynb #78000001
+def sign(
+    bundle:str, # folder of a bundle or run
+    *,
+    key:str, # private key; with --make-keys, the folder for a new pair
+    make_keys:bool=False, # make private.pem and public.pem first, unlocked
+)->int:
+    "Sign a bundle; whoever has the public key can verify it. Needs model-signing and pyopenssl"
+    from skin_lesions import signing
+    private,public = signing.make_keys(key) if make_keys else (key, None)
+    print(signing.sign_bundle(bundle, private, os.environ.get('SKIN_LESIONS_KEY_PASSWORD')))
+    if public is not None: note(f"for those who verify: {public}; keep {private} to yourself")
+    return 0
+
+def verify(
+    bundle:str, # folder of a bundle or run
+    *,
+    key:str, # public key of the one who is said to have signed it
+)->int:
+    "Check the signature of a bundle. Needs model-signing and pyopenssl"
+    from skin_lesions import signing
+    print(f"{signing.verify_bundle(bundle, key)}: signed by the owner of {key}, not changed since")
+    return 0
+
 # %% ../nbs/81_cli.ipynb #195d4543
 def app(
     *,
@@ -1231,7 +1305,7 @@ def predict_demo(sample, folder)->int:
 
 # %% ../nbs/81_cli.ipynb #fa71ce75
 COMMANDS = (demo, train, evaluate, audit, benefit, stress, predict, gradcam, calibrate, ensemble, submit, export_onnx,
-            paper, reproduce_bundle, app)
+            sign, verify, paper, reproduce_bundle, app)
 
 def argument_parser()->argparse.ArgumentParser: # of the command `skin_lesions`
     "All commands with their options; `--help` shows every default"

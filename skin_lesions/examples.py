@@ -55,7 +55,7 @@ def example_predictions(
     return check_predictions(with_classes(table.reset_index(drop=True), HAM10000))
 
 # %% ../nbs/79_examples.ipynb #aef96426
-RESULT_NAMES = ('gradcam_overlap', 'ham10000_fold0', 'pretraining')
+RESULT_NAMES = ('gradcam_overlap', 'ham10000_fold0', 'pretraining', 'split_leak')
 
 def example_results(
     name:str, # one of `RESULT_NAMES`

@@ -248,7 +248,8 @@ def score_change(
     flip = decided_codes(table).to_numpy()!=decided_codes(paired.clean).to_numpy()
     found = fraction_interval(flip, paired.units, paired.draws, paired.seed, paired.level)
     result |= dict(zip(('flips', 'flips_low', 'flips_high'), found))
-    return result | dict(ood=float(table.ood.eq(True).mean()) if 'ood' in table else np.nan)
+    result['ood'] = table.ood.eq(True).mean() if 'ood' in table else math.nan
+    return {name: float(value) for name,value in result.items()}
 
 # %% ../nbs/75_robustness.ipynb #a9fe0a44
 def some_images(
@@ -371,6 +372,7 @@ def _draw_cells(ax, result, name):
     ax.imshow(sign*cells.to_numpy(), cmap=colours, vmin=0, vmax=worst*1.3, aspect='auto')
     for (i,j),value in np.ndenumerate(cells.to_numpy()):
         text = '' if np.isnan(value) else f'{100*value:.0f} %' if sign>0 else f'{value:+.2f}'.replace('0.', '.')
+        if text in ('-.00', '+.00'): text = '.00'
         weight = 'bold' if sure[i,j] and sign<0 else 'normal'
         ax.annotate(text, (j, i), ha='center', va='center', fontsize=8, weight=weight)
     ax.set_xticks(range(cells.shape[1]), cells.columns)

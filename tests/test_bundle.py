@@ -3,12 +3,13 @@ import json, os, pickle, shutil, zipfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fastai.learner import Learner
 
 from serving import make
-from skin_lesions.bundle import image_view, read_bundle, save_bundle, update_bundle
+from skin_lesions.bundle import FORMAT_VERSION, image_view, read_bundle, save_bundle, update_bundle
 from skin_lesions.classes import HAM10000, ISIC2019, MELANOMA
 from skin_lesions.predict import load_predictor
 from skin_lesions.readers import read_metadata
@@ -295,3 +296,20 @@ def test_the_packaged_network_holds_nothing_twice():
     assert (named_bundle('ham10000')/'bundle.json').stat().st_size < 20_000
     assert record['trained_on']['n_images'] == 10015 and record['classes']['name'] == 'HAM10000'
     assert len({record[k]['fitted_on']['ids'] for k in ('calibration', 'rule', 'referral')}) == 1
+
+
+@pytest.mark.parametrize('version', range(1, FORMAT_VERSION+1))
+def test_every_format_ever_written_is_read(version, repo, monkeypatch):
+    "`tools/make_format_bundle.py` wrote one of each with all its parts; its answers are those of then"
+    monkeypatch.syspath_prepend(repo/'tools')
+    from make_format_bundle import PATIENT, images
+    file = repo/'tests'/'bundles'/f'format_{version}.zip'
+    predictor, then = load_predictor(file, 'cpu'), pd.read_csv(file.with_suffix('.csv'))
+    for part in ('patient', 'calibration', 'rule', 'referral', 'ood', 'trained_on', 'sets'): assert predictor.record[part], part
+    now = pd.concat([predictor.predict(image, PATIENT) for image in images()], ignore_index=True)
+    np.testing.assert_allclose(now[predictor.codes], then[predictor.codes], atol=2e-3)
+    np.testing.assert_allclose(now.ood_score, then.ood_score, rtol=.02)
+    assert then.ood.tolist() != [True]*len(then)
+    for column in ('decision', 'refer', 'ood'): assert now[column].astype(str).tolist() == then[column].astype(str).tolist(), column
+    def members(table): return [sorted(str(codes).split('|')) for codes in table.set.dropna()]
+    assert members(now) == members(then)

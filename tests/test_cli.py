@@ -574,3 +574,36 @@ def test_demo_from_nothing(cli, tmp_path):
     assert done.stdout.count('%  ') == 7 and 'not a medical device' in done.stderr
     again = cli('demo', '--out', 'demo', '--quiet', cwd=tmp_path)
     assert again.returncode == 2 and '--overwrite' in again.stderr
+
+
+# ---- images of another collection
+
+def test_the_diagnoses_of_another_collection_are_mapped_or_counted(capsys):
+    from skin_lesions.classes import CLASS_SETS, HAM10000, classes_of, with_classes
+    from skin_lesions.cli import images_to_judge, in_classes, map_entries
+    milk = CLASS_SETS['MILK10K']
+    meta = with_classes(pd.DataFrame(dict(image_id=[f'i{i}' for i in range(22)], dx=list(milk)*2)), milk)
+    mapped = in_classes(meta, HAM10000)
+    error = capsys.readouterr().err
+    assert sorted(set(mapped.dx)) == CODES and len(mapped) == 14 and classes_of(mapped) == HAM10000
+    assert '8 of 22 images left out' in error and 'sccka 2' in error
+    mapped = in_classes(meta, HAM10000, map_entries(['sccka=akiec', 'nv = none']))
+    error = capsys.readouterr().err
+    assert (mapped.dx == 'akiec').sum() == 4 and 'nv' not in set(mapped.dx) and 'nv 2' in error and 'sccka' not in error
+    same = with_classes(pd.DataFrame(dict(image_id=['a'], dx=['nv'])), HAM10000)
+    assert in_classes(same, HAM10000) is same and capsys.readouterr().err == ''
+
+
+@pytest.mark.parametrize('entries, why', [(None, r'no entry for wart; add --map CODE=CODE'), (['wart=nevus'], 'nevus'), (['mole=nv'], 'mole'), (['wart=none', 'nv=none'], 'none of the diagnoses')])
+def test_maps_that_do_not_fit_are_refused(entries, why):
+    from skin_lesions.classes import HAM10000, with_classes
+    from skin_lesions.cli import in_classes, map_entries
+    meta = with_classes(pd.DataFrame(dict(image_id=['a', 'b'], dx=['wart', 'nv'])), ['wart', 'nv'])
+    with pytest.raises(ValueError, match=why): in_classes(meta, HAM10000, map_entries(entries))
+
+
+def test_map_needs_other_images_and_two_codes(call, tmp_path):
+    (tmp_path/'table.csv').write_text('image_id\n')
+    for args, why in (((tmp_path/'table.csv', '--map', 'a=b'), 'is a table'), (('ham10000', '--map', 'a=b'), 'give --data or --csv'), (('ham10000', '--data', '.', '--map', 'ab'), '--map takes CODE=CODE')):
+        status, _, error = call('evaluate', *args)
+        assert status == 2 and why in error, error

@@ -1,0 +1,153 @@
+"""Networks against the collections that they are tested on.
+
+    HAM10000_DIR=... python benchmarks/cross_collection.py --milk10k MILK10K
+    HAM10000_DIR=... python benchmarks/cross_collection.py --milk10k MILK10K --kept
+    HAM10000_DIR=... python benchmarks/cross_collection.py --train runs/sources --size 64 --epochs 4
+
+The first form asks the packaged network about MILK10k's dermoscopic images and writes
+benchmarks/results/milk10k_packaged.csv.gz (probabilities as the network gives them, not calibrated; 15 minutes of a
+CPU core). The second reads that table. Both take the four sources of HAM10000 from the out-of-fold predictions of a
+recipe in benchmarks/results/experiments, calibrated and decided cross-fitted. The third trains a network of the recipe
+`quick` without each source (hours) and adds its rows. Writes benchmarks/results/cross_collection.json, for
+nbs/76_cross_collection.ipynb.
+"""
+import argparse, json, os
+from datetime import date
+from pathlib import Path
+
+import pandas as pd
+
+RESULTS = Path(__file__).resolve().parent/'results'
+MILK10K = RESULTS/'milk10k_packaged.csv.gz'
+RECIPE = 'two_stage_weighted'
+
+
+def ask(folder, threads=None):
+    "What the packaged network answers for MILK10k, not calibrated; `dx` in MILK10k's own codes"
+    import torch
+    from skin_lesions.predict import load_predictor
+    from skin_lesions.readers import read_metadata
+    if threads: torch.set_num_threads(threads)
+    meta, predictor = read_metadata(folder), load_predictor('ham10000', 'cpu')
+    predictor.calibration = predictor.rule = predictor.referral = predictor.sets = None
+    table = predictor.predict(meta.drop(columns='dx'), progress=False, workers=threads)
+    bad = table.problem.dropna()
+    if len(bad): raise SystemExit(f'{len(bad)} images cannot be read, the first: {bad.iloc[0]}')
+    table['dx'] = meta.dx.to_numpy()
+    table[['image_id', 'dx', 'group', *predictor.codes, 'ood', 'ood_score']].round(6).to_csv(MILK10K, index=False)
+
+
+def with_decisions(table, calibration, rule, referral):
+    "Calibrated, and decided and referred whatever `ood` says"
+    from skin_lesions.robustness import decide_all
+    if calibration is not None: table = calibration.calibrate(table, overlap='ignore')
+    return decide_all(table.assign(problem=None), rule, referral).drop(columns='problem')
+
+
+def packaged_on_milk10k():
+    "The packaged network on MILK10k, with its own calibration, rule and referral"
+    from skin_lesions.classes import class_map, with_classes
+    from skin_lesions.predict import load_predictor
+    predictor = load_predictor('ham10000', 'cpu')
+    table = pd.read_csv(MILK10K)
+    inside = table.dx.map(class_map('MILK10K', 'HAM10000')).astype(object)
+    table = table.assign(outside=table.dx.where(inside.isna(), None), dx=inside.where(inside.notna(), None))
+    parts = predictor.calibration, predictor.rule, predictor.referral
+    return with_decisions(with_classes(table, 'HAM10000'), *parts), predictor.record['sha256']
+
+
+def subgroups(table, folder):
+    "Average recall of the decisions on MILK10k by skin tone, age, sex and anatomical site; None without its metadata"
+    from skin_lesions.classes import with_classes
+    from skin_lesions.evaluate import scores_by
+    from skin_lesions.readers import read_metadata
+    if folder is None: return None
+    inside, meta = with_classes(table[table.dx.notna()].reset_index(drop=True), 'HAM10000'), read_metadata(folder)
+    meta['skin_type'] = pd.Categorical(meta.skin_type, [*'012345', 'unknown'], ordered=True)
+    columns = ('skin_type', 'age_band', 'sex', 'site')
+    frames = {by: scores_by(inside, meta, by).reset_index(names='subgroup') for by in columns}
+    def records(frame): return json.loads(frame.astype({'subgroup': str}).round(5).to_json(orient='records'))
+    return {by: records(frame) for by, frame in frames.items()}
+
+
+def crossfitted(table):
+    "Calibrated, decided and referred by fits on other lesions"
+    from skin_lesions.decide import crossfit, decision_rule, fit_calibration, fit_referral
+    def fit(part):
+        calibration = fit_calibration(part, 'stages_vector', first='nv')
+        ready = calibration.calibrate(part, overlap='ignore')
+        rule, referral = decision_rule('prior', ready), fit_referral(ready, .95)
+        return lambda rest: with_decisions(rest, calibration, rule, referral)
+    return crossfit(table, fit)
+
+
+def sources():
+    "The source of each image of HAM10000, in few letters"
+    return pd.read_csv(Path(os.environ['HAM10000_DIR'])/'HAM10000_sources.csv').set_index('image_id').dataset
+
+
+def ham10000_tables():
+    "Out-of-fold predictions of a recipe by source"
+    from skin_lesions.classes import HAM10000, with_classes
+    table = pd.read_csv(RESULTS/'experiments'/f'{RECIPE}.csv.gz')
+    table = table[(table.split == 'lesion') & (table.scale == 'reduced') & table.views.isna()]
+    folds = sorted(map(int, table.fold.unique()))
+    table = with_classes(table[['image_id', 'dx', 'group', *HAM10000.codes]].reset_index(drop=True), HAM10000)
+    table, source = crossfitted(table), table.image_id.map(sources())
+    tables = {('HAM10000, other lesions', 'all four'): table}
+    for name in sorted(source.unique()):
+        part = with_classes(table[source == name].reset_index(drop=True), HAM10000)
+        tables['HAM10000, other lesions', name] = part
+    return tables, folds
+
+
+def left_out_tables(args):
+    "Networks trained without a source, on that source; a finished training is kept"
+    from skin_lesions.classes import HAM10000, with_classes
+    from skin_lesions.predict import load_predictor
+    from skin_lesions.readers import read_metadata
+    from skin_lesions.recipes import with_changes
+    from skin_lesions.split import split_by_lesion
+    from skin_lesions.train import train_run
+    meta = read_metadata(os.environ['HAM10000_DIR'])
+    source = meta.image_id.map(sources())
+    if args.images: meta = meta[meta.image_id.isin(meta.sample(args.images, random_state=42).image_id)]
+    tables = {}
+    for name in sorted(source.unique()):
+        here = meta[source[meta.index] == name]
+        others = split_by_lesion(meta[~meta.group.isin(here.group)].reset_index(drop=True))
+        recipe, folder = with_changes('quick', dict(size=args.size, epochs=args.epochs)), Path(args.train)/name
+        run = train_run(recipe, others, folder, split='own', resume=True, workers=args.threads or 2, report=False)
+        table = load_predictor(run, 'cpu').predict(here.reset_index(drop=True), progress=False)
+        tables[f'HAM10000 without {name}', name] = with_classes(table.drop(columns='problem'), HAM10000)
+    return tables
+
+
+def main(args):
+    from skin_lesions.cross_collection import cross_table
+    if args.milk10k and not args.kept: ask(args.milk10k, args.threads)
+    tables, folds = ham10000_tables()
+    milk, sha256 = packaged_on_milk10k()
+    tables['HAM10000, all images', 'MILK10k'] = milk
+    if args.train: tables |= left_out_tables(args)
+    frame = cross_table(tables, args.draws)
+    about = dict(date=date.today().isoformat(), seed=42, interval=f'95 %, bootstrap over lesions, {args.draws} draws',
+                 sha256=sha256, recipe=RECIPE, folds=folds,
+                 not_measured=None if args.train else 'networks trained without a source',
+                 subgroups_of_milk10k=subgroups(milk, args.milk10k),
+                 rows=json.loads(frame.round(5).to_json(orient='records')))
+    (RESULTS/'cross_collection.json').write_text(json.dumps(about, indent=1)+'\n')
+    print(frame.round(3).T.to_string())
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--milk10k', help='folder of MILK10k; without it, the last run is read, without subgroups')
+    parser.add_argument('--kept', action='store_true', help='read the predictions of the last run')
+    parser.add_argument('--train', help='folder of trainings, each without one source of HAM10000; without it, none')
+    parser.add_argument('--size', type=int, default=64, help='pixels, of the trainings')
+    parser.add_argument('--epochs', type=int, default=4, help='of the trainings')
+    parser.add_argument('--images', type=int, help='images of HAM10000 to train and test on; without it, all')
+    parser.add_argument('--draws', type=int, default=1000, help='of the intervals')
+    parser.add_argument('--threads', type=int, help='of PyTorch; without it, all')
+    main(parser.parse_args())
