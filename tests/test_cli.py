@@ -211,6 +211,54 @@ def test_a_table_of_one_s_own_trains_and_is_scored(sample, call, small, tmp_path
     assert status == 0 and again.splitlines()[0] == printed.splitlines()[0], error
 
 
+# ---- audit
+
+@pytest.fixture
+def other_names(sample, tmp_path):
+    "Two images of the sample under other names, one mirrored, and a file that is no image"
+    from PIL import Image, ImageOps
+    files = sorted(Path(sample).rglob('ISIC*.jpg'))[:2]
+    folder = tmp_path/'others'
+    folder.mkdir()
+    for i, change in enumerate((ImageOps.mirror, lambda image: image)):
+        change(Image.open(files[i])).save(folder/f'other_{i}.png')
+    (folder/'bad.jpg').write_bytes(b'no image')
+    return folder
+
+
+def test_audit_names_pairs_and_bad_files(call, sample, other_names, tmp_path):
+    status, printed, error = call('audit', other_names, sample, '--out', tmp_path/'audit', '--features', tmp_path/'features', '--quiet')
+    assert status == 0 and printed.startswith('compared 2 images with') and '1 unreadable files left out' in error and 'bad.jpg' in error
+    pairs = pd.read_csv(tmp_path/'audit'/'overlap.csv')
+    first = pairs[pairs.same].drop_duplicates('image_a')
+    expected = [p.stem for p in sorted(Path(sample).rglob('ISIC*.jpg'))[:2]]
+    assert sorted(zip(first.image_a, first.image_b)) == [('other_0', expected[0]), ('other_1', expected[1])]
+    assert (tmp_path/'audit'/'overlap.html').read_text().count('<img') == 2*len(pairs)
+    assert any((tmp_path/'features').rglob('*.npy'))
+
+
+@pytest.mark.parametrize('args, message', [
+    (['a', 'a', 'a'], 'audit compares one collection with itself or two with each other, got 3'),
+    (['nowhere'], 'nowhere does not exist; give a folder of images')])
+def test_audit_errors(call, args, message):
+    status, _, error = call('audit', *args)
+    assert status == 2 and message in error
+
+
+def test_evaluate_says_which_images_were_trained_on(call, finished_run, tmp_path):
+    from PIL import Image, ImageOps
+    split = pd.read_csv(finished_run/'split.csv')
+    seen = split[split.is_valid].path.iloc[0]
+    (tmp_path/'training').mkdir()
+    ImageOps.mirror(Image.open(seen)).save(tmp_path/'training'/'renamed.png')
+    status, _, error = call('evaluate', finished_run, '--audit', tmp_path/'training', '--out', tmp_path/'r.html', '--quiet')
+    assert status == 0 and 'scored images show a photograph of' in error and Path(seen).stem in error
+    status, _, error = call('evaluate', finished_run/'predictions.csv', '--audit', tmp_path/'training')
+    assert status == 2 and 'has no images that --audit could compare' in error
+    status, _, error = call('evaluate', finished_run, '--audit', tmp_path/'nowhere')
+    assert status == 2 and 'nowhere does not exist' in error
+
+
 # ---- evaluate
 
 def test_evaluate_prints_what_train_printed(finished_run, call, tmp_path):

@@ -59,7 +59,7 @@ for name in ('fit_one_cycle', 'fine_tune', 'lr_find', 'no_bar', 'predict', 'expo
 # what is done in an interpreter, step by step, and what no step up to there may import
 LIGHT = [
     [('import skin_lesions.core, skin_lesions.recipes, skin_lesions.cli', 'numpy pandas fastcore tqdm torch'),
-     ('import skin_lesions.views, skin_lesions.predictions, skin_lesions.bootstrap, skin_lesions.decide, skin_lesions.evaluate',
+     ('import skin_lesions.views, skin_lesions.predictions, skin_lesions.bootstrap, skin_lesions.decide, skin_lesions.evaluate, skin_lesions.conformal, skin_lesions.benefit',
       'scipy sklearn matplotlib torch torchvision timm fastai'),
      ('import skin_lesions.report', 'torch torchvision timm fastai')],
     [('import skin_lesions.losses', 'timm fastai'),
