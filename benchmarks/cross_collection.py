@@ -136,7 +136,7 @@ def main(args):
                  not_measured=None if args.train else 'networks trained without a source',
                  subgroups_of_milk10k=subgroups(milk, args.milk10k),
                  rows=json.loads(frame.round(5).to_json(orient='records')))
-    (RESULTS/'cross_collection.json').write_text(json.dumps(about, indent=1)+'\n')
+    Path(args.result).write_text(json.dumps(about, indent=1)+'\n')
     print(frame.round(3).T.to_string())
 
 
@@ -150,4 +150,5 @@ if __name__ == '__main__':
     parser.add_argument('--images', type=int, help='images of HAM10000 to train and test on; without it, all')
     parser.add_argument('--draws', type=int, default=1000, help='of the intervals')
     parser.add_argument('--threads', type=int, help='of PyTorch; without it, all')
+    parser.add_argument('--result', default=str(RESULTS/'cross_collection.json'), help='JSON to write')
     main(parser.parse_args())
