@@ -567,8 +567,7 @@ def evaluate(
     else: table,meta,source = run_predictions(run),known_images(run),None
     print_scores(table)
     if audit: note_overlap(table, run, kwargs | dict(show=not quiet), audit)
-    # the scores are there in a moment, the figures of the report are not
-    sys.stdout.flush()
+    sys.stdout.flush() # the figures of the report take longer
     print(f'report: {write_report(table, run, out, source, meta)}')
     return 0
 
