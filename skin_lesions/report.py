@@ -430,7 +430,7 @@ def html_report(
     *,
     history=None, # CSV file of `CSVLogger` or DataFrame: training and validation losses; None leaves them out
     run:dict=None, # arguments, versions, split, seed...; a dict in it gets a heading; None leaves them out
-    meta:pd.DataFrame=None, # with age, sex, site, source, skin_type: scores by subgroup; path: images of the worst errors
+    meta:pd.DataFrame=None, # with age, sex, site, source, skin_type: scores by subgroup; path: the worst errors
     title:str='Evaluation of a skin lesion classifier', # heading
 )->Path: # where the file is
     "Write scores, class table, figures and the run's arguments into one HTML file that needs nothing else"
