@@ -3,7 +3,8 @@
     python benchmarks/averaging.py
 
 Recipes of page 71 that were trained on the same folds are averaged image by image. Every network has been trained
-without the lesions that it predicts, and nothing is chosen here. Adds no network; writes benchmarks/results/averaging.json.
+without the lesions that it predicts, and nothing is chosen here. Adds no network; writes
+benchmarks/results/averaging.json.
 """
 import argparse, json
 from datetime import date

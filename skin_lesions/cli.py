@@ -6,17 +6,17 @@
 __all__ = ['Views', 'Rule', 'Calibration', 'Split', 'Scale', 'COMMANDS', 'Repeated', 'flag', 'add_parameter', 'with_options_of',
            'option_comments', 'command_parser', 'note', 'is_registered', 'open_bundle', 'check_bundle', 'recipe_of',
            'chosen_views', 'bundle_folder', 'output_folder', 'piped_images', 'named_images', 'files_alone',
-           'check_source', 'read_images', 'without_bad_images', 'run_predictions', 'print_scores', 'recipe_changes',
-           'print_run', 'train', 'train_and_print', 'own_split', 'unseen_images', 'read_split', 'validation_images',
-           'readable_rows', 'map_entries', 'in_classes', 'images_to_judge', 'predict_labelled', 'write_report',
-           'check_evaluated', 'note_overlap', 'evaluate', 'print_pairs', 'audit_labels', 'audit', 'print_benefit',
-           'benefit', 'change_names', 'print_stress', 'stress', 'stress_and_print', 'read_patients', 'note_ood',
-           'print_answer', 'words_of', 'with_patients', 'write_maps', 'predict', 'answer_records', 'print_json',
-           'print_csv', 'print_lines', 'print_answers', 'gradcam', 'print_fitted', 'fitted_sets', 'print_sets',
-           'calibrate', 'ensemble', 'combined', 'submit', 'export_onnx', 'sign', 'verify', 'app', 'paper_runs',
-           'print_recipes', 'run_line', 'run_all', 'print_paper_table', 'paper', 'reproduce_bundle', 'print_reproduced',
-           'demo_recipe', 'demo', 'demo_sample', 'run_demo', 'predict_demo', 'argument_parser', 'shell_words',
-           'plain_warnings', 'main']
+           'check_source', 'read_images', 'check_collection', 'without_bad_images', 'run_predictions', 'print_scores',
+           'recipe_changes', 'print_run', 'train', 'train_and_print', 'own_split', 'unseen_images', 'read_split',
+           'validation_images', 'known_images', 'readable_rows', 'map_entries', 'in_classes', 'images_to_judge',
+           'predict_labelled', 'write_report', 'check_evaluated', 'note_overlap', 'evaluate', 'print_pairs',
+           'audit_labels', 'audit', 'print_benefit', 'benefit', 'change_names', 'print_stress', 'stress',
+           'stress_and_print', 'read_patients', 'note_ood', 'print_answer', 'words_of', 'with_patients', 'write_maps',
+           'predict', 'answer_records', 'print_json', 'print_csv', 'print_lines', 'print_answers', 'gradcam',
+           'print_fitted', 'fitted_sets', 'print_sets', 'calibrate', 'ensemble', 'combined', 'submit', 'export_onnx',
+           'sign', 'verify', 'app', 'paper_runs', 'print_recipes', 'run_line', 'run_all', 'print_paper_table', 'paper',
+           'reproduce_bundle', 'print_reproduced', 'demo_recipe', 'demo', 'demo_sample', 'run_demo', 'predict_demo',
+           'argument_parser', 'shell_words', 'plain_warnings', 'main']
 
 # %% ../nbs/81_cli.ipynb #733f8970
 import argparse, ast, glob, inspect, io, os, re, sys, textwrap, tokenize, warnings
@@ -245,6 +245,16 @@ def read_images(
     return meta if no_check else without_bad_images(meta, drop_bad, show)
 
 # %% ../nbs/81_cli.ipynb #062ee69f
+def check_collection(
+    images:dict, # for `read_images`
+):
+    "Raise where a folder holds no collection, before fastai is imported"
+    # a wrong name of a part is said by `read_metadata`
+    if images['csv'] or Path(images['data'] or '.').is_file() or images['part']: return
+    from skin_lesions.readers import find_collection
+    find_collection(images['data'])
+
+# %% ../nbs/81_cli.ipynb #f0a1b2c3
 def without_bad_images(
     meta, # metadata frame
     drop_bad:bool=False, # leave bad images out instead of stopping
@@ -279,16 +289,18 @@ def print_scores(
     "Print scores with what they were measured on"
     from skin_lesions.bootstrap import average_recall_interval
     from skin_lesions.evaluate import class_scores, scores
+    from skin_lesions.style import interval_text, number_text
     s,interval = scores(table, warn=False),average_recall_interval(table)
-    between = f'95 % interval {interval.low:.3f} to {interval.high:.3f}, bootstrap over {interval.unit}'
-    print(f"accuracy {s['accuracy']:.3f}, average recall {s['average_recall']:.3f} ({between}), {len(table)} images")
+    recall = interval_text(s['average_recall'], interval.low, interval.high)
+    print(f"accuracy {number_text(s['accuracy'])}, average recall {recall}, {len(table)} images; "
+          f"in brackets the 95 % interval by bootstrap over {interval.unit}")
     # a decision may call another class than the most probable one
     if s.get('argmax_accuracy', s['accuracy'])!=s['accuracy']:
-        print(f"by the most probable class: accuracy {s['argmax_accuracy']:.3f}, "
-              f"average recall {s['argmax_average_recall']:.3f}")
-    recall,n = class_scores(table, warn=False).recall,table.dx.value_counts()
+        print(f"by the most probable class: accuracy {number_text(s['argmax_accuracy'])}, "
+              f"average recall {number_text(s['argmax_average_recall'])}")
+    recalls,n = class_scores(table, warn=False).recall,table.dx.value_counts()
     # of a class without images it is NaN
-    parts = [f"{code} {'-' if r!=r else f'{r:.2f}'} (n={n.get(code, 0)})" for code,r in recall.items()]
+    parts = [f"{code} {'-' if r!=r else f'{r:.2f}'} (n={n.get(code, 0)})" for code,r in recalls.items()]
     print(f"recall by class: {', '.join(parts)}")
 
 # %% ../nbs/81_cli.ipynb #ae8ac84a
@@ -354,6 +366,7 @@ def train_and_print(
     from skin_lesions.recipes import with_changes
     recipe = with_changes(recipe, changes)
     check_source(images['data'], images['part'], images['csv'], {})
+    check_collection(images)
     from skin_lesions.distributed import on_rank0, ranks
     from skin_lesions.train import train_run
     with ranks():
@@ -409,6 +422,13 @@ def validation_images(
     "The validation images of a run"
     split = read_split(run)
     return split[split.is_valid].reset_index(drop=True)
+
+# %% ../nbs/81_cli.ipynb #f0a1b2c4
+def known_images(
+    run, # run folder, or anything else that has predictions
+): # metadata frame of its validation images; None where no split.csv names them
+    "The images behind a run's own predictions"
+    return validation_images(run) if (Path(run)/'split.csv').is_file() else None
 
 # %% ../nbs/81_cli.ipynb #c66943be
 def readable_rows(
@@ -472,11 +492,12 @@ def predict_labelled(
     views:str=None, # of each image
     device=None, # see `open_bundle`
     entries:dict=None, # as for `images_to_judge`
-)->tuple: # predictions table, and what its images are, in words
+)->tuple: # predictions table, metadata frame of its images, and what they are, in words
     "Predictions of labelled images that a network was not trained on"
     predictor = open_bundle(run, device)
     meta,source = images_to_judge(predictor, run, images, entries)
-    return readable_rows(predictor.predict(meta, views=chosen_views(predictor, views), progress=images['show'])),source
+    table = predictor.predict(meta, views=chosen_views(predictor, views), progress=images['show'])
+    return readable_rows(table),meta,source
 
 # %% ../nbs/81_cli.ipynb #3a7a056e
 def write_report(
@@ -484,13 +505,14 @@ def write_report(
     run, # table or run folder that was evaluated
     out=None, # HTML file; None takes report.html beside a table or in a run folder, else in the current folder
     data=None, # where images other than the run's own come from
+    meta=None, # metadata frame of the images: subgroups, and the worst errors as images from this disk
 )->Path:
     "Write the report of an evaluation, with what is known of the run"
     from skin_lesions.report import html_report, read_run, run_for_report
     folder = Path('.') if is_registered(run) else Path(run).parent if Path(run).is_file() else Path(run)
     out,history = Path(out or folder/'report.html'),folder/'history.csv'
     html_report(table, out, history=history if history.is_file() else None, run=run_for_report(read_run(folder), data),
-                title=f'Evaluation of {Path(run).name}')
+                meta=meta, title=f'Evaluation of {Path(run).name}')
     return out
 
 # %% ../nbs/81_cli.ipynb #ed070fa4
@@ -540,13 +562,14 @@ def evaluate(
     named,entries = kwargs['data'] or kwargs['csv'],map_entries(map_)
     check_evaluated(run, named, views, entries, audit)
     check_source(kwargs['data'], kwargs['part'], kwargs['csv'], {})
-    table,source = run_predictions(run) if not (named or views) else None,None
-    if table is None: table,source = predict_labelled(run, kwargs | dict(show=not quiet), views, device, entries)
+    if named or views:
+        table,meta,source = predict_labelled(run, kwargs | dict(show=not quiet), views, device, entries)
+    else: table,meta,source = run_predictions(run),known_images(run),None
     print_scores(table)
     if audit: note_overlap(table, run, kwargs | dict(show=not quiet), audit)
     # the scores are there in a moment, the figures of the report are not
     sys.stdout.flush()
-    print(f'report: {write_report(table, run, out, source)}')
+    print(f'report: {write_report(table, run, out, source, meta)}')
     return 0
 
 # %% ../nbs/81_cli.ipynb #c8392c48

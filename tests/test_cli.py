@@ -1,5 +1,5 @@
 "The command line as a user meets it: a process, files, exit codes, errors."
-import io, json, os, shutil, signal, subprocess, sys, time, warnings
+import io, json, os, re, shutil, signal, subprocess, sys, time, warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -282,6 +282,30 @@ def test_evaluate_leaves_out_what_was_trained_on(sample, finished_run, call, tmp
     assert status == 0 and alone == printed and 'images left out' in error
 
 
+@pytest.mark.parametrize('given', [(), ('--data',)], ids=['own', 'data'])
+def test_evaluate_shows_the_worst_errors_from_the_disk(given, sample, finished_run, call, tmp_path):
+    from urllib.parse import unquote
+    report = tmp_path/'my reports'/'r.html'
+    status, _, error = call('evaluate', finished_run, *given, *([sample] if given else []), '--out', report, '--quiet')
+    assert status == 0, error
+    shown = [report.parent/unquote(src) for src in re.findall('<img[^>]* src="(?!data:)(.*?)"', report.read_text())]
+    table = pd.read_csv(finished_run/'predictions.csv')
+    wrong = set(table.image_id[np.array(CODES)[table[CODES].to_numpy().argmax(1)] != table.dx])
+    assert len(shown) == min(12, len(wrong)) > 0 and {p.stem for p in shown} <= wrong
+    assert all(p.is_file() and p.resolve().is_relative_to(sample.resolve()) for p in shown)
+
+
+def test_train_answers_about_a_folder_before_it_imports_fastai(python, tmp_path):
+    (tmp_path/'empty').mkdir()
+    done = python("""
+import sys
+from skin_lesions.cli import main
+assert main(['train', '--data', 'empty', '--out', 'run']) == 2
+assert not {'fastai', 'torch'} & set(sys.modules)
+""", cwd=tmp_path)
+    assert done.returncode == 0 and 'no known collection in empty' in done.stderr, done.stderr
+
+
 def test_evaluate_after_calibrate_goes_by_the_rule(sample, finished_run, call, tmp_path):
     "Printed scores, report and the challenge's score are those of the decisions, which differ from the most probable diagnoses"
     from skin_lesions.bundle import update_bundle
@@ -518,7 +542,8 @@ def test_the_map_s_caption_says_what_predict_prints(sample, finished_run, call, 
         status, printed, error = call(command, image, '--bundle', run, flag, tmp_path/command, '--quiet')
         assert status == 0, error
         gallery = (tmp_path/command/'gallery.html').read_text()
-        assert f'predicted {decision} ({p[decision]:.1%}); map: {decision}' in gallery
+        name = HAM10000.full_name(decision)
+        assert f'predicted {name} ({p[decision]:.1%}); map: {name}' in gallery
         if command == 'predict': assert f'{percent_text(p[decision])}  {decision}' in printed and f'Suggests: {HAM10000.full_name(decision)};' in printed
 
 
