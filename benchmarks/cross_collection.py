@@ -103,7 +103,7 @@ def ham10000_tables():
 
 def left_out_tables(args):
     "Networks trained without a source, on that source; a finished training is kept"
-    from skin_lesions.classes import HAM10000, with_classes
+    from skin_lesions.cross_collection import predict_collection
     from skin_lesions.predict import load_predictor
     from skin_lesions.readers import read_metadata
     from skin_lesions.recipes import with_changes
@@ -118,8 +118,8 @@ def left_out_tables(args):
         others = split_by_lesion(meta[~meta.group.isin(here.group)].reset_index(drop=True))
         recipe, folder = with_changes('quick', dict(size=args.size, epochs=args.epochs)), Path(args.train)/name
         run = train_run(recipe, others, folder, split='own', resume=True, workers=args.threads or 2, report=False)
-        table = load_predictor(run, 'cpu').predict(here.reset_index(drop=True), progress=False)
-        tables[f'HAM10000 without {name}', name] = with_classes(table.drop(columns='problem'), HAM10000)
+        table = predict_collection(load_predictor(run, 'cpu'), here.reset_index(drop=True))
+        tables[f'HAM10000 without {name}', name] = table
     return tables
 
 
