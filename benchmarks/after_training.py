@@ -17,7 +17,7 @@ import torch
 
 from skin_lesions.bootstrap import average_recall_interval
 from skin_lesions.bundle import bundle_content
-from skin_lesions.classes import class_set, classes_of, map_classes, with_classes
+from skin_lesions.classes import classes_of, map_classes, with_classes
 from skin_lesions.core import write_json
 from skin_lesions.evaluate import compare, scores
 from skin_lesions.networks import EnsembleNet
@@ -25,7 +25,8 @@ from skin_lesions.posthoc import decide_out_of_fold
 from skin_lesions.predict import Predictor, load_predictor
 from skin_lesions.predictions import read_predictions, save_predictions
 from skin_lesions.readers import read_csv_dataset, read_metadata
-from skin_lesions.soup import average_weights, classifier_inputs, image_batches, logits_from_inputs, retrain_classifier, tau_normalize
+from skin_lesions.soup import (average_weights, classifier_inputs, image_batches, logits_from_inputs,
+                               retrain_classifier, tau_normalize)
 
 TAUS = (0., .25, .5, .75, 1.)
 PENALTIES = (.001, .01, .1, 1.)
@@ -53,7 +54,8 @@ def features(predictor, images, file):
 def from_features(net, inputs, table):
     "A predictions table of a changed network"
     codes = list(classes_of(table))
-    return with_classes(table[['image_id', 'dx', 'group']].assign(**dict(zip(codes, logits_from_inputs(net, inputs).exp().numpy().T))), classes_of(table))
+    probabilities = dict(zip(codes, logits_from_inputs(net, inputs).exp().numpy().T))
+    return with_classes(table[['image_id', 'dx', 'group']].assign(**probabilities), classes_of(table))
 
 
 def changed_tables(run, meta, work):
@@ -64,7 +66,8 @@ def changed_tables(run, meta, work):
     plain = read_predictions(run/'predictions.csv')
     valid = valid.set_index('image_id').loc[plain.image_id].reset_index()
     name = run.name
-    def views(): return predictor.predict(valid[['image_id', 'path', 'dx', 'group']], views='dihedral', progress=False)[list(plain.columns)]
+    rows = valid[['image_id', 'path', 'dx', 'group']]
+    def views(): return predictor.predict(rows, views='dihedral', progress=False)[list(plain.columns)]
     tables = dict(plain=plain, views=kept(work/f'{name}_views.csv', views))
     seen = features(predictor, valid.path, work/f'{name}_held_out.npz')
     learned = features(predictor, train.path, work/f'{name}_training.npz')
@@ -96,7 +99,8 @@ def measured(table, base):
     result['interval'] = [round(float(v), 4) for v in (interval.low, interval.high)]
     rule = decide_out_of_fold(table.drop(columns=[c for c in ('decision',) if c in table]))
     by_rule = average_recall_interval(rule)
-    result['rule'] = dict(average_recall=round(float(by_rule.value), 4), interval=[round(float(v), 4) for v in (by_rule.low, by_rule.high)])
+    ends = [round(float(v), 4) for v in (by_rule.low, by_rule.high)]
+    result['rule'] = dict(average_recall=round(float(by_rule.value), 4), interval=ends)
     if base is not None:
         row = compare(base, table).loc[('recall', 'macro')]
         result['difference'] = [round(float(row[k]), 4) for k in ('difference', 'low', 'high')]
@@ -108,6 +112,24 @@ def joined(predictors, net, meta):
     view = {k: first.record[k] for k in ('side', 'preprocess', 'crop', 'normalization')}
     record,_ = bundle_content(net, classes=first.classes, view=view, trained_on=meta)
     return Predictor(net, record, device='cpu')
+
+
+def on_other(args, meta, target):
+    "Soup and mean beside the single networks, on lesions that none of them has seen"
+    predictors = [load_predictor(run, 'cpu') for run in args.runs]
+    columns = dict(label_col='label', image_col='image_id', group_col='lesion_id')
+    other = read_csv_dataset(args.other, classes='MILK10K', folder=args.other.parent/'images', **columns)
+    other,some = map_classes(other, target),meta.sample(min(args.n_norm, len(meta)), random_state=42)
+    nets = [q.model for q in predictors]
+    together = dict(soup=average_weights(nets, image_batches(predictors[0], some.path)),
+                    soup_without_recalibration=average_weights(nets), mean=EnsembleNet(nets))
+    candidates = dict(zip([run.name for run in args.runs], predictors))
+    candidates |= {name: joined(predictors, net, meta) for name,net in together.items()}
+    def table_of(q): return q.predict(other, progress=False)[['image_id', *target, 'dx', 'group']]
+    tables = {name: kept(args.work/f'other_{name}.csv', lambda q=q: table_of(q)) for name,q in candidates.items()}
+    first = next(iter(tables))
+    found = {name: measured(t, None if name==first else tables[first]) for name,t in tables.items()}
+    return found | dict(images=len(tables[first]))
 
 
 def main():
@@ -130,19 +152,7 @@ def main():
     for kind,settings in dict(tau=TAUS, crt=PENALTIES).items():
         table,picked = chosen_elsewhere(runs, kind, settings)
         result['own'][kind] = measured(table, base) | dict(settings=picked)
-    if args.other:
-        predictors = [load_predictor(run, 'cpu') for run in args.runs]
-        target = classes_of(base)
-        other = map_classes(read_csv_dataset(args.other, label_col='label', image_col='image_id', group_col='lesion_id', classes='MILK10K', folder=args.other.parent/'images'), target)
-        some = meta.sample(min(args.n_norm, len(meta)), random_state=42)
-        nets = [q.model for q in predictors]
-        soups = dict(soup=average_weights(nets, image_batches(predictors[0], some.path)), soup_without_recalibration=average_weights(nets),
-                     mean=EnsembleNet(nets))
-        candidates = {run.name: q for run,q in zip(args.runs, predictors)} | {k: joined(predictors, net, meta) for k,net in soups.items()}
-        columns = ['image_id', *target, 'dx', 'group']
-        tables = {name: kept(args.work/f'other_{name}.csv', lambda q=q: q.predict(other, progress=False)[columns]) for name,q in candidates.items()}
-        first = tables[args.runs[0].name]
-        result['other'] = {name: measured(t, None if name==args.runs[0].name else first) for name,t in tables.items()} | dict(images=len(first))
+    if args.other: result['other'] = on_other(args, meta, classes_of(base))
     write_json(result, args.out)
     print(json.dumps(result, indent=1))
 

@@ -110,7 +110,7 @@ def report_rows(table, members):
 
 
 def elsewhere(n=50, seed=42):
-    "Sets of the packaged network on MILK10k, fitted on HAM10000's challenge, on 100 images of MILK10k, and on half of it"
+    "Sets of the packaged network on MILK10k, fitted on HAM10000's challenge, on 100 images of MILK10k, and on half"
     from skin_lesions.classes import HAM10000, with_classes
     from skin_lesions.conformal import fit_sets, set_members
     tables, codes = pd.read_csv(TABLES), list(HAM10000)
@@ -118,7 +118,8 @@ def elsewhere(n=50, seed=42):
     milk, challenge = (tables[tables.collection == c].reset_index(drop=True) for c in ('milk10k', 'challenge'))
     known, outside = (with_classes(milk[milk.dx.isin(codes) == yes].drop(columns='collection').reset_index(drop=True),
                                    HAM10000) for yes in (True, False))
-    challenge, rng, result = with_classes(challenge.drop(columns='collection'), HAM10000), np.random.default_rng(seed), {}
+    challenge = with_classes(challenge.drop(columns='collection'), HAM10000)
+    rng, result = np.random.default_rng(seed), {}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for by_class in (True, False):
@@ -160,7 +161,8 @@ def main(args):
     found = {f'{method}, by class': halves(table, method) for method in ('lac', 'aps', 'raps')}
     found['lac, all together'] = halves(table, by_class=False)
     found[f'lac, by class, mel missed in {BOUND:.0%} at most'] = halves(table, bound='mel')
-    about = dict(date=datetime.date.today().isoformat(), alpha=ALPHA, recipe=RECIPE, folds=sorted(int(f) for f in table.fold.unique()),
+    folds = sorted(int(f) for f in table.fold.unique())
+    about = dict(date=datetime.date.today().isoformat(), alpha=ALPHA, recipe=RECIPE, folds=folds,
                  images=len(table), lesions=int(table.group.nunique()), halves=300)
     result = about | dict(ham10000=found, milk10k=elsewhere())
     (RESULTS/'conformal.json').write_text(json.dumps(result, indent=1, default=float) + '\n')

@@ -103,7 +103,7 @@ def ham10000_tables():
 
 def left_out_tables(args):
     "Networks trained without a source, on that source; a finished training is kept"
-    from skin_lesions.classes import HAM10000, with_classes
+    from skin_lesions.cross_collection import predict_collection
     from skin_lesions.predict import load_predictor
     from skin_lesions.readers import read_metadata
     from skin_lesions.recipes import with_changes
@@ -118,8 +118,8 @@ def left_out_tables(args):
         others = split_by_lesion(meta[~meta.group.isin(here.group)].reset_index(drop=True))
         recipe, folder = with_changes('quick', dict(size=args.size, epochs=args.epochs)), Path(args.train)/name
         run = train_run(recipe, others, folder, split='own', resume=True, workers=args.threads or 2, report=False)
-        table = load_predictor(run, 'cpu').predict(here.reset_index(drop=True), progress=False)
-        tables[f'HAM10000 without {name}', name] = with_classes(table.drop(columns='problem'), HAM10000)
+        table = predict_collection(load_predictor(run, 'cpu'), here.reset_index(drop=True))
+        tables[f'HAM10000 without {name}', name] = table
     return tables
 
 
@@ -136,7 +136,7 @@ def main(args):
                  not_measured=None if args.train else 'networks trained without a source',
                  subgroups_of_milk10k=subgroups(milk, args.milk10k),
                  rows=json.loads(frame.round(5).to_json(orient='records')))
-    (RESULTS/'cross_collection.json').write_text(json.dumps(about, indent=1)+'\n')
+    Path(args.result).write_text(json.dumps(about, indent=1)+'\n')
     print(frame.round(3).T.to_string())
 
 
@@ -150,4 +150,5 @@ if __name__ == '__main__':
     parser.add_argument('--images', type=int, help='images of HAM10000 to train and test on; without it, all')
     parser.add_argument('--draws', type=int, default=1000, help='of the intervals')
     parser.add_argument('--threads', type=int, help='of PyTorch; without it, all')
+    parser.add_argument('--result', default=str(RESULTS/'cross_collection.json'), help='JSON to write')
     main(parser.parse_args())

@@ -7,12 +7,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
-from latex2mathml.converter import convert
-from nbconvert import MarkdownExporter
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(REPO/'tools')] # the pages' own version of the package
-from readme import pages_text
+from readme import pages_text, shown_outputs
 from skin_lesions.style import color_variables
 
 GIT = 'https://github.com/skin-lesions/skin_lesions/blob/main/'
@@ -20,6 +18,7 @@ GIT = 'https://github.com/skin-lesions/skin_lesions/blob/main/'
 
 def with_math(text):
     "Formulas as MathML, which browsers draw themselves; code stays"
+    from latex2mathml.converter import convert
     parts = re.split(r'(```.*?```|`[^`\n]*`)', text, flags=re.S)
     def one(m): return convert(m[1] or m[2], display='block' if m[1] else 'inline').replace('\n', ' ')
     return ''.join(p if i%2 else re.sub(r'\$\$(.+?)\$\$|(?<![\w\\$])\$([^\s$](?:[^$\n]*[^\s$\\])?)\$(?![\w$])', one, p, flags=re.S) for i,p in enumerate(parts))
@@ -30,13 +29,28 @@ def with_links(text):
     text = re.sub(r'\[!\[([^\]]*)\]\(https?:[^)]*\)\]', r'[\1]', text)
     text = re.sub(r'\]\((?:nbs/)?(\d\d_\w+)\.ipynb', r'](\1.md', text)
     text = re.sub(r'\]\((?:nbs/)?README\.md', '](pages.md', text)
+    # Jupyter keeps the capitals of a heading in its anchor, MkDocs does not
+    text = re.sub(r'\]\((\d\d_\w+\.md|pages\.md|)#([^)\s]+)\)', lambda m: f']({m[1]}#{m[2].lower()})', text)
     return re.sub(r'\]\(((?!https?:|#|mailto:|images/|pages\.md|\d\d_\w+\.md)[^)\s]+)\)', lambda m: f"]({GIT}{m[1].removeprefix('../')})", text)
+
+
+def is_shown(cell):
+    "Whether a reader of the site sees a cell: raw ones are settings of nbdev, hidden ones plumbing"
+    if cell.cell_type=='raw': return False
+    return cell.cell_type=='markdown' or not re.search(r'^#\| *(hide|default_exp)\b|^workspace\.cleanup\(\)$', cell.source, re.M)
+
+
+def shown(cell):
+    "A cell whose code is not for the reader becomes what it shows"
+    if cell.cell_type!='code' or '#| echo: false' not in cell.source: return cell
+    return nbformat.v4.new_markdown_cell('\n\n'.join(shown_outputs(cell)))
 
 
 def page(notebook, dest):
     "A notebook as Markdown beside its figures; returns its title"
+    from nbconvert import MarkdownExporter
     nb = nbformat.read(notebook, 4)
-    nb.cells = [c for c in nb.cells if not (c.cell_type=='code' and re.search(r'^#\| *(hide|default_exp)\b', c.source, re.M))]
+    nb.cells = [shown(c) for c in nb.cells if is_shown(c)]
     nb.metadata['language_info'] = {'name': 'python'} # for colours
     for c in nb.cells:
         c.source = with_links(with_math(c.source)) if c.cell_type=='markdown' else re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
@@ -51,7 +65,7 @@ def page(notebook, dest):
 
 
 def sources(dest):
-    "All pages; returns the navigation"
+    "All pages; returns the navigation: tutorials first, then what to type, then the rooms"
     shutil.copytree(REPO/'nbs'/'images', dest/'images')
     # the colours of the report and the web demo
     colors = color_variables('[data-md-color-scheme=default]', '[data-md-color-scheme=slate]')
@@ -59,11 +73,43 @@ def sources(dest):
     (dest/'api').mkdir()
     page(REPO/'nbs'/'index.ipynb', dest)
     (dest/'pages.md').write_text(with_links(pages_text(REPO/'nbs')), encoding='utf-8')
-    pages = [{f"{n.stem[:2]} {page(n, dest)}": f'{n.stem}.md'} for n in sorted((REPO/'nbs').glob('[0-9]*.ipynb'))]
+    (dest/'usage').mkdir()
+    for name,text in usage_pages().items(): (dest/'usage'/f'{name}.md').write_text(text, encoding='utf-8')
+    notebooks = sorted((REPO/'nbs').glob('[0-9]*.ipynb'))
+    pages = {n: {f"{n.stem[:2]} {page(n, dest)}": f'{n.stem}.md'} for n in notebooks}
+    tutorials,rooms = ([pages[n] for n in notebooks if (n.name[0]=='9')==last] for last in (True, False))
     modules = sorted(p.stem for p in (REPO/'skin_lesions').glob('[a-z]*.py'))
     for m in modules: (dest/'api'/f'{m}.md').write_text(f'# skin_lesions.{m}\n\n::: skin_lesions.{m}\n    options: {{show_root_heading: false, show_root_toc_entry: false}}\n')
     for name in ('CHANGELOG', 'CONTRIBUTING', 'SECURITY'): (dest/f'{name.lower()}.md').write_text(with_links((REPO/f'{name}.md').read_text(encoding='utf-8')), encoding='utf-8')
-    return [{'Home': 'index.md'}, {'Pages': pages}, {'API': [{m: f'api/{m}.md'} for m in modules]}, {'Project': ['changelog.md', 'contributing.md', 'security.md']}]
+    usage = ['usage/index.md', *({name: f'usage/{name}.md'} for name in usage_pages() if name!='index')]
+    return [{'Home': 'index.md'}, {'Tutorials': tutorials}, {'Usage': usage}, {'Pages': ['pages.md', *rooms]},
+            {'API': [{m: f'api/{m}.md'} for m in modules]}, {'Project': ['changelog.md', 'contributing.md', 'security.md']}]
+
+
+def usage_pages():
+    "For each command of the shell a page from its own parser, and an index of them: text by name"
+    os.environ['COLUMNS'] = '80' # argparse wraps its text to the terminal
+    from skin_lesions.cli import argument_parser
+    parser = argument_parser()
+    commands = next(a for a in parser._actions if a.dest=='command')
+    about = {a.dest: a.help.replace('%%', '%') for a in commands._choices_actions}
+    pages = {'index': '# Command line\n\nAfter the [installation](../index.md#install), `skin_lesions COMMAND`; `skin_lesions --version` and `skin_lesions --debug COMMAND`, '
+                      'which shows the traceback of an error. What the commands read and write: [81 Command line](../81_cli.md).\n\n| command | what it does |\n|---|---|\n'
+                      + ''.join(f'| [`{name}`]({name}.md) | {text} |\n' for name,text in about.items())}
+    for name,command in commands.choices.items():
+        pages[name] = f'# skin_lesions {name}\n\n{about[name]}.\n\n```text\n{command.format_usage()}```\n\n'+option_tables(command)
+    return pages
+
+
+def option_tables(command):
+    "The arguments and options of a parser as tables"
+    def cell(text): return text.replace('%%', '%').replace('|', '\\|').replace('<', '&lt;')
+    def row(a): return f"| `{', '.join(a.option_strings) or a.dest}` | {cell(a.help)}{'; one of '+', '.join(f'`{c}`' for c in a.choices) if a.choices else ''} |\n"
+    shown = [a for a in command._actions if a.dest!='help']
+    tables = ''
+    for title,actions in (('Arguments', [a for a in shown if not a.option_strings]), ('Options', [a for a in shown if a.option_strings])):
+        if actions: tables += f'## {title}\n\n| {title.lower()[:-1]} | what it is |\n|---|---|\n'+''.join(map(row, actions))+'\n'
+    return tables
 
 
 class Found(HTMLParser):

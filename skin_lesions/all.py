@@ -10,8 +10,8 @@ __all__ = ['CLASS_SETS', 'ClassSet', 'FocalLossFlat', 'GradCAM', 'MixUp', 'RECIP
            'plot_class_frequencies', 'plot_confusion', 'plot_examples', 'plot_gradcam', 'plot_roc',
            'pretext_dataloaders', 'read_csv_dataset', 'read_metadata', 'read_predictions', 'resize_cache',
            'restoration_learner', 'rotation_learner', 'save_bundle', 'save_predictions', 'score_intervals', 'scores',
-           'set_report', 'split_by_image', 'split_by_lesion', 'synthetic_dataset', 'synthetic_ham10000', 'train_run',
-           'transfer_body', 'two_stage_learner', 'with_changes']
+           'set_report', 'split_by_image', 'split_by_lesion', 'stress', 'synthetic_dataset', 'synthetic_ham10000',
+           'train_run', 'transfer_body', 'two_stage_learner', 'with_changes']
 
 # %% ../nbs/85_all.ipynb #b855cda4
 from .benefit import decision_curve, per_thousand
@@ -36,6 +36,7 @@ from .pretext import pretext_dataloaders, restoration_learner, rotation_learner,
 from .readers import read_csv_dataset, read_metadata
 from .recipes import RECIPES, find_recipe, with_changes
 from .report import html_report
+from .robustness import stress
 from .split import leak_report, split_by_image, split_by_lesion
 from .synthetic import synthetic_dataset, synthetic_ham10000
 from .train import train_run
@@ -49,5 +50,5 @@ _all_ = ['CLASS_SETS', 'ClassSet', 'FocalLossFlat', 'GradCAM', 'MixUp', 'RECIPES
          'plot_confusion', 'plot_examples', 'plot_gradcam', 'plot_roc', 'pretext_dataloaders',
          'read_csv_dataset', 'read_metadata', 'read_predictions', 'resize_cache', 'restoration_learner',
          'rotation_learner', 'save_bundle', 'save_predictions', 'score_intervals', 'scores', 'set_report',
-         'split_by_image', 'split_by_lesion', 'synthetic_dataset', 'synthetic_ham10000', 'train_run',
+         'split_by_image', 'split_by_lesion', 'stress', 'synthetic_dataset', 'synthetic_ham10000', 'train_run',
          'transfer_body', 'two_stage_learner', 'with_changes']

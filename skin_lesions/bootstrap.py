@@ -17,7 +17,7 @@ import pandas as pd
 
 if TYPE_CHECKING: from scipy.sparse import csr_matrix # prediction does without SciPy
 
-from .classes import classes_of
+from .classes import classes_of, with_classes
 from .predictions import check_predictions, decided_codes
 
 # %% ../nbs/59_bootstrap.ipynb #bb4a9bf9
@@ -184,8 +184,7 @@ def fraction_right(
         parts.append(pd.DataFrame(dict(image_id=t.image_id, dx=t.dx, group=group, right=(true==decided).astype(float))))
     of_image = pd.concat(parts).groupby('image_id', sort=False)
     whole = of_image.agg({'dx': 'first', 'group': 'first', 'right': 'mean'}).reset_index()
-    whole.attrs = dict(classes=classes_of(tables[0]).as_dict())
-    return whole
+    return with_classes(whole, classes_of(tables[0]))
 
 def unit_counts(
     right:pd.DataFrame, # of `fraction_right`

@@ -9,6 +9,7 @@ __all__ = ['SCORE_NAMES', 'CARD_TAGS', 'card_scores', 'model_card']
 from .classes import ClassSet
 from .core import NOTICE, REPOSITORY
 from .networks import classifier_config
+from .style import interval_text, number_text
 
 # %% ../nbs/68_card.ipynb #7fe6c239
 SCORE_NAMES = dict(accuracy='Accuracy', average_recall='Average recall over the classes',
@@ -33,13 +34,13 @@ def _table(columns, rows)->str:
     "A table in Markdown"
     return '\n'.join(f"| {' | '.join(map(str, cells))} |" for cells in (columns, ['---']*len(columns), *rows))
 
-def _number(value)->str: return 'not measured' if value is None else f'{value:.3f}'
+def _number(value)->str: return 'not measured' if value is None else number_text(value)
 
 def _with_interval(found, name='average_recall')->str:
     "A score with its 95 % interval, from an object with name, low and high"
     if found is None: return 'not measured'
-    low,high = found.get('low'),found.get('high')
-    return _number(found.get(name)) + ('' if low is None or high is None else f' ({low:.3f} to {high:.3f})')
+    value,low,high = (found.get(key) for key in (name, 'low', 'high'))
+    return _number(value) if None in (value, low, high) else interval_text(value, low, high)
 
 def _main_lines(scores, dataset)->str:
     "The main scores as a table"

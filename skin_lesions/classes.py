@@ -250,6 +250,12 @@ def class_set(
         raise ValueError(error + '; a list of codes or a CSV makes your own')
     return from_codes(list(classes))
 
+# %% ../nbs/01_classes.ipynb #52b1880b
+class _Description(dict):
+    "What frames carry, shared by all of them: pandas copies attrs deeply with each column that is taken"
+    def __deepcopy__(self, memo): return self
+    def __reduce__(self): return dict,(dict(self),)
+
 # %% ../nbs/01_classes.ipynb #52b1880c
 def with_classes(
     frame:pd.DataFrame, # metadata frame or predictions table
@@ -257,7 +263,7 @@ def with_classes(
 )->pd.DataFrame: # a shallow copy that knows its class set
     "Let a frame carry its class set"
     frame = frame.copy(deep=False)
-    frame.attrs = frame.attrs | dict(classes=class_set(classes).as_dict())
+    frame.attrs = frame.attrs | dict(classes=_Description(class_set(classes).as_dict()))
     return frame
 
 @lru_cache(64)

@@ -164,5 +164,5 @@ def plot_cross_table(
         ax.annotate(text, (columns.index(r.tested), rows.index(r.trained)), ha='center', va='center', fontsize=8)
     ax.set_xticks(range(len(columns)), columns, fontsize=8)
     ax.set_yticks(range(len(rows)), rows, fontsize=8)
-    ax.set(xlabel='tested on', ylabel='trained on', title=score.replace('_', ' '))
+    ax.set(xlabel='tested on', ylabel='trained on', title=score.replace('_', ' ').replace('auc', 'AUC'))
     return ax

@@ -31,7 +31,7 @@ def example_metadata()->pd.DataFrame: # image_id, lesion_id, dx, dx_type, age, s
     return with_classes(meta.assign(group=merge_lesions(meta)), HAM10000)
 
 # %% ../nbs/79_examples.ipynb #acaab62c
-EXAMPLES = {
+EXAMPLES:dict = { # name to folds and a sentence
     'base': dict(folds=(0, 1, 2), about='one stage, cross-entropy, ImageNet weights'),
     'all_changes': dict(folds=(0, 1, 2), about='two stages, logit-adjusted loss, ImageNet weights, larger images'),
     'scratch': dict(folds=(0,), about='as base, from random weights'),
@@ -55,7 +55,7 @@ def example_predictions(
     return check_predictions(with_classes(table.reset_index(drop=True), HAM10000))
 
 # %% ../nbs/79_examples.ipynb #aef96426
-RESULT_NAMES = ('gradcam_overlap', 'ham10000_fold0', 'pretraining')
+RESULT_NAMES = ('gradcam_overlap', 'ham10000_fold0', 'pretraining', 'split_leak')
 
 def example_results(
     name:str, # one of `RESULT_NAMES`

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .classes import class_set
+from .classes import class_set, classes_of
 from .core import (NOTICE, atomic_path, check_columns, image_files, progress, unknown_name, why_unreadable,
                                without_copies)
 from .networks import EnsembleNet, LesionNet, TwoStageNet, join_stages, route_stages
@@ -586,13 +586,13 @@ def _explained(number, codes, stage)->str:
     side = '' if stage is None else f'stage {stage}, '
     return side+('rest' if number<0 else codes[int(number)])
 
-def _caption(batch, i, codes, stage)->str:
-    "What is known of an image and its map"
-    row,p = batch.frame.iloc[i],batch.probabilities[i]
-    what = f"map: {_explained(batch.target[i], codes, stage)}"
+def _caption(batch, i, codes, stage, names=None)->str:
+    "What is known of an image and its map, with codes, or with the names of the diagnoses"
+    row,p,names = batch.frame.iloc[i],batch.probabilities[i],names or codes
+    what = f"map: {_explained(batch.target[i], names, stage)}"
     # of such an image neither the probabilities nor the decision mean anything
     if batch.ood[i]: return f"{row.image_id}: out-of-distribution, does not look like a dermatoscopic image; {what}"
-    def say(number): return f'{codes[int(number)]} ({p[int(number)]:.1%})'
+    def say(number): return f'{names[int(number)]} ({p[int(number)]:.1%})'
     true = row.get('dx')
     known = f"true {say(codes.index(true))}, " if true in codes else ''
     return f"{row.image_id}: {known}predicted {say(batch.decided[i])}; {what}"
@@ -743,13 +743,20 @@ def _png_names(paths)->list:
         names.append(name)
     return names
 
-def _write_batch(batch, out, codes, stage)->list:
-    "Write the PNG of each image of a batch; returns their figures for the gallery"
-    figures = []
+def _names_of(source)->list:
+    "The names of the diagnoses in the order of the network's outputs"
+    classes = classes_of(source.dls) if hasattr(source, 'dls') else class_set(source.classes)
+    return [classes.full_name(c) if c in classes else c for c in codes_of(source)]
+
+# %% ../nbs/50_gradcam.ipynb #f0a1b2c5
+def _write_batch(batch, out, source, stage)->list:
+    "Write the PNG of each image of a batch; returns their figures for the gallery, which have room for names"
+    codes,names,figures = codes_of(source),_names_of(source),[]
     for i,row in batch.frame.iterrows():
-        pair,text = _side_by_side(batch.images[i], batch.cams[i]),_caption(batch, i, codes, stage)
-        with atomic_path(out/row.png) as tmp: _with_caption(pair, text).save(tmp)
-        figures.append(_figure(Path(row.path).name, _thumbnail(pair), text.split(': ', 1)[1]))
+        pair = _side_by_side(batch.images[i], batch.cams[i])
+        with atomic_path(out/row.png) as tmp: _with_caption(pair, _caption(batch, i, codes, stage)).save(tmp)
+        text = _caption(batch, i, codes, stage, names).removeprefix(f'{row.image_id}: ')
+        figures.append(_figure(Path(row.path).name, _thumbnail(pair), text))
     return figures
 
 # %% ../nbs/50_gradcam.ipynb #9ad14470
@@ -773,7 +780,7 @@ def gradcam_folder(
     n,unreadable,figures = 0,{},[]
     for batch in stream_cams(source, frame, target=target, method=method, stage=stage, show=show, **kwargs):
         unreadable,n = unreadable | batch.unreadable,n+len(batch.frame)
-        figures += _write_batch(batch, out, codes_of(source), stage)[:limit-len(figures)]
+        figures += _write_batch(batch, out, source, stage)[:limit-len(figures)]
     if not n: raise ValueError(f"none of the {len(frame)} images can be read; first: {_first_reasons(unreadable)}")
     _write_gallery(out/'gallery.html', figures, _gallery_text(len(figures), n, target, stage, method), unreadable)
     return n,unreadable

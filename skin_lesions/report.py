@@ -247,7 +247,8 @@ def _point_section(table)->list:
     return [*sections, P(_POINTS_NOTE, cls='small')]
 
 # %% ../nbs/64_report.ipynb #10fa2c42
-_SUBGROUPS = dict(age_band='Age', sex='Sex', site='Anatomical site', source='Source')
+_SUBGROUPS = dict(age_band='Age', sex='Sex', site='Anatomical site', source='Source', skin_type='Skin type',
+                  skin_tone='Skin tone, estimated')
 
 def _subgroup_table(table, meta, by):
     "Average recall in each subgroup"
@@ -429,7 +430,7 @@ def html_report(
     *,
     history=None, # CSV file of `CSVLogger` or DataFrame: training and validation losses; None leaves them out
     run:dict=None, # arguments, versions, split, seed...; a dict in it gets a heading; None leaves them out
-    meta:pd.DataFrame=None, # with any of age, sex, site, source: scores by subgroup; path: images of the worst errors
+    meta:pd.DataFrame=None, # with age, sex, site, source, skin_type: scores by subgroup; path: the worst errors
     title:str='Evaluation of a skin lesion classifier', # heading
 )->Path: # where the file is
     "Write scores, class table, figures and the run's arguments into one HTML file that needs nothing else"

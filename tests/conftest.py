@@ -1,13 +1,29 @@
 "Fixtures: the repository, a synthetic sample, the real data if there is any, and the command line as a process of its own."
 import os, subprocess, sys, tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+import warm
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO/"tools")) # what tests share with the tools
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1') # several workers: threads of each would wait for the others' cores
 os.environ['SKIN_LESIONS_CACHE'] = tempfile.mkdtemp(prefix='skin-lesions-cache-') # not the user's
+
+
+LONGEST = ('cli', 'package', 'distributed', 'experiments', 'learner', 'app', 'resume', 'cache', 'train', 'predict', 'split', 'patient', 'survival', 'onnx')
+
+
+def pytest_configure(config):
+    if hasattr(config.option, 'loadscopereorder'): config.option.loadscopereorder = False # xdist would take files of few tests last
+
+
+def pytest_collection_modifyitems(items):
+    "The longest files first, or the second of two workers waits for them in the end"
+    files = [f'test_{name}.py' for name in LONGEST]
+    items.sort(key=lambda item: files.index(item.path.name) if item.path.name in files else len(files))
 
 
 @pytest.fixture(scope='session')
@@ -31,18 +47,40 @@ def real():
 
 @pytest.fixture(scope='session')
 def python():
-    "Run Python code in a fresh interpreter outside the repository; returns the finished process"
+    "Run Python code in a new interpreter outside the repository, for what a first import promises; returns the finished process"
     def run(code, *args, cwd, timeout=240):
         return subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout)
     return run
 
 
+class Cold:
+    "Commands as new interpreters, where there is no fork; see `warm.Server`"
+    def start(self, *args, cwd, out, err): return subprocess.Popen([sys.executable, '-W', 'ignore', *map(str, args)], cwd=cwd, stdout=out, stderr=err)
+
+    def run(self, *args, cwd, timeout=400):
+        return subprocess.run([sys.executable, '-W', 'ignore', *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout)
+
+    def close(self): pass
+
+
 @pytest.fixture(scope='session')
-def cli():
+def processes():
+    "Processes of their own that have torch and fastai imported, and nothing of skin_lesions"
+    server = warm.Server() if hasattr(os, 'fork') else Cold()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope='session')
+def warm_python(processes):
+    "Run Python code in a process of its own; returns the finished process"
+    return partial(processes.run, '-c')
+
+
+@pytest.fixture(scope='session')
+def cli(processes):
     "Run `skin_lesions ...` as a process of its own; returns the finished process"
-    def run(*args, cwd, timeout=400):
-        return subprocess.run([sys.executable, '-W', 'ignore', '-m', 'skin_lesions.cli', *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout)
-    return run
+    return partial(processes.run, '-m', 'skin_lesions.cli')
 
 
 def settings(**changes): return tuple(a for name, value in changes.items() for a in ('--set', f'{name}={value}'))

@@ -1,5 +1,5 @@
 "Sets of diagnoses: they travel with tables, and one is read in another without losing probability"
-import json
+import json, pickle
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,8 @@ def test_a_set_survives_json_and_every_common_operation_on_a_frame(name):
     parts = (table[5:], table.assign(fold=1), pd.concat([table, table]), table.sort_values('image_id'), table.drop(columns='dx'))
     assert all(classes_of(part) == classes for part in parts)
     json.dumps(table.attrs)
+    assert table.dx.attrs['classes'] is table.attrs['classes'], 'pandas copies attrs deeply with each column, which took a fifth of a training'
+    assert type(pickle.loads(pickle.dumps(table)).attrs['classes']) is dict, 'whoever unpickles a frame needs no class of ours'
 
 
 @pytest.mark.parametrize('source, target', [(ISIC2019, HAM10000), (HAM10000, MALIGNANT), (ISIC2019, MALIGNANT), (MILK10K, MELANOMA), (MILK10K, HAM10000)],

@@ -1,5 +1,6 @@
 "The command line as a user meets it: a process, files, exit codes, errors."
-import io, json, os, shutil, signal, subprocess, sys, time, warnings
+import io, json, os, re, shutil, signal, subprocess, sys, time, warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -116,15 +117,10 @@ def test_same_seed_same_result(sample, finished_run, call, small, tmp_path):
     pd.testing.assert_frame_equal(a, b, rtol=1e-5, atol=1e-6)
 
 
-def deaf_no_more():
-    "A shell's background job ignores Ctrl-C and hands that on to its children; the command under test must hear it"
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def test_ctrl_c_keeps_what_was_learnt(sample, cli, small, tmp_path):
-    command = [sys.executable, '-W', 'ignore', '-m', 'skin_lesions.cli', 'train', '--data', sample, '--out', 'run', *small, '--set', 'epochs=400']
-    with open(tmp_path/'log', 'w') as log: process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=log, stderr=log, preexec_fn=deaf_no_more)
-    for _ in range(1200):
+def test_ctrl_c_keeps_what_was_learnt(sample, processes, small, tmp_path):
+    command = ['-m', 'skin_lesions.cli', 'train', '--data', sample, '--out', 'run', *small, '--set', 'epochs=400']
+    with open(tmp_path/'log', 'w') as log: process = processes.start(*command, cwd=tmp_path, out=log, err=log)
+    for _ in range(4000): # a busy machine imports for minutes
         histories = list((tmp_path/'run').rglob('*.csv'))
         if process.poll() is not None or any(len(f.read_text().splitlines()) > 2 for f in histories): break
         time.sleep(.1)
@@ -150,6 +146,13 @@ def test_ctrl_c_keeps_what_was_learnt(sample, cli, small, tmp_path):
 def test_a_wrong_recipe_gets_one_clear_line(change, expected, sample, call, small, tmp_path):
     status, _, error = call('train', '--data', sample, '--out', tmp_path/'run', '--no-check', *small, '--set', change)
     assert status == 2 and expected in error and error.count('\n') == 1, error
+
+
+def test_factors_without_class_weights(sample, call, small, tmp_path):
+    status, _, error = call('train', '--data', sample, '--out', tmp_path/'run', *small, '--set', 'alpha=none', '--set', 'factors=nv=.5', '--set', 'epochs=1')
+    assert status == 0, error
+    recipe = json.loads((tmp_path/'run'/'run.json').read_text())['recipe']
+    assert (recipe['alpha'], recipe['factors']) == (None, {'nv': .5})
 
 
 @pytest.mark.parametrize('flags, expected', [
@@ -208,6 +211,54 @@ def test_a_table_of_one_s_own_trains_and_is_scored(sample, call, small, tmp_path
     assert status == 0 and again.splitlines()[0] == printed.splitlines()[0], error
 
 
+# ---- audit
+
+@pytest.fixture
+def other_names(sample, tmp_path):
+    "Two images of the sample under other names, one mirrored, and a file that is no image"
+    from PIL import Image, ImageOps
+    files = sorted(Path(sample).rglob('ISIC*.jpg'))[:2]
+    folder = tmp_path/'others'
+    folder.mkdir()
+    for i, change in enumerate((ImageOps.mirror, lambda image: image)):
+        change(Image.open(files[i])).save(folder/f'other_{i}.png')
+    (folder/'bad.jpg').write_bytes(b'no image')
+    return folder
+
+
+def test_audit_names_pairs_and_bad_files(call, sample, other_names, tmp_path):
+    status, printed, error = call('audit', other_names, sample, '--out', tmp_path/'audit', '--features', tmp_path/'features', '--quiet')
+    assert status == 0 and printed.startswith('compared 2 images with') and '1 unreadable files left out' in error and 'bad.jpg' in error
+    pairs = pd.read_csv(tmp_path/'audit'/'overlap.csv')
+    first = pairs[pairs.same].drop_duplicates('image_a')
+    expected = [p.stem for p in sorted(Path(sample).rglob('ISIC*.jpg'))[:2]]
+    assert sorted(zip(first.image_a, first.image_b)) == [('other_0', expected[0]), ('other_1', expected[1])]
+    assert (tmp_path/'audit'/'overlap.html').read_text().count('<img') == 2*len(pairs)
+    assert any((tmp_path/'features').rglob('*.npy'))
+
+
+@pytest.mark.parametrize('args, message', [
+    (['a', 'a', 'a'], 'audit compares one collection with itself or two with each other, got 3'),
+    (['nowhere'], 'nowhere does not exist; give a folder of images')])
+def test_audit_errors(call, args, message):
+    status, _, error = call('audit', *args)
+    assert status == 2 and message in error
+
+
+def test_evaluate_says_which_images_were_trained_on(call, finished_run, tmp_path):
+    from PIL import Image, ImageOps
+    split = pd.read_csv(finished_run/'split.csv')
+    seen = split[split.is_valid].path.iloc[0]
+    (tmp_path/'training').mkdir()
+    ImageOps.mirror(Image.open(seen)).save(tmp_path/'training'/'renamed.png')
+    status, _, error = call('evaluate', finished_run, '--audit', tmp_path/'training', '--out', tmp_path/'r.html', '--quiet')
+    assert status == 0 and 'scored images show a photograph of' in error and Path(seen).stem in error
+    status, _, error = call('evaluate', finished_run/'predictions.csv', '--audit', tmp_path/'training')
+    assert status == 2 and 'has no images that --audit could compare' in error
+    status, _, error = call('evaluate', finished_run, '--audit', tmp_path/'nowhere')
+    assert status == 2 and 'nowhere does not exist' in error
+
+
 # ---- evaluate
 
 def test_evaluate_prints_what_train_printed(finished_run, call, tmp_path):
@@ -229,6 +280,82 @@ def test_evaluate_leaves_out_what_was_trained_on(sample, finished_run, call, tmp
     for name in ('model.safetensors', 'bundle.json'): shutil.copy(finished_run/name, tmp_path/'b')
     status, alone, error = call('evaluate', tmp_path/'b', '--data', sample, '--out', tmp_path/'r.html', '--quiet')
     assert status == 0 and alone == printed and 'images left out' in error
+
+
+@pytest.mark.parametrize('given', [(), ('--data',)], ids=['own', 'data'])
+def test_evaluate_shows_the_worst_errors_from_the_disk(given, sample, finished_run, call, tmp_path):
+    from urllib.parse import unquote
+    report = tmp_path/'my reports'/'r.html'
+    status, _, error = call('evaluate', finished_run, *given, *([sample] if given else []), '--out', report, '--quiet')
+    assert status == 0, error
+    shown = [report.parent/unquote(src) for src in re.findall('<img[^>]* src="(?!data:)(.*?)"', report.read_text())]
+    table = pd.read_csv(finished_run/'predictions.csv')
+    wrong = set(table.image_id[np.array(CODES)[table[CODES].to_numpy().argmax(1)] != table.dx])
+    assert len(shown) == min(12, len(wrong)) > 0 and {p.stem for p in shown} <= wrong
+    assert all(p.is_file() and p.resolve().is_relative_to(sample.resolve()) for p in shown)
+
+
+def test_train_answers_about_a_folder_before_it_imports_fastai(python, tmp_path):
+    (tmp_path/'empty').mkdir()
+    done = python("""
+import sys
+from skin_lesions.cli import main
+assert main(['train', '--data', 'empty', '--out', 'run']) == 2
+assert not {'fastai', 'torch'} & set(sys.modules)
+""", cwd=tmp_path)
+    assert done.returncode == 0 and 'no known collection in empty' in done.stderr, done.stderr
+
+
+def test_evaluate_after_calibrate_goes_by_the_rule(sample, finished_run, call, tmp_path):
+    "Printed scores, report and the challenge's score are those of the decisions, which differ from the most probable diagnoses"
+    from skin_lesions.bundle import update_bundle
+    from skin_lesions.evaluate import isic_scores, scores
+    from skin_lesions.predict import load_predictor
+    from skin_lesions.predictions import isic_submission, read_isic_submission, read_predictions, without_decisions
+    from skin_lesions.readers import read_metadata
+    run = Path(shutil.copytree(finished_run, tmp_path/'run'))
+    assert call('calibrate', run, '--rule', 'prior')[0] == 0
+    # the network has hardly learnt and names one class; a prior of its usual answer lets all be named
+    fitted = load_predictor(run)
+    usual = fitted.calibration.calibrate(read_predictions(run/'predictions.csv'), overlap='ignore')[CODES].median()
+    update_bundle(run, rule=replace(fitted.rule, prior=(usual/usual.sum()).to_dict(), t=1.))
+    status, printed, error = call('evaluate', run, '--data', sample, '--out', tmp_path/'r.html', '--quiet')
+    assert status == 0, error
+    split = pd.read_csv(run/'split.csv')
+    meta = read_metadata(sample)
+    table = load_predictor(run).predict(meta[meta.image_id.isin(split.image_id[split.is_valid])], progress=False)
+    decided = table.decision.where(table.decision.notna(), np.array(CODES)[table[CODES].to_numpy().argmax(1)])
+    by_hand = np.mean([(decided[table.dx == c] == c).mean() for c in CODES if (table.dx == c).any()])
+    most_probable = scores(without_decisions(table), warn=False)['average_recall']
+    assert abs(by_hand-most_probable) > .001, 'the rule changes the score here'
+    assert f'average recall {by_hand:.3f}' in printed and f'average recall {most_probable:.3f}' not in printed.split('\n')[0]
+    assert f'{by_hand:.3f}' in (tmp_path/'r.html').read_text(encoding='utf-8')
+    assert isic_scores(table).balanced_accuracy == pytest.approx(by_hand)
+    submitted = read_isic_submission(isic_submission(table, tmp_path/'s.csv')).assign(dx=table.dx.to_numpy())
+    assert isic_scores(submitted).balanced_accuracy == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize('part', ['validation', 'test'])
+def test_evaluate_on_a_part_of_the_challenge(sample, finished_run, call, tmp_path, part):
+    "A bundle against the folder that the organisers hand out"
+    from skin_lesions.classes import HAM10000
+    from skin_lesions.readers import read_metadata
+    meta = read_metadata(sample).groupby('dx').head(2)
+    names = [f'ISIC_{34600+i:07}' for i in range(len(meta))]
+    for kind, some in (('Validation', slice(0, None, 2)), ('Test', slice(1, None, 2))):
+        folder, columns = tmp_path/'data'/f'ISIC2018_Task3_{kind}_Input', list(HAM10000.challenge_columns.values())
+        folder.mkdir(parents=True)
+        for name, path in zip(names[some], meta.path[some]): shutil.copy(path, folder/f'{name}.jpg')
+        hot = [[float(HAM10000.challenge_columns[dx] == c) for c in columns] for dx in meta.dx[some]]
+        truth = pd.DataFrame(hot, columns=columns)
+        truth.insert(0, 'image', names[some])
+        (tmp_path/'data'/f'ISIC2018_Task3_{kind}_GroundTruth').mkdir()
+        truth.to_csv(tmp_path/'data'/f'ISIC2018_Task3_{kind}_GroundTruth'/f'ISIC2018_Task3_{kind}_GroundTruth.csv', index=False)
+    (tmp_path/'bundle').mkdir()
+    for name in ('model.safetensors', 'bundle.json'): shutil.copy(finished_run/name, tmp_path/'bundle')
+    status, printed, error = call('evaluate', tmp_path/'bundle', '--data', tmp_path/'data', '--part', part, '--out', tmp_path/'r.html', '--quiet')
+    assert status == 0 and f'{len(meta)//2} images' in printed, printed + error
+    assert (tmp_path/'r.html').is_file()
 
 
 def test_evaluate_with_views_predicts_the_validation_images(finished_run, call, tmp_path):
@@ -424,7 +551,8 @@ def test_the_map_s_caption_says_what_predict_prints(sample, finished_run, call, 
         status, printed, error = call(command, image, '--bundle', run, flag, tmp_path/command, '--quiet')
         assert status == 0, error
         gallery = (tmp_path/command/'gallery.html').read_text()
-        assert f'predicted {decision} ({p[decision]:.1%}); map: {decision}' in gallery
+        name = HAM10000.full_name(decision)
+        assert f'predicted {name} ({p[decision]:.1%}); map: {name}' in gallery
         if command == 'predict': assert f'{percent_text(p[decision])}  {decision}' in printed and f'Suggests: {HAM10000.full_name(decision)};' in printed
 
 

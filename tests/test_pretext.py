@@ -1,5 +1,4 @@
 """Pretexts end to end: from a folder without labels to a classifier, files that load elsewhere, and the disorder's properties over many seeds."""
-import subprocess, sys
 
 import numpy as np
 import pytest
@@ -52,7 +51,7 @@ def test_worker_processes(lesions):
     broken.unlink()
 
 
-def test_joint_learners_load_elsewhere(lesions, tmp_path):
+def test_joint_learners_load_elsewhere(lesions, tmp_path, warm_python):
     "An exported joint learner gives the same answer in a fresh interpreter"
     from skin_lesions.data import ham10000_dataloaders
     from skin_lesions.pretext import joint_restoration_learner, joint_rotation_learner
@@ -70,7 +69,8 @@ def test_joint_learners_load_elsewhere(lesions, tmp_path):
             "for name in ('rotation', 'restoration'):\n"
             f"    learn = load_learner({str(tmp_path)!r}+f'/{{name}}.pkl')\n"
             f"    with learn.no_bar(): print(*learn.predict({path!r})[2].tolist())\n")
-    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    run = warm_python(code, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
     np.testing.assert_allclose([list(map(float, line.split())) for line in run.stdout.strip().splitlines()], expected, atol=1e-5)
 
 

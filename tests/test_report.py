@@ -106,3 +106,12 @@ def test_a_table_without_an_error_has_no_section_of_errors(tmp_path):
     table = synthetic_table(40)
     text = page(table.assign(decision=table.dx), tmp_path)
     assert 'Worst errors' not in text and 'Reliability' in text and 'Risk and coverage' in text
+
+
+def test_subgroups_by_skin_are_in_the_report(tmp_path):
+    table = synthetic_table(40)
+    meta = table[['image_id']].assign(skin_type=['2', '4']*(len(table)//2)+['2']*(len(table) % 2), skin_tone='tan')
+    page = html_report(table, tmp_path/'a.html', meta=meta).read_text()
+    without = html_report(table, tmp_path/'b.html', meta=meta[['image_id']].assign(sex='male')).read_text()
+    assert '>Skin type<' in page and '>Skin tone, estimated<' in page and '>tan<' in page
+    assert 'Skin t' not in without

@@ -1,5 +1,5 @@
 "Real processes are killed at random moments; the training that goes on afterwards ends as one that was never interrupted."
-import json, multiprocessing, os, random, signal, subprocess, sys, time
+import json, multiprocessing, os, random, signal, time
 from functools import partial
 from pathlib import Path
 
@@ -79,10 +79,10 @@ def test_killed_and_resumed(whole, whole_with_workers, tmp_path, minutes, worker
     assert sorted(p.name for p in (tmp_path/'state').iterdir()) == ['previous.safetensors', 'state.safetensors']
 
 
-def test_command_line_resumes(tmp_path, sample, small):
+def test_command_line_resumes(tmp_path, sample, small, processes):
     "Killed while it trains, then --resume; another setting is refused by name"
-    command = [sys.executable, '-W', 'ignore', '-m', 'skin_lesions.cli', 'train', '--data', str(sample), '--out', 'run', *small, '--set', 'epochs=3']
-    child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = ['-m', 'skin_lesions.cli', 'train', '--data', sample, '--out', 'run', *small, '--set', 'epochs=3']
+    with open(tmp_path/'log', 'w') as log: child = processes.start(*command, cwd=tmp_path, out=log, err=log)
     state = tmp_path/'run'/'state'
     for _ in range(4000): # a busy machine imports for minutes
         if any(state.rglob('state.safetensors')) or child.poll() is not None: break
@@ -90,9 +90,9 @@ def test_command_line_resumes(tmp_path, sample, small):
     child.kill()
     child.wait()
     assert any(state.rglob('state.safetensors')) and not (tmp_path/'run'/'report.html').exists()
-    other = subprocess.run([*command, '--set', 'lr=.1', '--resume'], cwd=tmp_path, capture_output=True, text=True)
+    other = processes.run(*command, '--set', 'lr=.1', '--resume', cwd=tmp_path)
     assert other.returncode == 2 and 'lr was 0.001 and is 0.1' in other.stderr, other.stderr
-    done = subprocess.run([*command, '--resume'], cwd=tmp_path, capture_output=True, text=True)
+    done = processes.run(*command, '--resume', cwd=tmp_path)
     assert done.returncode == 0, done.stdout+done.stderr
     assert (tmp_path/'run'/'report.html').is_file() and not state.exists()
     history = (tmp_path/'run'/'history.csv').read_text().strip().splitlines()

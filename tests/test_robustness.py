@@ -103,10 +103,10 @@ def test_strength_0_is_the_image_and_more_is_more(image):
         assert distance == sorted(distance) and len(set(distance)) == 6, (change, distance)
 
 
-def test_an_image_has_its_numbers_in_every_process(image, python, tmp_path):
+def test_an_image_has_its_numbers_in_every_process(image, warm_python, tmp_path):
     import hashlib
     Image.fromarray(image).save(tmp_path/'a.png')
-    done = python('''
+    done = warm_python('''
 import hashlib
 from skin_lesions.robustness import CHANGES, change_image
 print([hashlib.sha256(change_image('a.png', c, 4, 'ISIC_7').tobytes()).hexdigest() for c in reversed(CHANGES)])

@@ -49,11 +49,11 @@ def test_codes_that_ham10000_does_not_have_look_different_from_each_other():
         assert difference.max() > 3, (a, b, difference)
 
 
-def test_another_process_draws_the_same(tmp_path, python):
+def test_another_process_draws_the_same(tmp_path, warm_python):
     "Signs of an own code must not follow Python's hash, which differs from process to process"
     code = 'import hashlib; from skin_lesions.classes import ISIC2019; from skin_lesions.synthetic import draw_image\n' \
            'print(hashlib.sha256(draw_image("scc", 3, 4, size=(96, 72), classes=ISIC2019)[0].tobytes()).hexdigest())'
-    done = python(code, cwd=tmp_path)
+    done = warm_python(code, cwd=tmp_path)
     assert done.stdout.strip() == hashlib.sha256(draw_image('scc', 3, 4, size=(96, 72), classes=ISIC2019)[0].tobytes()).hexdigest()
 
 

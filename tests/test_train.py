@@ -131,3 +131,16 @@ def test_other_sets_of_diagnoses(name, tmp_path):
     assert predictor.classes.codes == classes.codes and set(classes.codes) <= set(table.columns)
     assert type(predictor.model).__name__ == ('TwoStageNet' if len(classes) > 2 else 'LesionNet')
     assert table[list(classes.codes)].sum(axis=1).between(.999, 1.001).all()
+
+
+def test_factors_alone_are_the_weights(meta):
+    "Without weights by frequency a class counts as its factor says, and the others once"
+    from skin_lesions.classes import HAM10000
+    from skin_lesions.learner import lesion_learner
+    from skin_lesions.train import recipe_dataloaders, recipe_loss
+    recipe = replace(at_scale('flat', 'tiny'), alpha=None, factors={'nv': .5})
+    expected = {c: .5 if c == 'nv' else 1. for c in HAM10000}
+    assert recipe_loss(recipe, meta)['alpha'] == expected
+    dls = recipe_dataloaders(recipe, meta, 32, num_workers=0, device='cpu')
+    learn = lesion_learner(dls, 'test_efficientnet', pretrained=False, **recipe_loss(recipe, meta))
+    assert dict(zip(dls.vocab, learn.loss_func.alpha.tolist())) == expected

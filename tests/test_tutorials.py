@@ -10,6 +10,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 PAGES = sorted(p for p in (REPO/'nbs').glob('9*.ipynb'))
+pytestmark = pytest.mark.newest
 CHOSEN = os.environ.get('SKIN_LESIONS_TUTORIALS', '').split()
 
 

@@ -1,0 +1,94 @@
+"""Processes that wait for no imports: a server imports the libraries once and forks for each command.
+
+A fork has its own arguments, folder, environment, output, exit status and signals, and imports skin_lesions itself. What a first import promises
+(which libraries it waits for, what it changes) needs the `python` of `conftest.py`, a new interpreter."""
+import json, os, signal, socket, subprocess, sys, tempfile, time
+
+SERVER = r'''
+import json, os, runpy, signal, socket, sys, types
+import fastai.vision.all, matplotlib.pyplot, numpy, pandas, scipy.stats, sklearn.metrics, timm, torch, torchvision
+assert not any(n.split('.')[0] == 'skin_lesions' for n in sys.modules)
+
+def serve(sock):
+    "Answer until a command comes, whose fork returns with it"
+    while True:
+        text, outputs, _, _ = socket.recv_fds(sock, 2**20, 2)
+        if not text: os._exit(0) # the tests have ended
+        request = json.loads(text)
+        if 'poll' in request:
+            pid, status = os.waitpid(request['poll'], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        else: answer = os.fork()
+        if answer == 0 and 'args' in request:
+            sock.close()
+            return request, outputs
+        for output in outputs: os.close(output)
+        sock.send(json.dumps(answer).encode())
+
+request, outputs = serve(socket.socket(fileno=int(sys.argv[1])))
+signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background job ignores Ctrl-C and hands that on
+for to, output in enumerate(outputs, 1): os.dup2(output, to); os.close(output)
+os.chdir(request['cwd'])
+os.environ.clear(); os.environ.update(request['env'])
+kind, what, *sys.argv[1:] = request['args']
+sys.argv[0], sys.path[0] = kind, ''
+__import__('random').seed(); numpy.random.seed()
+if kind == '-m': runpy.run_module(what, run_name='__main__', alter_sys=True)
+else:
+    sys.modules['__main__'] = types.ModuleType('__main__')
+    exec(compile(what, '<string>', 'exec'), vars(sys.modules['__main__']))
+'''
+
+
+class Child:
+    "A command that runs: what is needed of `subprocess.Popen`"
+    def __init__(self, server, pid): self.server, self.pid, self.returncode = server, pid, None
+
+    def poll(self):
+        if self.returncode is None: self.returncode = self.server.ask(dict(poll=self.pid))
+        return self.returncode
+
+    def wait(self, timeout=400):
+        end = time.monotonic()+timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                self.kill()
+                raise subprocess.TimeoutExpired(self.pid, timeout)
+            time.sleep(.02)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None: os.kill(self.pid, number)
+
+    def kill(self): self.send_signal(signal.SIGKILL)
+
+
+class Server:
+    "Starts with the first command"
+    def __init__(self): self.sock = None
+
+    def ask(self, request, outputs=()):
+        socket.send_fds(self.sock, [json.dumps(request).encode()], outputs)
+        return json.loads(self.sock.recv(99))
+
+    def start(self, *args, cwd, out, err):
+        "Run `python ARGS` (-c CODE ... or -m MODULE ...) in a folder, its outputs into open files"
+        if self.sock is None:
+            self.sock, other = socket.socketpair()
+            self.process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', SERVER, str(other.fileno())], pass_fds=[other.fileno()])
+            other.close()
+        request = dict(args=list(map(str, args)), cwd=str(cwd), env=dict(os.environ))
+        return Child(self, self.ask(request, [out.fileno(), err.fileno()]))
+
+    def run(self, *args, cwd, timeout=400):
+        "The finished process of `python ARGS`"
+        with tempfile.TemporaryFile('w+') as out, tempfile.TemporaryFile('w+') as err:
+            child = self.start(*args, cwd=cwd, out=out, err=err)
+            child.wait(timeout)
+            for f in (out, err): f.seek(0)
+            return subprocess.CompletedProcess(args, child.returncode, out.read(), err.read())
+
+    def close(self):
+        if self.sock is None: return
+        self.sock.close()
+        self.process.wait(60)
