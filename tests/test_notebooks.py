@@ -166,3 +166,10 @@ def test_no_dead_link_in_the_texts(repo):
     files = [*repo.glob('*.md'), *repo.glob('*/README.md'), repo/'skin_lesions'/'bundles'/'ham10000'/'README.md']
     assert not {str(f): dead for f in files if (dead := dead_links([f.read_text()], f.parent))}
     assert dead_links(['[x](gone.md) and `[y](code.md)`'], repo) == ['gone.md']
+
+
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.name[:2].isdigit()], ids=lambda p: p.name)
+def test_a_page_says_when_to_use_it(path):
+    "One sentence: `Use this page when ...`, or `Use it ...`"
+    words = '\n'.join(''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown')
+    assert re.search(r'\bUse (this page|it|them)\b', words), path.name
