@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .bundle import PixelNet, decision_part, halved, network_of, ood_of, open_files, read_files
-from .classes import ClassSet, with_classes
+from .classes import ClassSet
 from .core import (BUNDLE_NAMES, NOTICE, check_columns, image_files, named_bundle, read_image,
                                reuse_memory, without_copies)
 from .core import progress as progress_over
@@ -219,7 +219,7 @@ def _table(predictor, images, names, problems, answers)->pd.DataFrame:
     if answers: p[good] = np.concatenate([p for p,_ in answers])
     table = pd.DataFrame(p, columns=predictor.codes)
     table.insert(0, 'image_id', names)
-    table = with_classes(table, predictor.record['classes'])
+    table.attrs['classes'] = predictor.record['classes']
     for c in ('dx', 'group'):
         if isinstance(images, pd.DataFrame) and c in images and images[c].notna().any(): table[c] = images[c].to_numpy()
     if predictor.ood is not None:
