@@ -3,7 +3,8 @@
     python benchmarks/best_network.py runs/fold0 runs/fold1
 
 Each run held another fold by lesion out. Calibration and rule are fitted on other lesions than they are judged on.
-Writes benchmarks/results/best.csv.gz (predictions) and benchmarks/results/best.json (scores, with intervals over lesions).
+Writes benchmarks/results/best.csv.gz (predictions) and benchmarks/results/best.json (scores, with intervals over
+lesions).
 """
 import argparse, json
 from datetime import date
@@ -43,12 +44,15 @@ def main():
     args = p.parse_args()
     table = pooled(args.runs)
     columns = ['image_id', 'fold', *HAM10000, 'dx', 'group']
-    table[columns].to_csv(RESULTS/'best.csv.gz', index=False, float_format='%.5f', compression=dict(method='gzip', mtime=0))
-    each = {int(fold): one_score(with_classes(part.reset_index(drop=True), HAM10000)) for fold,part in table.groupby('fold')}
+    packed = dict(index=False, float_format='%.5f', compression=dict(method='gzip', mtime=0))
+    table[columns].to_csv(RESULTS/'best.csv.gz', **packed)
+    each = {int(fold): one_score(with_classes(part.reset_index(drop=True), HAM10000))
+            for fold,part in table.groupby('fold')}
     measured = fit_decisions(table.drop(columns='fold'), first='nv').measured
     recipe = json.loads((args.runs[0]/'run.json').read_text())['recipe']
-    write_json(dict(date=date.today().isoformat(), recipe=recipe, seed=42, images=len(table), lesions=table.group.nunique(),
-                    pooled=one_score(table), folds=each, decided=measured), RESULTS/'best.json')
+    about = dict(date=date.today().isoformat(), recipe=recipe, seed=42, images=len(table),
+                 lesions=table.group.nunique())
+    write_json(about | dict(pooled=one_score(table), folds=each, decided=measured), RESULTS/'best.json')
 
 
 if __name__=='__main__': main()

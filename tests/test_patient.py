@@ -144,6 +144,9 @@ def test_joint_networks_take_the_patient_along(meta):
         with torch.no_grad(): assert (learn.model(x, patient)-learn.model(x, 1-patient)).abs().max() > 1e-6
 
 
+NAMES = [HAM10000.full_name(c) for c in HAM10000]
+
+
 def test_maps_of_the_command_line_take_the_patients_along(meta, tmp_path, capsys):
     from skin_lesions.cli import main
     from skin_lesions.gradcam import stream_cams
@@ -161,9 +164,9 @@ def test_maps_of_the_command_line_take_the_patients_along(meta, tmp_path, capsys
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore') # without patients they count as unknown, and predict says so
                 assert main([str(a) for a in (command[0], tmp_path/'in', '--bundle', bundle, command[1], out, *more, '--quiet')]) == 0, capsys.readouterr().err
-            predicted[name, command[0]] = re.findall(r'predicted \w+ \([\d.]+%\); map: \w+', (out/'gallery.html').read_text())
+            predicted[name, command[0]] = re.findall(r'predicted [^(]+ \([\d.]+%\); map: [^<;]+', (out/'gallery.html').read_text())
             maps = [(out/f'{i}_gradcam.png').read_bytes() for i in sorted(rows.image_id)]
             assert predicted.setdefault((name, 'maps'), maps) == maps
     assert predicted['with', 'predict'] == predicted['with', 'gradcam'] != predicted['without', 'predict'] == predicted['without', 'gradcam']
     batch, = stream_cams(learn, rows.assign(age=90).sort_values('image_id'))
-    assert predicted['with', 'predict'] == [f"predicted {HAM10000.codes[i]} ({p[i]:.1%}); map: {HAM10000.codes[i]}" for i, p in zip(batch.target, batch.probabilities)]
+    assert predicted['with', 'predict'] == [f"predicted {NAMES[i]} ({p[i]:.1%}); map: {NAMES[i]}" for i, p in zip(batch.target, batch.probabilities)]

@@ -137,8 +137,8 @@ def test_factors_alone_are_the_weights(meta):
     "Without weights by frequency a class counts as its factor says, and the others once"
     from skin_lesions.classes import HAM10000
     from skin_lesions.learner import lesion_learner
-    from skin_lesions.train import recipe_dataloaders, recipe_loss
-    recipe = replace(at_scale('flat', 'tiny'), alpha=None, factors={'nv': .5})
+    from skin_lesions.train import recipe_dataloaders, recipe_loss, split_images
+    recipe, meta = replace(at_scale('flat', 'tiny'), alpha=None, factors={'nv': .5}), split_images(meta)
     expected = {c: .5 if c == 'nv' else 1. for c in HAM10000}
     assert recipe_loss(recipe, meta)['alpha'] == expected
     dls = recipe_dataloaders(recipe, meta, 32, num_workers=0, device='cpu')
