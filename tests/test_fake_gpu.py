@@ -379,7 +379,7 @@ def test_predictor_is_float32_under_half_precision(shared, monkeypatch):
     with fake_gpu() as gpu, half_precision():
         net = Asked(network('cpu', kind=TwoStageNet, bodies=1 if shared else 2).eval())
         record = dict(classes=HAM10000.as_dict(), crop=dict(name='resize', size=[32, 32]), side=None, normalization=dict(mean=[.5]*3, std=[.2]*3),
-                      patient=None, preprocess=[], calibration=None, rule=None, referral=None, ood=None)
+                      patient=None, preprocess=[], calibration=None, rule=None, referral=None, sets=None, ood=None)
         predictor = Predictor(net, record, device='cuda')
         pixels = [torch.zeros(3, 32, 32, dtype=torch.uint8)]*2
         for views in (None, 'dihedral'):

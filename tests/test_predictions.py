@@ -124,9 +124,10 @@ def test_files_as_people_write_them(tmp_path):
     "Blanks after commas, names of files for images, and confidences in a challenge that do not sum to 1"
     table = draw(0, 8)
     confidences = numbers(table)*np.linspace(.2, .9, 8)[:, None]
-    rows = [', '.join([f'{name}{suffix}', *map(repr, map(float, p))]) for name, suffix, p in zip(table.image_id, ['.jpg', '.JPG', '.jpeg', '.png']*2, confidences)]
+    order = [CODES.index(c) for c in HAM10000.challenge_columns]
+    rows = [', '.join([f'{name}{suffix}', *map(repr, map(float, p))]) for name, suffix, p in zip(table.image_id, ['.jpg', '.JPG', '.jpeg', '.png']*2, confidences[:, order])]
     found = read_isic_submission(put(tmp_path, '\n'.join([', '.join(['image', *ISIC_COLUMNS]), *rows]), 's.csv'))
-    assert list(found.image_id) == list(table.image_id) and (found[list(HAM10000.challenge_columns)].to_numpy() == confidences[:, [CODES.index(c) for c in HAM10000.challenge_columns]]).all()
+    assert list(found.image_id) == list(table.image_id) and (found[list(HAM10000.challenge_columns)].to_numpy() == confidences[:, order]).all()
     assert list(predicted_codes(found)) == list(predicted_codes(table)), 'the largest confidence decides'
     with pytest.raises(ValueError, match='sum to'): save_predictions(found, tmp_path/'p.csv')
     rows = [', '.join([name, *map(repr, map(float, p))]) for name, p in zip(table.image_id, numbers(table))]

@@ -66,6 +66,6 @@ def test_no_bundle_in_the_package(tmp_path, capsys, monkeypatch):
     image = tmp_path/'a.png'
     monkeypatch.chdir(tmp_path)
     (tmp_path/'run').mkdir()
-    monkeypatch.setattr('skin_lesions.cli.open_bundle', lambda bundle, device=None: asked.append(bundle) or Fake())
+    monkeypatch.setattr('skin_lesions.cli.open_bundle', lambda bundle, device=None, engine=None: asked.append(bundle) or Fake())
     for args in ([image], ['--bundle', 'run', '--quiet', image], [image, image, '--bundle', 'run']): main(['predict', *map(str, args)])
     assert asked == ['ham10000', [image], 'run', [image], 'run', [image, image]]
