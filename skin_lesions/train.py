@@ -469,7 +469,10 @@ def prepare_folder(
     different = _differences(before, asked)
     if different: raise ValueError(f"{out} holds another training: {first_few(different, 5)}; give another folder")
     clear_partial(out)
-    return run_state(out)!='complete'
+    whole = run_state(out)=='complete'
+    # killed after the record, before the end
+    if whole: shutil.rmtree(out/STATE_FOLDER, ignore_errors=True)
+    return not whole
 
 # %% ../nbs/70_train.ipynb #a9a1e1b3
 @contextmanager

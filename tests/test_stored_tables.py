@@ -21,7 +21,7 @@ def cells_of(page):
 
 
 def texts(outputs):
-    "What a reader sees of outputs, but for pictures"
+    "What a reader sees of outputs, but for figures"
     seen = []
     for o in outputs:
         data = o.get('data', {'stream': o.get('text', '')})

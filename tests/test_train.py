@@ -68,6 +68,16 @@ def test_killed_at_random_moments(name, meta, straight, tmp_path):
     assert not (tmp_path/'run'/STATE_FOLDER).exists() and not list((tmp_path/'run').rglob('.*-*'))
 
 
+def test_killed_between_the_record_and_the_end(meta, straight, tmp_path):
+    "The run is complete, and its state goes with the next call"
+    import shutil
+    out = shutil.copytree(straight['unet'], tmp_path/'run')
+    (out/STATE_FOLDER/'step0').mkdir(parents=True)
+    (out/STATE_FOLDER/'step0.safetensors').write_bytes(b'half of it')
+    train_run(RECIPES['unet'], meta, out, resume=True, **QUICK)
+    assert run_state(out) == 'complete' and not (out/STATE_FOLDER).exists() and contents(out) == contents(straight['unet'])
+
+
 def test_killed_between_steps(meta, straight, tmp_path, monkeypatch):
     "The second step begins anew from the weights of the first, which is not trained again"
     from skin_lesions import train
