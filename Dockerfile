@@ -6,8 +6,8 @@ RUN apt-get update && apt-get install -y --no-install-recommends libgl1 libglib2
 RUN pip install --no-cache-dir torch torchvision --index-url https://download.pytorch.org/whl/cpu
 COPY . /src
 RUN pip install --no-cache-dir '/src[app]' && rm -rf /src
-RUN useradd --create-home app
+RUN useradd --create-home --home-dir /app app
 USER app
-WORKDIR /home/app
+WORKDIR /app
 EXPOSE 7860
 CMD ["skin_lesions", "app", "--host", "0.0.0.0", "--no-browser"]
