@@ -61,12 +61,12 @@ def _views_line(scores)->str:
     seen = scores.get('views')
     if not seen: return ''
     gain,decided = seen['gain'],seen.get('decided')
-    text = (f"Averaged over the views `{seen['name']}`: average recall {_with_interval(seen['argmax'])} by the most "
+    text = (f"Averaged over the views `{seen['name']}`: average recall {_with_interval(seen, 'value')} by the most "
             f"probable class, {interval_text(gain['difference'], gain['low'], gain['high'])} more than one view "
             f"(paired); macro AUC {_with_interval(seen, 'macro_auc')}")
     if not decided: return text+'.'
-    return (f"{text}; average recall {_with_interval(decided)} by the rule and calibration error "
-            f"{_number(seen['error_of_calibrated'])}, both fitted on such views of other lesions.")
+    return (f"{text}; average recall {_with_interval(decided, 'value')} by the rule and calibration error "
+            f"{_number(seen['error_of_calibrated'])}, calibration and rule fitted on single views of other lesions.")
 
 # %% ../nbs/68_card.ipynb #454ffd63
 def _decided_line(scores)->str:

@@ -9,7 +9,7 @@ __all__ = ['CALIBRATIONS', 'OVERLAP', 'RULES', 'REFERRALS', 'ADVICE', 'NOT_DERMA
            'cost_matrix', 'DecisionRule', 'decision_rule', 'compare_rules', 'crossfit', 'Referral', 'fit_referral',
            'advise', 'referral_report', 'risk_coverage', 'plot_risk_coverage', 'decide_table', 'InWords', 'set_names',
            'named_code', 'malignancy_risk', 'answer_in_words', 'answer_record', 'seen_of', 'from_dict', 'Decisions',
-           'fit_decisions']
+           'fit_decision_parts', 'fit_decisions']
 
 # %% ../nbs/61_decide.ipynb #88db536c
 import hashlib, math, warnings
@@ -1073,8 +1073,15 @@ def _out_of_fold(table, fit)->pd.DataFrame:
     k = _parts_of(table)
     return fit(table).calibrate(table, overlap='ignore') if k<2 else crossfit(table, fit, k)
 
-def _fit_all(table, method, first, rule, sensitivity)->tuple[Calibration, DecisionRule, Referral]:
-    "Calibration, rule and referral of a table"
+# %% ../nbs/61_decide.ipynb #p3717849
+def fit_decision_parts(
+    table:pd.DataFrame, # predictions table with dx and group, of images that were held out
+    method:str='auto', # as for `fit_decisions`, likewise the others
+    first:str=None,
+    rule:str='prior',
+    sensitivity:float=.95,
+)->tuple[Calibration, DecisionRule, Referral]: # None for what is not wanted
+    "Calibration, rule and referral of a table, without measuring them"
     fit = partial(_fit_calibration, method=method, first=first)
     calibration,classes = fit(table),classes_of(table)
     ready = table if calibration is None else _out_of_fold(table, fit)
@@ -1100,6 +1107,7 @@ def _macro_auc(table)->float:
     areas = np.array([rank_scores(c, np.ones((len(y), 1)))[0,0] for c in curves])
     return float(areas[~np.isnan(areas)].mean()) if not np.isnan(areas).all() else float('nan')
 
+# %% ../nbs/61_decide.ipynb #p500b4e9
 def _referral_measures(decided, referral, n, seed)->dict:
     "What was asked of a referral, what it reaches on its own images, and cross-fitted, with intervals over lesions"
     if referral is None: return None
@@ -1148,6 +1156,6 @@ def fit_decisions(
     if method not in (*CALIBRATIONS, 'auto', 'none'):
         raise ValueError(unknown_name('calibration', method, (*CALIBRATIONS, 'auto', 'none')))
     check_columns(table, ['dx', 'group'], name='the predictions table', why='decisions are measured on other lesions')
-    fit = partial(_fit_all, method=method, first=first, rule=rule, sensitivity=sensitivity)
+    fit = partial(fit_decision_parts, method=method, first=first, rule=rule, sensitivity=sensitivity)
     fitted = fit(table)
     return Decisions(*fitted, _measure_decisions(table, fit, fitted, n, seed))

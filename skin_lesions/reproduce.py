@@ -11,17 +11,19 @@ __all__ = ['NETWORK_OF', 'train_folds', 'held_out_predictions', 'held_out_views'
 # %% ../nbs/73_reproduce.ipynb #c8ed21db
 import json
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from .bootstrap import average_recall_interval
 from .bundle import bundle_content, first_diagnosis, read_bundle, save_bundle
 from .card import model_card
 from .classes import classes_of, with_classes
 from .core import atomic_path, unknown_name, write_json
 from .conformal import calibrated_sets, enough_lesions
-from .decide import fit_decisions
+from .decide import crossfit, decide_table, expected_calibration_error, fit_decision_parts, fit_decisions
 from .evaluate import compare, score_intervals, scores_by
 from .experiments import experiment_data, recipe_to_run, run_digest
 from .networks import EnsembleNet
@@ -208,19 +210,26 @@ def auc_interval(
     row = score_intervals(table, seed=seed, warn=False).loc[('auc', 'macro')]
     return {f'macro_auc{end}': float(row[k]) for end,k in (('', 'value'), ('_low', 'low'), ('_high', 'high'))}
 
+# %% ../nbs/73_reproduce.ipynb #pcde12b7
 def scores_with_views(
     table:pd.DataFrame, # of `held_out_views`
     plain:pd.DataFrame, # of `held_out_predictions`
     views:str, # of each image
     seed:int=42, # same seed, same intervals
-    **fit # of `fit_decisions`
+    **fit # of `fit_decision_parts`
 )->dict: # as JSON can hold it
-    "What several views of each image bring, with calibration and rule fitted on such predictions of other lesions"
-    found = fit_decisions(table, seed=seed, **fit).measured
+    "What several views of each image bring; calibration and rule are those of one view, fitted on other lesions"
     gain = compare(plain, table, seed=seed).loc[('recall', 'macro')]
-    kept = {k: found[k] for k in ('argmax', 'decided', 'error_of_calibrated')}
-    gained = {k: float(gain[k]) for k in ('difference', 'low', 'high')}
-    return dict(name=views, gain=gained) | kept | auc_interval(table, seed)
+    result = dict(name=views, gain={k: float(gain[k]) for k in ('difference', 'low', 'high')})
+    result |= average_recall_interval(table, seed=seed, warn=False)._asdict() | auc_interval(table, seed)
+    folds = int(min(5, table.groupby('dx').group.nunique().min()))
+    if folds<2: return result # too few lesions to fit on some and measure on others
+    def fitted(part):
+        calibration,rule,_ = fit_decision_parts(plain[plain.image_id.isin(part.image_id)], **fit)
+        return partial(decide_table, calibration=calibration, rule=rule)
+    decided = crossfit(table, fitted, folds)
+    by_rule = average_recall_interval(decided, seed=seed, warn=False)._asdict()
+    return result | dict(decided=by_rule, error_of_calibrated=expected_calibration_error(decided))
 
 # %% ../nbs/73_reproduce.ipynb #96b6645f
 def write_reproduced(
@@ -281,10 +290,10 @@ def _check_request(recipe, folds, network):
 def reproduce_bundle(
     data=None, # folder of the data set, or its frame; None searches the usual places, at scale 'tiny' it is synthetic
     out='ham10000_bundle', # folder of the bundle; the trainings are in its folder `work`
-    recipe='ham10000', # name of a recipe, or a `Recipe`; its rule decides
+    recipe='best', # name of a recipe, or a `Recipe`; its rule decides
     *,
-    folds:tuple|list=(0,), # of five folds by lesion: which are held out, each with a network of its own
-    network:str='all', # one of `NETWORK_OF`: one more network on all images, or the mean or soup of the folds' networks
+    folds:tuple|list=(0, 1), # of five folds by lesion: which are held out, each with a network of its own
+    network:str='mean', # one of `NETWORK_OF`: one more on all images, or the mean or soup of the folds' networks
     seed:int=42, # of weights, order and augmentation
     scale:str='full', # one of `SCALES`
     sensitivity:float=.95, # fraction of the malignant images to refer
