@@ -114,6 +114,7 @@ def _own_row(scores, dataset)->dict:
     for name,values in found.items(): row |= dict(zip((name, f'{name}_low', f'{name}_high'), values or ()))
     return row | dict(images=scores.get('n_images'))
 
+# %% ../nbs/68_card.ipynb #p211acc7
 def _glance_lines(scores, dataset)->str:
     "What a reader asks first, with intervals: on the collection itself, and on others"
     if not scores.get('decided'): return ''

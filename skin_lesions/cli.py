@@ -1244,10 +1244,10 @@ def reproduce_bundle(
     *,
     data:str=None, # folder of HAM10000; without it, the usual places are searched; tiny makes its own
     out:str='ham10000_bundle', # folder of the bundle and, in work, of the trainings
-    recipe:str='best', # recipe by name; skin_lesions paper --recipe all --list shows them
+    recipe:str='ham10000', # recipe by name; skin_lesions paper --recipe all --list shows them
     set_:Repeated=None, # change a field of the recipe, e.g. --set size=224
-    fold:tuple[int, ...]=(0, 1), # which of five folds by lesion are held out, each with a network of its own
-    network:Literal['all', 'mean', 'soup']='mean', # one on all images, or the folds': mean of answers or of weights
+    fold:tuple[int, ...]=(0,), # which of five folds by lesion are held out, each with a network of its own
+    network:Literal['all', 'mean', 'soup']='all', # one on all images, or the folds': mean of answers or of weights
     seed:int=42, # of weights, order and augmentation
     scale:Scale='full', # see skin_lesions paper
     cache:str=None, # folder for decoded images; without it, every epoch decodes them anew

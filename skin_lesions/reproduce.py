@@ -290,10 +290,10 @@ def _check_request(recipe, folds, network):
 def reproduce_bundle(
     data=None, # folder of the data set, or its frame; None searches the usual places, at scale 'tiny' it is synthetic
     out='ham10000_bundle', # folder of the bundle; the trainings are in its folder `work`
-    recipe='best', # name of a recipe, or a `Recipe`; its rule decides
+    recipe='ham10000', # name of a recipe, or a `Recipe`; its rule decides
     *,
-    folds:tuple|list=(0, 1), # of five folds by lesion: which are held out, each with a network of its own
-    network:str='mean', # one of `NETWORK_OF`: one more on all images, or the mean or soup of the folds' networks
+    folds:tuple|list=(0,), # of five folds by lesion: which are held out, each with a network of its own
+    network:str='all', # one of `NETWORK_OF`: one more on all images, or the mean or soup of the folds' networks
     seed:int=42, # of weights, order and augmentation
     scale:str='full', # one of `SCALES`
     sensitivity:float=.95, # fraction of the malignant images to refer
