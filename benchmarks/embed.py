@@ -45,7 +45,8 @@ def main():
     linear, near = probe(features), knn_probe(features)
     control = probe(exchanged(features), penalties=[linear.attrs['chosen'][0]])
     difference = compare(near, linear).loc[('average_recall', 'all')]
-    result = dict(date=str(date.today()), machine=f'{platform.machine()}, CPU', network='tf_efficientnet_lite0', size=args.size,
+    result = dict(date=str(date.today()), machine=f'{platform.machine()}, CPU', network='tf_efficientnet_lite0',
+                  size=args.size,
                   split='by lesion, fold 0 of 5, seed 42', interval='95 %, bootstrap over lesions', images=len(linear),
                   lesions=int(linear.group.nunique()), unreadable=len(features.unreadable),
                   rows={'linear probe': row(linear), 'nearest neighbours': row(near), 'labels exchanged': row(control)},

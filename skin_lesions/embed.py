@@ -239,7 +239,7 @@ class Features:
 
     def __post_init__(self):
         if (self.x.ndim, self.x.shape[:1], self.x.dtype)!=(2, (len(self.frame),), np.float32):
-            raise ValueError(f"expected float32 [{len(self.frame)}, n], a row an image, got {self.x.dtype} {self.x.shape}")
+            raise ValueError(f"expected float32 [{len(self.frame)}, n], rows as images, got {self.x.dtype} {self.x.shape}")
         check_columns(self.frame, ['image_id'], name='the frame of the features')
         bad = self.frame.image_id[~np.isfinite(self.x).all(1)]
         if len(bad): raise ValueError(f"{len(bad)} images have features that are not finite: {first_few(bad)}")
@@ -279,7 +279,7 @@ def _batch_rows(batch, embed, store)->list:
     new = [i for i,row in enumerate(rows) if row is None]
     if not new: return rows
     x = embed([batch[i][1][2] for i in new])
-    if not np.isfinite(x).all(): raise ValueError("the network makes features that are not finite; are its weights sound?")
+    if not np.isfinite(x).all(): raise ValueError("the network makes features that are not finite")
     if store is not None: store.add([batch[i][1][0] for i in new], x)
     for i,row in zip(new, x): rows[i] = row
     return rows
@@ -318,7 +318,8 @@ def embed_images(
     if workers is None: workers = min(4, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) if workers else nullcontext() as pool:
         batches = prepared_batches(sources, partial(_ready, embed=embed, store=store), bs, pool)
-        for batch in progress(batches, 'batches of images', -(-len(sources)//bs), show): rows += _batch_rows(batch, embed, store)
+        batches = progress(batches, 'batches of images', -(-len(sources)//bs), show)
+        for batch in batches: rows += _batch_rows(batch, embed, store)
     return _collected(frame, rows, embed)
 
 # %% ../nbs/78_embed.ipynb #e9fa5357
@@ -376,7 +377,7 @@ def _class_weights(dx, codes, alpha)->np.ndarray:
     if alpha is None: return np.ones(len(codes))
     present = [c for c in codes if (dx==c).any()]
     if isinstance(alpha, str): alpha = class_weights(pd.DataFrame(dict(dx=dx)), alpha, classes=present)
-    if not isinstance(alpha, dict): raise TypeError(f"alpha must be a kind of class weights, a dict or None, got {alpha!r}")
+    if not isinstance(alpha, dict): raise TypeError(f"alpha must be a name, a dict or None, got {alpha!r}")
     missing = [c for c in present if c not in alpha]
     if missing: raise ValueError(f"alpha lacks a weight for {first_few(missing)}")
     return np.array([float(alpha.get(c, 0)) for c in codes])
@@ -401,7 +402,7 @@ def _chosen(fit, x, frame, codes, choices, inner, seed, alpha):
 # %% ../nbs/78_embed.ipynb #683068db
 def _split_of(frame, k, seed)->np.ndarray:
     "Fold of each image, -1 for images that only train"
-    check_columns(frame, ['image_id', 'dx', 'group'], name='the frame of the features', why='a probe learns dx by lesion')
+    check_columns(frame, ['image_id', 'dx', 'group'], name='the features', why='a probe learns dx by lesion')
     if 'is_valid' not in frame: return lesion_folds(frame, k, seed).fold.to_numpy()
     valid = frame.is_valid.to_numpy(dtype=bool)
     if valid.all() or not valid.any(): raise ValueError("column 'is_valid' must name images of both sides")
@@ -410,7 +411,7 @@ def _split_of(frame, k, seed)->np.ndarray:
 def _warn_of_seen(features, judged):
     "Say where the network knows the images that are judged"
     if features.seen is None or not features.seen[judged].any(): return
-    warnings.warn(f"the network was trained on {int(features.seen[judged].sum())} of {int(judged.sum())} images that are "
+    warnings.warn(f"the network was trained on {features.seen[judged].sum()} of {judged.sum()} images that are "
                   "judged, or on their lesions: scores are too good", stacklevel=4)
 
 # %% ../nbs/78_embed.ipynb #3fcfcada
@@ -515,7 +516,7 @@ def knn_probe(
     seed:int=42, # of all folds
 )->pd.DataFrame: # predictions table; out of fold, or of the validation images
     "The vote of the nearest training images"
-    if not len(neighbours) or min(neighbours)<1: raise ValueError(f"neighbours must be 1 or more, got {list(neighbours)}")
+    if not len(neighbours) or min(neighbours)<1: raise ValueError(f"neighbours must be >= 1, got {list(neighbours)}")
     return _cross_fitted(features, _fit_neighbours, neighbours, k, inner, seed, alpha)
 
 # %% ../nbs/78_embed.ipynb #e0686782
