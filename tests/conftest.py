@@ -13,7 +13,8 @@ if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS',
 os.environ['SKIN_LESIONS_CACHE'] = tempfile.mkdtemp(prefix='skin-lesions-cache-') # not the user's
 
 
-LONGEST = ('cli', 'package', 'distributed', 'experiments', 'learner', 'app', 'resume', 'cache', 'train', 'predict', 'split', 'patient', 'survival', 'onnx')
+LONGEST = ('cli', 'package', 'distributed', 'experiments', 'learner', 'app', 'resume', 'cache', 'train', 'predict', 'split', 'patient', 'survival', 'onnx', 'engine',
+           'stored_tables', 'quantize', 'conformal', 'reproduce', 'pretext', 'gradcam', 'security')
 
 
 def pytest_configure(config):
