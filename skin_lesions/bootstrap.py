@@ -248,6 +248,7 @@ def wider_ends(
     for n in np.unique(n_units): ends[:,n_units==n] = interval_ends(drawn[n_units==n], wider_level(n, level))
     return ends
 
+# %% ../nbs/59_bootstrap.ipynb #22meane
 def mean_ends(
     value, # of each class [classes]; NaN where not defined
     low, # lower ends [classes]
@@ -288,6 +289,7 @@ def average_recall_draws(
     drawn = recall_draws(hits, total, unit_draws(total.argmax(1), n, seed), seed if half_lesions else None)
     return float(divide(hits.sum(0), total.sum(0))[present].mean()),drawn[:,present].mean(1)
 
+# %% ../nbs/59_bootstrap.ipynb #22avgend
 def average_recall_ends(
     recall, # of each class [classes]; NaN for a class without images
     drawn, # recall of each class in draws with half lesions [classes, n]

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-from .bootstrap import (average_recall_ends, average_recall_interval, check_draws, divide, half_lesion_weights,
-    in_draws, interval_ends, labelled, mean_ends, rank_counts, rank_curve, rank_scores, recall_draws, two_sided, unit_draws, unit_sums,
-    units_of, warn_of_absent, warn_of_images, wider_ends, with_half_lesions)
+from skin_lesions.bootstrap import (average_recall_ends, average_recall_interval, check_draws, divide,
+    half_lesion_weights, in_draws, interval_ends, labelled, mean_ends, rank_counts, rank_curve, rank_scores,
+    recall_draws, two_sided, unit_draws, unit_sums, units_of, warn_of_absent, warn_of_images, wider_ends,
+    with_half_lesions)
 from .classes import ClassSet, classes_of
 from .core import check_columns, unknown_name
 from .predictions import decided_probabilities
@@ -115,10 +116,10 @@ def _sums_by_unit(units, n_units):
 def half_lesion_counts(
     k:int, # number of classes
     n_targets:int, # number of targets, the classes first
-    which:list, # of the half lesions of a class that count 1: 0 and 1 are of the class, 2 and 3 of the rest
-)->np.ndarray: # [4*n_targets, k]
+    *which, # lists of the half lesions of a class that count 1: 0 and 1 are of the class, 2 and 3 of the rest
+)->np.ndarray: # [4*n_targets, k for each list]
     "What the half lesions of each class count"
-    return np.kron(np.eye(n_targets, k), np.isin(np.arange(4), which)[:,None])
+    return np.hstack([np.kron(np.eye(n_targets, k), np.isin(np.arange(4), some)[:,None]) for some in which])
 
 def curve_with_half_lesions(score, true, units, n_units, target, n_targets)->'RankCurve':
     "A curve whose target has half lesions: one first and one last of its own, and of the rest"
@@ -132,7 +133,7 @@ class OfficialScores:
     "The official scores of one table in any number of draws of its units"
     def __init__(self,
         p, # probabilities [n, classes]
-        y, # number of the true class [n]
+        y, # true class [n]
         labels, # number of the class called [n]; -1 for none
         units, # number of the unit of each image [n]
         n_units:int, # number of units
@@ -142,8 +143,7 @@ class OfficialScores:
         true,called = y[:,None]==np.arange(self.k),p>.5
         right = true & (labels==y)[:,None]
         counts = _sums_by_unit(units, n_units)@np.hstack([true&called, ~true&called, true, ~true, right]).astype(float)
-        half = np.hstack([half_lesion_counts(self.k, n_targets, which) for which in ([0], [2], [0, 1], [2, 3], [0])])
-        self.counts = np.vstack([counts, half])
+        self.counts = np.vstack([counts, half_lesion_counts(self.k, n_targets, [0], [2], [0, 1], [2, 3], [0])])
         self.curves = [curve_with_half_lesions(p[:,i], true[:,i], units, n_units, i, n_targets) for i in range(self.k)]
 
     def __call__(self, draws)->tuple: # of draws [units, k]: scores [9, classes, k], balanced accuracy [k]
@@ -241,6 +241,13 @@ def malignant_probability(
     "The sum of the probabilities of malignant diagnoses and precursors"
     return table[list(classes_of(table).malignant)].sum(axis=1).to_numpy(dtype=float)
 
+# %% ../nbs/60_evaluate.ipynb #22wholec
+def _whole_counts(hits, total, n_targets)->np.ndarray:
+    "Hits and images of each unit [2, units]; the last target's half lesions are one right and one wrong"
+    half = np.zeros((2, 4*n_targets))
+    if n_targets: half[:,-4:-2] = [1, 0],[1, 1]
+    return np.hstack([[hits.sum(1), total.sum(1)], half])
+
 # %% ../nbs/60_evaluate.ipynb #d2b1a176
 class AllScores:
     "Every score of a table, a row each as in `score_index`, in any number of draws of its units"
@@ -249,28 +256,23 @@ class AllScores:
         units, # number of the unit of each image [n]
         n_targets:int=0, # of half lesions, four more units each, see `half_lesion_weights`
     ):
-        p,y,decided = labelled(table)
-        k,one = p.shape[1],np.ones(len(y))
+        (p,y,decided),k,one = labelled(table),len(classes_of(table)),np.ones(len(table))
         counts = [unit_sums(units, *of, k) for of in ((y, y==decided), (y, one), (decided, one))]
         self.total,self.present = counts[1],np.isin(np.arange(k), y)
         self.stratum = self.total.argmax(1)
-        half = [half_lesion_counts(k, n_targets, which) for which in ([0], [0, 1], [0, 2])]
-        self.counts = np.hstack([np.vstack(pair) for pair in zip(counts, half)])
-        # of the whole table: the first two half lesions of the last target
-        whole = np.eye(4*n_targets)[-4:-2] if n_targets else np.zeros((2, 0))
-        self.whole = np.stack([np.append(c.sum(1), w) for c,w in zip(counts, (whole[:1].sum(0), whole.sum(0)))])
+        self.counts = np.vstack([np.hstack(counts), half_lesion_counts(k, n_targets, [0], [0, 1], [0, 2])])
+        self.whole = _whole_counts(*counts[:2], n_targets)
         self.official,self.malignant = _curves(table, units, len(self.stratum), n_targets)
 
     def __call__(self, draws)->np.ndarray: # [scores, k] of draws [units, k]
         hits,n,called = np.split(self.counts.T@draws, 3)
         official,balanced = self.official(draws)
-        own = np.stack([divide(hits, n), divide(hits, called), divide(2*hits, n+called)])
-        by_class = np.concatenate([own, official])
+        by_class = np.concatenate([[divide(hits, n), divide(hits, called), divide(2*hits, n+called)], official])
         by_class[:,~self.present] = np.nan
         whole = np.stack([divide(*(self.whole@draws)), _mean(by_class[0], 0), balanced])
         with_macro = np.concatenate([_mean(by_class, 1)[:,None], by_class], axis=1).reshape(-1, draws.shape[1])
-        malignant = [] if self.malignant is None else [rank_scores(self.malignant, draws)]
-        return np.concatenate([whole, with_macro, *malignant])
+        if self.malignant is None: return np.concatenate([whole, with_macro])
+        return np.concatenate([whole, with_macro, rank_scores(self.malignant, draws)])
 
 # %% ../nbs/60_evaluate.ipynb #188dc836
 def _labels_of(table, p, decided)->np.ndarray:
@@ -364,8 +366,7 @@ def score_intervals(
     plain,half,rarer,n_units,found = _all_draws(table, units, n, seed)
     found['draws'] = (~np.isnan(plain)).sum(1)
     (low,high),(low_half,high_half) = wider_ends(plain, rarer, level),interval_ends(half, level)
-    by_recall = found.index.get_level_values('score')=='recall'
-    low,high = np.where(by_recall, np.nan, low),np.where(by_recall, np.nan, high)
+    low,high = np.where(found.index.get_level_values('score')=='recall', np.nan, [low, high])
     # where all images are right or wrong the half lesions would leave the value out
     found['low'] = np.fmin.reduce([low, low_half, found.value])
     found['high'] = np.fmax.reduce([high, high_half, found.value])
