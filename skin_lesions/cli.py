@@ -924,8 +924,7 @@ def predict(
     "Predict images, or all images of a folder"
     files,predictor,patient = named_images(images),open_bundle(bundle, device, engine, graph),read_patients(patients)
     maps = None if gradcam is None else output_folder(gradcam, overwrite) if files_alone(files) else None
-    views = chosen_views(predictor, views, len(files))
-    answers = predictor.predict(files, patient, views=views, progress=not quiet)
+    answers = predictor.predict(files, patient, views=chosen_views(predictor, views, len(files)), progress=not quiet)
     print_answers(answers, predictor, out, files, 'json' if json else 'csv' if csv else 'text')
     if maps is not None: write_maps(predictor, files, maps, answers, patient, show=not quiet)
     note(NOTICE)
