@@ -46,12 +46,27 @@ def _main_lines(scores, dataset)->str:
     "The main scores as a table"
     found = card_scores(scores)
     if found is None: return 'Not measured.'
-    rows = [(SCORE_NAMES[k], _number(v)) for k,v in found['values'].items() if k!='average_recall']
+    ends = {k: dict(low=scores.get(f'{k}_low'), high=scores.get(f'{k}_high')) for k in found['values']}
+    rows = [(SCORE_NAMES[k], _with_interval(ends[k] | {k: v}, k)) for k,v in found['values'].items()
+            if k!='average_recall']
     recall = dict(zip(('low', 'high'), found['interval'] or (None, None))) | found['values']
     if 'average_recall' in recall: rows.insert(1, (SCORE_NAMES['average_recall'], _with_interval(recall)))
     on = f'On {dataset}: {found["where"]}' if dataset else found['where'].capitalize()
     about = f'{on}. Most probable class; in brackets the 95 % bootstrap interval over lesions.'
     return f"{about}\n\n{_table(('score', 'value'), rows)}"
+
+# %% ../nbs/68_card.ipynb #5001a001
+def _views_line(scores)->str:
+    "What several views of an image bring"
+    seen = scores.get('views')
+    if not seen: return ''
+    gain,decided = seen['gain'],seen.get('decided')
+    text = (f"Averaged over the views `{seen['name']}`: average recall {_with_interval(seen, 'value')} by the most "
+            f"probable class, {interval_text(gain['difference'], gain['low'], gain['high'])} more than one view "
+            f"(paired); macro AUC {_with_interval(seen, 'macro_auc')}")
+    if not decided: return text+'.'
+    return (f"{text}; average recall {_with_interval(decided, 'value')} by the rule and calibration error "
+            f"{_number(seen['error_of_calibrated'])}, calibration and rule fitted on single views of other lesions.")
 
 # %% ../nbs/68_card.ipynb #454ffd63
 def _decided_line(scores)->str:
@@ -81,6 +96,34 @@ def _group_lines(scores)->str:
               for by,rows in (scores.get('subgroups') or {}).items()]
     if not tables: return ''
     return '\n\n'.join(['By subgroup (most probable class; average over the classes that are there):', *tables])
+
+# %% ../nbs/68_card.ipynb #5001a002
+_GLANCE = dict(average_recall='average recall by the rule', macro_auc='macro AUC',
+               malignant_referred='malignant referred', benign_kept='benign not referred',
+               calibration='calibration error', outside_referred='other diagnoses referred',
+               outside_ood='other diagnoses flagged as out-of-distribution')
+
+def _own_row(scores, dataset)->dict:
+    "The main figures on held-out lesions, named as `skin_lesions.cross_collection.collection_row` names them"
+    row,decided,referral = dict(name=dataset or 'held-out lesions'),scores.get('decided'),scores.get('referral') or {}
+    found = dict(average_recall=decided and [decided[k] for k in ('average_recall', 'low', 'high')],
+                 macro_auc=[scores.get(f'macro_auc{end}') for end in ('', '_low', '_high')],
+                 malignant_referred=[referral.get(f'sensitivity{end}') for end in ('', '_low', '_high')],
+                 benign_kept=[referral.get(f'specificity{end}') for end in ('', '_low', '_high')],
+                 calibration=[scores.get('error_of_calibrated'), None, None])
+    for name,values in found.items(): row |= dict(zip((name, f'{name}_low', f'{name}_high'), values or ()))
+    return row | dict(images=scores.get('n_images'))
+
+# %% ../nbs/68_card.ipynb #p211acc7
+def _glance_lines(scores, dataset)->str:
+    "What a reader asks first, with intervals: on the collection itself, and on others"
+    if not scores.get('decided'): return ''
+    rows = [_own_row(scores, dataset), *(scores.get('collections') or [])]
+    columns = [k for k in _GLANCE if any(r.get(k) is not None for r in rows)]
+    def cell(r, k): return _with_interval({k: r.get(k), 'low': r.get(f'{k}_low'), 'high': r.get(f'{k}_high')}, k)
+    table = _table(['', 'images', *(_GLANCE[k] for k in columns)],
+                   [(r['name'], f"{r['images']:,}", *(cell(r, k) for k in columns)) for r in rows])
+    return f"{table}\n\nIn brackets 95 % bootstrap intervals over lesions."
 
 # %% ../nbs/68_card.ipynb #c4dba060
 def _network_lines(record)->str:
@@ -214,7 +257,8 @@ def _title(record, classes, scores)->str:
 
 def _score_lines(scores, classes, dataset)->str:
     "All that was measured"
-    lines = _main_lines(scores, dataset),_decided_line(scores),_class_lines(scores, classes),_group_lines(scores)
+    lines = [_main_lines(scores, dataset), _decided_line(scores), _views_line(scores), _class_lines(scores, classes),
+             _group_lines(scores)]
     return '\n\n'.join(line for line in lines if line)
 
 # %% ../nbs/68_card.ipynb #e3f689ae
@@ -234,4 +278,5 @@ def model_card(
         'Decision rule and referral': _decision_lines(record), 'Out-of-distribution images': _ood_lines(record),
         'Limits': _limit_lines(classes), 'Licence': f'{license}.{note}'}
     top = [_header(license), _title(record, classes, scores), f"**{record.get('notice', NOTICE)}**"]
+    if glance := _glance_lines(scores, dataset): top.append(f'## At a glance\n{glance}')
     return '\n\n'.join([*top, *(f'## {title}\n{text}' for title,text in sections.items())]) + '\n'

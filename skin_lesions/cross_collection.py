@@ -85,7 +85,10 @@ def _fractions(table, inside, n, seed, level)->dict:
             if column not in table or (column, name)==('ood', 'malignant'): continue
             values = table[column][rows].eq(True)
             result |= _with_ends(f'{name}_{verb}', fraction_interval(values, units[rows], draws, seed, level))
-    return result
+    if 'refer' not in table or not malignant.any(): return result
+    benign = inside & ~malignant
+    kept = fraction_interval(~table.refer[benign].eq(True), units[benign], draws, seed, level)
+    return result | _with_ends('benign_kept', kept)
 
 # %% ../nbs/76_cross_collection.ipynb #3f734d1a
 _SCORES = dict(accuracy=('accuracy', 'all'), average_recall=('average_recall', 'all'), macro_auc=('auc', 'macro'),

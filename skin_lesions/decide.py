@@ -9,7 +9,7 @@ __all__ = ['CALIBRATIONS', 'OVERLAP', 'RULES', 'REFERRALS', 'ADVICE', 'NOT_DERMA
            'cost_matrix', 'DecisionRule', 'decision_rule', 'compare_rules', 'crossfit', 'Referral', 'fit_referral',
            'advise', 'referral_report', 'risk_coverage', 'plot_risk_coverage', 'decide_table', 'InWords', 'set_names',
            'named_code', 'malignancy_risk', 'answer_in_words', 'answer_record', 'seen_of', 'from_dict', 'Decisions',
-           'fit_decisions']
+           'fit_decision_parts', 'fit_decisions']
 
 # %% ../nbs/61_decide.ipynb #88db536c
 import hashlib, math, warnings
@@ -744,10 +744,10 @@ def advise(
     return advice
 
 # %% ../nbs/61_decide.ipynb #fb987acf
-def _sensitivity_interval(refer, malignant, lesions, n, seed)->tuple:
-    "95 % interval over the lesions with malignant images, by the method of all recalls"
-    units,index = np.unique(lesions[malignant], return_inverse=True)
-    hits,total = (np.bincount(index, weights=w)[:,None] for w in (refer[malignant], np.ones(len(index))))
+def _fraction_interval(right, rows, lesions, n, seed)->tuple:
+    "95 % interval of the fraction of some rows that are right, over their lesions, by the method of all recalls"
+    units,index = np.unique(lesions[rows], return_inverse=True)
+    hits,total = (np.bincount(index, weights=w)[:,None] for w in (right[rows], np.ones(len(index))))
     draws = unit_draws(np.zeros(len(units), dtype=int), n, seed)
     low,high = np.quantile(recall_draws(hits, total, draws, seed), [.025, .975])
     reached = hits.sum()/total.sum()
@@ -782,7 +782,7 @@ def referral_report(
     if not malignant.any() or malignant.all():
         raise ValueError("the report needs malignant and benign images, "
                          f"got {int(malignant.sum())} and {int((~malignant).sum())}")
-    low,high = _sensitivity_interval(refer, malignant, _lesion_names(table), n, seed)
+    low,high = _fraction_interval(refer, malignant, _lesion_names(table), n, seed)
     report = dict(n_images=len(table), n_malignant=int(malignant.sum()), asked=referral.sensitivity,
                   sensitivity=float(refer[malignant].mean()), low=low, high=high)
     for code in referral.malignant:
@@ -1073,8 +1073,15 @@ def _out_of_fold(table, fit)->pd.DataFrame:
     k = _parts_of(table)
     return fit(table).calibrate(table, overlap='ignore') if k<2 else crossfit(table, fit, k)
 
-def _fit_all(table, method, first, rule, sensitivity)->tuple[Calibration, DecisionRule, Referral]:
-    "Calibration, rule and referral of a table"
+# %% ../nbs/61_decide.ipynb #p3717849
+def fit_decision_parts(
+    table:pd.DataFrame, # predictions table with dx and group, of images that were held out
+    method:str='auto', # as for `fit_decisions`, likewise the others
+    first:str=None,
+    rule:str='prior',
+    sensitivity:float=.95,
+)->tuple[Calibration, DecisionRule, Referral]: # None for what is not wanted
+    "Calibration, rule and referral of a table, without measuring them"
     fit = partial(_fit_calibration, method=method, first=first)
     calibration,classes = fit(table),classes_of(table)
     ready = table if calibration is None else _out_of_fold(table, fit)
@@ -1100,12 +1107,18 @@ def _macro_auc(table)->float:
     areas = np.array([rank_scores(c, np.ones((len(y), 1)))[0,0] for c in curves])
     return float(areas[~np.isnan(areas)].mean()) if not np.isnan(areas).all() else float('nan')
 
-def _referral_measures(decided, referral)->dict:
-    "What was asked of a referral, what it reaches on its own images, and cross-fitted"
+# %% ../nbs/61_decide.ipynb #p500b4e9
+def _referral_measures(decided, referral, n, seed)->dict:
+    "What was asked of a referral, what it reaches on its own images, and cross-fitted, with intervals over lesions"
     if referral is None: return None
-    malignant,refer = decided.dx.isin(referral.malignant),decided.refer.astype(bool)
-    return dict(asked=referral.sensitivity, reached=referral.reached, sensitivity=float(refer[malignant].mean()),
-                specificity=float((~refer)[~malignant].mean()), referred=float(refer.mean()))
+    malignant,refer = decided.dx.isin(referral.malignant).to_numpy(),decided.refer.to_numpy(dtype=bool)
+    measured,lesions = dict(asked=referral.sensitivity, reached=referral.reached),_lesion_names(decided)
+    measured['referred'] = float(refer.mean())
+    for name,right,rows in (('sensitivity', refer, malignant), ('specificity', ~refer, ~malignant)):
+        measured[name] = float(right[rows].mean()) if rows.any() else None
+        if not rows.any(): continue
+        measured[f'{name}_low'],measured[f'{name}_high'] = _fraction_interval(right, rows, lesions, n, seed)
+    return measured
 
 # %% ../nbs/61_decide.ipynb #p8198386
 _TOO_FEW = "a class has a single held-out lesion, so that what is fitted cannot be measured on other lesions"
@@ -1125,7 +1138,7 @@ def _measure_decisions(table, fit, fitted, n, seed)->dict:
         return partial(decide_table, calibration=calibration, rule=rule, referral=referral)
     decided = crossfit(raw, decide, k)
     return measured | dict(decided=_recalls_of(decided, n, seed), parts=k,
-                           referral=_referral_measures(decided, referral),
+                           referral=_referral_measures(decided, referral, n, seed),
                            error_of_calibrated=expected_calibration_error(decided))
 
 # %% ../nbs/61_decide.ipynb #p8038356
@@ -1143,6 +1156,6 @@ def fit_decisions(
     if method not in (*CALIBRATIONS, 'auto', 'none'):
         raise ValueError(unknown_name('calibration', method, (*CALIBRATIONS, 'auto', 'none')))
     check_columns(table, ['dx', 'group'], name='the predictions table', why='decisions are measured on other lesions')
-    fit = partial(_fit_all, method=method, first=first, rule=rule, sensitivity=sensitivity)
+    fit = partial(fit_decision_parts, method=method, first=first, rule=rule, sensitivity=sensitivity)
     fitted = fit(table)
     return Decisions(*fitted, _measure_decisions(table, fit, fitted, n, seed))

@@ -79,8 +79,8 @@ def check_predictions(
     "Raise a `ValueError` that names the first row which breaks the rules of a predictions table"
     classes = _check_form(table, classes)
     if table.attrs.get('confidences'): tol = None
-    nameless = table.image_id.isna() | (table.image_id.astype(str).str.strip()=='')
-    _check_rows(table, nameless.to_numpy(dtype=bool), lambda i: "no image_id")
+    ids = table.image_id.to_numpy(dtype=object)
+    _check_rows(table, pd.isna(ids) | [not str(i).strip() for i in ids], lambda i: "no image_id")
     _check_probabilities(table, classes, tol)
     _check_rows(table, table.image_id.duplicated().to_numpy(), lambda i: "this image_id is in the table twice")
     for column,kind in (('dx', 'diagnosis code'), ('decision', 'decision')):

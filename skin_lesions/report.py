@@ -18,6 +18,7 @@ import pandas as pd
 from fastcore.xml import (Dd, Details, Div, Dl, Dt, Figcaption, H1, H2, H3, Img, Li, P, Small, Strong, Summary,
     Table, Tbody, Td, Th, Thead, Tr, Ul)
 from fastcore.xml import Figure as FigureTag
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -109,9 +110,10 @@ def html_figure(
     caption:str, # under the figure
 ):
     "A figure inside the page as a tag"
-    fig,file = Figure(figsize=size, layout='constrained'),io.BytesIO()
+    fig,file = Figure(figsize=size, dpi=160, layout='constrained'),io.BytesIO()
     draw(fig)
-    fig.savefig(file, format='png', dpi=160, metadata={'Software': None}) # the version would change the bytes
+    # `savefig` would draw twice; the version of the software would change the bytes
+    FigureCanvasAgg(fig).print_png(file, metadata={'Software': None})
     data = base64.b64encode(file.getvalue()).decode()
     image = Img(alt=alt, cls='plot', style=f'max-width:min(100%,{size[0]:g}in)', src=f'data:image/png;base64,{data}')
     return FigureTag(image, Figcaption(caption))

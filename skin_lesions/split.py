@@ -8,6 +8,7 @@ __all__ = ['lesion_folds', 'split_by_lesion', 'split_by_fold', 'split_by_image',
 
 # %% ../nbs/12_split.ipynb #b0677b6d
 import warnings
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -44,9 +45,18 @@ def _grouped_folds(meta, k, seed)->np.ndarray: # [n], fold of each row
     "scikit-learn's folds on the table sorted by `image_id`"
     # sorted first, so that the folds belong to the images and the seed, not to the order of the table
     order = np.argsort(meta.image_id.to_numpy(dtype=str), kind='stable')
-    df,fold = meta.iloc[order],np.empty(len(meta), dtype=int)
-    folds = StratifiedGroupKFold(k, shuffle=True, random_state=seed).split(df, df.dx, df.group)
-    for i,(_,valid) in enumerate(folds): fold[order[valid]] = i
+    numbers = (np.unique(meta[c].to_numpy()[order], return_inverse=True)[1] for c in ('dx', 'group'))
+    fold = np.empty(len(meta), dtype=int)
+    fold[order] = _dealt(*(n.astype(np.int32).tobytes() for n in numbers), k, seed)
+    return fold
+
+@lru_cache(maxsize=8) # a second for 10,000 images, and cross-fitting asks for the same folds again and again
+def _dealt(dx, group, k, seed)->np.ndarray: # [n], fold of each image
+    "`StratifiedGroupKFold` of numbered classes and groups, int32 as bytes"
+    dx,group = np.frombuffer(dx, np.int32),np.frombuffer(group, np.int32)
+    fold = np.empty(len(dx), dtype=int)
+    folds = StratifiedGroupKFold(k, shuffle=True, random_state=seed).split(dx, dx, group)
+    for i,(_,valid) in enumerate(folds): fold[valid] = i
     return fold
 
 # %% ../nbs/12_split.ipynb #1fa62c3f

@@ -41,3 +41,21 @@ def test_what_is_not_known_is_said(record):
     bare = record | dict.fromkeys(('scores', 'split', 'recipe', 'calibration', 'rule', 'referral', 'ood', 'trained_on'))
     text = model_card(bare)
     for part in ('Not measured.', 'not recorded', 'most probable class', 'Not calibrated', 'cannot tell'): assert part in text
+
+
+def test_the_first_table_has_the_collection_itself_and_others(record):
+    "Average recall by the rule, macro AUC and referral with intervals; another collection in a row below"
+    decided = dict(average_recall=.75, low=.7, high=.8, accuracy=.7, classes={})
+    referral = dict(asked=.95, reached=.95, referred=.4, sensitivity=.94, sensitivity_low=.92, sensitivity_high=.96,
+                    specificity=.61, specificity_low=.59, specificity_high=.63)
+    scores = dict(n_images=2004, accuracy=.8, average_recall=.7, macro_auc=.96, macro_auc_low=.95, macro_auc_high=.97, decided=decided,
+                  parts=5, referral=referral, error_of_probabilities=.06, error_of_calibrated=.02)
+    other = dict(name='elsewhere', images=1048, average_recall=.4, average_recall_low=.35, average_recall_high=.45, outside_ood=.08)
+    text = model_card(record | dict(scores=scores | dict(collections=[other])), dataset='HAM10000')
+    rows = [line.split(' | ') for line in text[text.index('## At a glance'):text.index('## Use')].splitlines() if line.startswith('| ')]
+    table = dict(zip(rows[0][2:], zip(rows[2][2:], rows[3][2:])))
+    assert table['average recall by the rule'] == ('0.750 (0.700 to 0.800)', '0.400 (0.350 to 0.450)')
+    assert table['macro AUC'] == ('0.960 (0.950 to 0.970)', 'not measured')
+    assert table['malignant referred'][0] == '0.940 (0.920 to 0.960)' and table['benign not referred'][0] == '0.610 (0.590 to 0.630)'
+    assert [r[:2] for r in rows[2:]] == [['| HAM10000', '2,004'], ['| elsewhere', '1,048']]
+    assert 'At a glance' not in model_card(record | dict(scores=scores | dict(decided=None)))

@@ -41,6 +41,8 @@ LONG_CELLS = {
     '55_ood 6f8e5b1d', # class OODScore
     '66_predict 0f08b484', # class Predictor
     '70_train 9ab19297', # def train_run(
+    '78_embed a0eff2ae', # class Embedder
+    '78_embed b416a266', # class FeatureStore
 }
 MOST_LONG_CELLS = 20
 # What the field calls otherwise (CONTRIBUTING, "Words")

@@ -1,0 +1,74 @@
+"""Everything that is measured with the packaged network, one after another.
+
+    HAM10000_DIR=... python benchmarks/packaged.py --bundle runs/bundle --milk10k MILK10K
+
+Puts a bundle of `skin_lesions reproduce-bundle` into the package, runs the scripts whose results belong to that
+network, and writes what other collections say of it into the bundle and its card. A step that has run for these weights
+is not run again. At the end it prints the pages to execute anew. An hour of two cores.
+"""
+import argparse, json, os, shutil, subprocess, sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+RESULTS, REPO = HERE/'results', HERE.parent
+PACKAGED = REPO/'skin_lesions'/'bundles'/'ham10000'
+PAGES = ('55', '62', '63', '65', '66', '68', '73', '75', '76', '80', '90', '95', '96', 'index')
+NAMES = {'MILK10k': 'MILK10k, dermoscopic images'}
+
+
+def run(script, *args):
+    "A script in a process of its own"
+    print('==', script, *args, flush=True)
+    subprocess.run([sys.executable, '-W', 'ignore', str(REPO/script), *map(str, args)], check=True)
+
+
+def put_in(bundle):
+    "The bundle's two files and its card"
+    for name in ('bundle.json', 'model.safetensors', 'README.md'): shutil.copyfile(bundle/name, PACKAGED/name)
+
+
+def weights():
+    "What identifies the packaged network"
+    return json.loads((PACKAGED/'bundle.json').read_text())['sha256']
+
+
+def was_looked_at():
+    "Whether the challenge's validation images were shown to it"
+    looks = json.loads((RESULTS/'challenge.json').read_text())['looks']
+    return any(look['sha256'] == weights() for look in looks)
+
+
+def onto_card():
+    "Other collections' rows onto the card"
+    from skin_lesions.bundle import read_bundle, update_bundle
+    from skin_lesions.card import model_card
+    rows = json.loads((RESULTS/'cross_collection.json').read_text())['rows']
+    wanted = ('images', 'lesions', 'outside', 'average_recall', 'macro_auc', 'malignant_referred', 'benign_kept',
+              'calibration', 'outside_referred', 'outside_ood')
+    keys = [f'{k}{end}' for k in wanted for end in ('', '_low', '_high')]
+    def row(r): return dict(name=NAMES[r['tested']]) | {k: r[k] for k in keys if k in r}
+    others = [row(r) for r in rows if r['tested'] in NAMES]
+    update_bundle(PACKAGED, scores=read_bundle(PACKAGED)['scores'] | dict(collections=others))
+    (PACKAGED/'README.md').write_text(model_card(read_bundle(PACKAGED), dataset='HAM10000'), encoding='utf-8')
+
+
+def main(args):
+    if args.bundle: put_in(Path(args.bundle))
+    data = os.environ['HAM10000_DIR']
+    if not was_looked_at(): run('benchmarks/challenge.py')
+    run('benchmarks/cross_collection.py', '--milk10k', args.milk10k)
+    onto_card()
+    run('benchmarks/conformal.py', '--data', data, '--milk10k', args.milk10k)
+    run('benchmarks/benefit.py')
+    run('benchmarks/robustness.py', '--out', Path(args.work)/f'robustness-{weights()[:12]}')
+    run('tools/make_examples.py', '--data', data)
+    pages = ', '.join(p.name for n in PAGES for p in sorted((REPO/'nbs').glob(f'{n}*.ipynb')))
+    print(f'Execute anew, and read: {pages}; then python tools/readme.py')
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--bundle', help='folder of the new bundle; without it, the packaged one is measured again')
+    parser.add_argument('--milk10k', required=True, help='folder of MILK10k')
+    parser.add_argument('--work', default='runs', help='folder for what is finished')
+    main(parser.parse_args())
