@@ -6,8 +6,8 @@
 __all__ = ['CLASS_SETS', 'ClassSet', 'FocalLossFlat', 'GradCAM', 'MixUp', 'RECIPES', 'class_scores', 'class_set', 'class_weights',
            'classes_of', 'compare', 'decide_table', 'decision_curve', 'download_ham10000', 'find_overlap',
            'find_recipe', 'fit_decisions', 'fit_sets', 'get_predictions', 'ham10000_dataloaders', 'html_report',
-           'leak_report', 'lesion_learner', 'load_predictor', 'map_classes', 'paper_settings', 'per_thousand',
-           'plot_class_frequencies', 'plot_confusion', 'plot_examples', 'plot_gradcam', 'plot_roc',
+           'leak_report', 'lesion_learner', 'load_predictor', 'map_classes', 'masked_learner', 'paper_settings',
+           'per_thousand', 'plot_class_frequencies', 'plot_confusion', 'plot_examples', 'plot_gradcam', 'plot_roc',
            'pretext_dataloaders', 'read_csv_dataset', 'read_metadata', 'read_predictions', 'resize_cache',
            'restoration_learner', 'rotation_learner', 'save_bundle', 'save_predictions', 'score_intervals', 'scores',
            'set_report', 'split_by_image', 'split_by_lesion', 'stress', 'synthetic_dataset', 'synthetic_ham10000',
@@ -28,6 +28,7 @@ from .learner import lesion_learner, paper_settings, two_stage_learner
 
 # %% ../nbs/85_all.ipynb #ec3b6423
 from .losses import FocalLossFlat
+from .masking import masked_learner
 from .mixup import MixUp
 from .overlap import find_overlap
 from .predict import load_predictor
@@ -45,8 +46,8 @@ from .train import train_run
 _all_ = ['CLASS_SETS', 'ClassSet', 'FocalLossFlat', 'GradCAM', 'MixUp', 'RECIPES', 'class_scores', 'class_set',
          'class_weights', 'classes_of', 'compare', 'decide_table', 'decision_curve', 'download_ham10000',
          'find_overlap', 'find_recipe', 'fit_decisions', 'fit_sets', 'get_predictions', 'ham10000_dataloaders',
-         'html_report', 'leak_report', 'lesion_learner', 'load_predictor', 'map_classes', 'paper_settings',
-         'per_thousand', 'plot_class_frequencies',
+         'html_report', 'leak_report', 'lesion_learner', 'load_predictor', 'map_classes', 'masked_learner',
+         'paper_settings', 'per_thousand', 'plot_class_frequencies',
          'plot_confusion', 'plot_examples', 'plot_gradcam', 'plot_roc', 'pretext_dataloaders',
          'read_csv_dataset', 'read_metadata', 'read_predictions', 'resize_cache', 'restoration_learner',
          'rotation_learner', 'save_bundle', 'save_predictions', 'score_intervals', 'scores', 'set_report',

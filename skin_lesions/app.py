@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['Answer', 'diagnose', 'answer_html', 'by_risk', 'table_html', 'example_images', 'RateLimit', 'respond', 'as_html',
-           'as_records', 'lesion_app', 'sweep', 'launch_app']
+           'as_records', 'usable_at_once', 'PredictorPool', 'lesion_app', 'sweep', 'launch_app']
 
 # %% ../nbs/80_app.ipynb #4a83b689
-import base64, io, json, math, os, tempfile, threading, time, webbrowser
+import base64, copy, io, json, math, os, queue, tempfile, threading, time, webbrowser
 from collections import OrderedDict, deque
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from fastcore.xml import (H1, H2, A, B, Button, Details, Div, Figcaption, Figure, I, Img, P, Section, Small, Span,
     Strong, Summary, Table, Tbody, Td, Th, Thead, Tr, to_xml)
 from PIL import Image
@@ -71,7 +73,9 @@ def diagnose(
 )->tuple: # predictions table with the names as `image_id`, and a list of `Answer`
     "Ask a predictor about images"
     sources = list(images.values())
-    table = predictor.predict(sources, progress=False).assign(image_id=list(images))
+    # several views cost as many times more, which a single image is worth
+    views = predictor.recipe_views if len(sources)==1 else None
+    table = predictor.predict(sources, views=views, progress=False).assign(image_id=list(images))
     answers = []
     for i in range(0, len(sources), bs):
         answers += _chunk_answers(predictor, sources[i:i+bs], table[i:i+bs])
@@ -203,7 +207,7 @@ class RateLimit:
     ):
         if n<1 or seconds<=0 or clients<1:
             raise ValueError(f"expected n and clients of 1 or more and seconds > 0, got {n}, {clients} and {seconds}")
-        self.n,self.seconds,self.clients,self.asked = n,seconds,clients,_Times()
+        self.n,self.seconds,self.clients,self.asked,self.lock = n,seconds,clients,_Times(),threading.Lock()
 
     def wait(self,
         client, # its address
@@ -211,24 +215,24 @@ class RateLimit:
         now:float=None, # seconds; None takes the clock
     )->float: # seconds to wait, 0 if it may go on and was counted
         "Count a request, or say how long it must wait"
-        now = time.monotonic() if now is None else now
-        times = _recent(self, client, now)
-        if len(times)+n<=self.n:
-            times.extend([now]*n)
-            return 0.
+        with self.lock:
+            times,now = _recent(self, client, time.monotonic() if now is None else now)
+            if len(times)+n<=self.n:
+                times.extend([now]*n)
+                return 0.
         # when so many have expired that n fit in; never, if n is more than the limit
         return self.seconds-(now-times[len(times)+n-self.n-1] if times and n<=self.n else 0.)
 
 # %% ../nbs/80_app.ipynb #80a00009
 class _Times(OrderedDict): "Times of requests by client"
 
-def _recent(limit, client, now)->deque:
+def _recent(limit, client, now)->tuple:
     "The times of a client's images that still count; the client that was silent for longest is forgotten"
     times = limit.asked.setdefault(client, deque())
     limit.asked.move_to_end(client)
     while len(limit.asked)>limit.clients: limit.asked.popitem(last=False)
     while times and now-times[0]>=limit.seconds: times.popleft()
-    return times
+    return times,now
 
 # %% ../nbs/80_app.ipynb #1a84cb5e
 def _gradio():
@@ -304,6 +308,34 @@ def as_records(
     return [answer_record(answer.name, row, answer.words, classes) for answer,row in zip(answers, rows)]
 
 # %% ../nbs/80_app.ipynb #80a0000b
+def usable_at_once(
+    predictor:Predictor,
+)->int:
+    "How many calls are answered at the same time"
+    # a GPU's memory is not for copies, and an engine cannot be copied
+    alone = predictor.device.type!='cpu' or predictor.network.classifier is not predictor.model
+    return 1 if alone else min(4, os.cpu_count() or 1)
+
+# %% ../nbs/80_app.ipynb #4031096b
+class PredictorPool:
+    "Copies of a predictor, each lent to one caller at a time, because maps hook into the network"
+    def __init__(self,
+        predictor:Predictor,
+        n:int=None, # copies; None as for `lesion_app`
+    ):
+        if n is None: n = usable_at_once(predictor)
+        if n<1: raise ValueError(f"n must be 1 or more, got {n}")
+        self.n,self.free = n,queue.SimpleQueue()
+        for one in (predictor, *(copy.deepcopy(predictor) for _ in range(n-1))): self.free.put(one)
+
+    @contextmanager
+    def lend(self):
+        "A predictor that nobody else uses; waits for one"
+        one = self.free.get()
+        try: yield one
+        finally: self.free.put(one)
+
+# %% ../nbs/80_app.ipynb #34b796e8
 def _app_predictor(model, device)->Predictor:
     "The predictor of an app, whose network takes images alone"
     predictor = model if isinstance(model, Predictor) else load_predictor(model, device)
@@ -363,26 +395,26 @@ def _script(predictor)->str:
 def lesion_app(
     model='ham10000', # name of a bundle that comes with the package, a bundle, or a `Predictor`
     *,
-    max_images:int=50, # that are answered at once
+    max_images:int=50, # in one call
     per_minute:int=60, # images a client may ask about in a minute
+    at_once:int=None, # calls answered at the same time; None takes one a core, up to 4, and one on a GPU
+    waiting:int=20, # calls that may wait; one more is told that the queue is full
     device=None, # None takes the fastest of this machine
 ): # `gradio.Blocks`
     "The page: drop photographs, read the answer"
     _check_limits(max_images, per_minute)
     gr,predictor = _gradio(),_app_predictor(model, device)
-    ask = dict(max_images=max_images, limit=RateLimit(per_minute))
+    pool,ask = PredictorPool(predictor, at_once),dict(max_images=max_images, limit=RateLimit(per_minute))
     with gr.Blocks(title='skin_lesions', analytics_enabled=False, delete_cache=(600, 600)) as app:
         gr.HTML(_introduction(predictor, max_images), elem_id='about')
-        suffixes = list(IMAGE_SUFFIXES)
-        files = gr.File(label='Photographs', file_count='multiple', file_types=suffixes, elem_id='files', height=150,
-                        elem_classes='sl')
-        buttons = _example_buttons(gr, predictor)
-        result = gr.HTML(elem_id='result')
+        files = gr.File(label='Photographs', file_count='multiple', file_types=list(IMAGE_SUFFIXES), elem_id='files',
+                        height=150, elem_classes='sl')
+        buttons,result = _example_buttons(gr, predictor),gr.HTML(elem_id='result')
         _clear_at_once(gr, app, result, _script(predictor))
-        _connect(gr, predictor, ask, files, buttons, result)
+        _connect(gr, pool, ask, files, buttons, result)
         gr.HTML(_footer(), elem_id='footer')
-    app.queue(max_size=20, default_concurrency_limit=1, api_open=False)
-    app.predictor = predictor
+    app.queue(max_size=waiting, default_concurrency_limit=pool.n, api_open=False)
+    app.predictor,app.pool = predictor,pool
     return app
 
 # %% ../nbs/80_app.ipynb #80a0000d
@@ -415,27 +447,28 @@ def _uploaded(files, folder)->list:
 def _client(request)->str: return request.client.host if request and request.client else ''
 
 # %% ../nbs/80_app.ipynb #80a00033
-def _connect(gr, predictor, ask, files, buttons, result):
+def _connect(gr, pool, ask, files, buttons, result):
     "What happens on an upload, on an example, and on a call of the HTTP endpoint"
     def answer(paths, request:gr.Request, progress=gr.Progress()): # type: ignore[name-defined]
         def tell(done): progress((done, len(paths)), unit='images')
-        return respond(predictor, paths, client=_client(request), tell=tell, **ask),None
+        with pool.lend() as predictor: return respond(predictor, paths, client=_client(request), tell=tell, **ask),None
     def example(name, image):
         def show(request:gr.Request): # type: ignore[name-defined]
             wait = ask['limit'].wait(_client(request))
             if wait: return _html(_box(_too_often(wait), warn=True))
-            return as_html(*diagnose(predictor, {name: image}))
+            with pool.lend() as predictor: return as_html(*diagnose(predictor, {name: image}))
         return show
     def predict(files:list, request:gr.Request)->list: # type: ignore[name-defined]
         try:
             paths = _uploaded(files, gr.utils.get_upload_folder())
-            return respond(predictor, paths, client=_client(request), show=as_records, **ask)
+            with pool.lend() as predictor:
+                return respond(predictor, paths, client=_client(request), show=as_records, **ask)
         except ValueError as e: raise gr.Error(str(e)) from e
-    one_at_a_time = dict(concurrency_id='network', concurrency_limit=1)
-    files.upload(answer, files, [result, files], api_visibility='private', trigger_mode='once', **one_at_a_time)
+    together = dict(concurrency_id='network', concurrency_limit=pool.n)
+    files.upload(answer, files, [result, files], api_visibility='private', trigger_mode='once', **together)
     for button,(name,image) in buttons.items():
-        button.click(example(name, image), None, result, api_visibility='private', trigger_mode='once', **one_at_a_time)
-    gr.api(predict, api_name='predict', api_description='Answers for uploaded images', **one_at_a_time)
+        button.click(example(name, image), None, result, api_visibility='private', trigger_mode='once', **together)
+    gr.api(predict, api_name='predict', api_description='Answers for uploaded images', **together)
 
 # %% ../nbs/80_app.ipynb #e207a154
 def sweep(
@@ -496,4 +529,7 @@ def launch_app(
     app.folder = folder
     _serve(app, gr, host, port, max_mb)
     if browser: webbrowser.open(app.local_url)
-    return _wait(app) if block else app
+    if not block: return app
+    # calls share the cores, and a process of its own may say how
+    torch.set_num_threads(max(1, (os.cpu_count() or 1)//app.pool.n))
+    return _wait(app)

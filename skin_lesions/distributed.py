@@ -169,13 +169,17 @@ class _OfRank:
         return np.asarray(idxs, dtype=np.int64)[self._places(len(idxs))].tolist()
 
     def _places(self, n): return rank_places(n, self.bs, *self.rank_of, drop_last=self.drop_last, equal=self._equal)
-    def __len__(self): return -(-len(self._places(getattr(self, 'max_n', None) or self.n))//self.bs)
+    def _all_places(self): return self._places(getattr(self, 'max_n', None) or self.n)
+    def __len__(self): return -(-len(self._all_places())//self.bs)
+    # where the images of batch `i` are in the order of all ranks
+    def batch_places(self, i): return self._all_places()[i*self.bs:(i+1)*self.bs]
     # metrics are gathered once, at the end
     def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, gather=False)
     def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls or self._whole_class, **kwargs)
     # data-loading workers that are not forked get the loader as a pickle, and pickle finds no class that was made here
     def __reduce__(self): return _empty_loader,(self._whole_class,),self.__dict__
 
+# %% ../nbs/32_distributed.ipynb #4d0b61f7
 def _class_of_rank(cls): return type(cls.__name__, (_OfRank, cls), {})
 
 def _empty_loader(cls):

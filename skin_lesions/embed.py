@@ -239,7 +239,7 @@ class Features:
 
     def __post_init__(self):
         if (self.x.ndim, self.x.shape[:1], self.x.dtype)!=(2, (len(self.frame),), np.float32):
-            raise ValueError(f"expected float32 [{len(self.frame)}, n], rows as images, got {self.x.dtype} {self.x.shape}")
+            raise ValueError(f"expected float32 [{len(self.frame)}, n], got {self.x.dtype} {self.x.shape}")
         check_columns(self.frame, ['image_id'], name='the frame of the features')
         bad = self.frame.image_id[~np.isfinite(self.x).all(1)]
         if len(bad): raise ValueError(f"{len(bad)} images have features that are not finite: {first_few(bad)}")

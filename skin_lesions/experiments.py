@@ -21,6 +21,7 @@ import pandas as pd
 from .bootstrap import average_recall_draws, average_recall_interval, compare_tables, fraction_right
 from .core import atomic_path, check_columns, file_lock, unknown_name
 from .evaluate import scores
+from .masking import mask_patch
 from .networks import create_body
 from .predict import load_predictor
 from .predictions import ensemble, read_predictions, save_predictions
@@ -357,9 +358,9 @@ def _side(out, lines, split, n, seed)->tuple:
     values,drawn = dict.fromkeys(('accuracy', 'average_recall', 'low', 'high'), np.nan),None
     if lines:
         tables = predictions_of(out, lines)
-        value,drawn = average_recall_draws(tables, n, seed)
-        low,high = _interval(drawn)
-        values = dict(accuracy=fraction_right(tables).right.mean(), average_recall=value, low=low, high=high)
+        drawn,interval = average_recall_draws(tables, n, seed)[1],average_recall_interval(tables, n, seed, warn=False)
+        values = dict(accuracy=fraction_right(tables).right.mean(), average_recall=interval.value)
+        values |= dict(low=interval.low, high=interval.high)
     return {f'{split}_{k}': v for k,v in (counts | values).items()},drawn
 
 # %% ../nbs/71_experiments.ipynb #11854f89
@@ -458,7 +459,7 @@ def label_subset(
     return meta[valid | meta.group.isin(kept)].reset_index(drop=True)
 
 # %% ../nbs/71_experiments.ipynb #ac211372
-STARTS = ('scratch', 'rotation', 'restoration', 'imagenet')
+STARTS = ('scratch', 'rotation', 'restoration', 'masking', 'imagenet')
 
 def start_recipe(
     recipe, # name or `Recipe`
@@ -468,8 +469,13 @@ def start_recipe(
     "A recipe that begins from a start"
     pretext = start if start in PRETEXTS else None
     begin = dict(name=start, pretrained=start=='imagenet', pretext=pretext, joint=False, encoder=None)
-    return with_changes(recipe, changes | begin)
+    begun = with_changes(recipe, changes | begin)
+    if start!='masking' or 'patch' in changes: return begun
+    # the field is the restoration's in other recipes
+    size = begun.steps[0][0]
+    return with_changes(begun, dict(name=start, patch=mask_patch((size, size))))
 
+# %% ../nbs/71_experiments.ipynb #7b61c0d2
 def _of(value, key):
     "The value of a key, or the one value of all"
     return value[key] if isinstance(value, dict) else value
@@ -499,7 +505,7 @@ def compare_pretraining(
     out, # folder of the runs
     recipe='base', # name or `Recipe`: everything but the start
     epochs=10, # of each classifier; a dict by fraction gives each its own
-    pretext_epochs=30, # of each pretext, the paper's 30; a dict by start gives each its own
+    pretext_epochs=30, # of each pretext, the paper's 30 for its two; a dict by start gives each its own
     seed:int=42, # of everything random
     **kwargs # of `train_run`: workers, device, ...
 )->pd.DataFrame: # a row a classifier: start, labels, epochs, n_valid, accuracy, average_recall with its interval

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'STAGES', 'weighted_map', 'normalize_cams', 'resize_cams', 'whole_network', 'find_network', 'codes_of',
-           'evaluating', 'extra_inputs', 'prepare_batch', 'scoring_network', 'layer_shapes', 'last_spatial_layer',
-           'class_numbers', 'members_of', 'GradCAM', 'image_frame', 'image_inputs', 'network_view', 'CamBatch',
-           'stream_cams', 'overlay_cam', 'plot_gradcam', 'true_probabilities', 'plot_top_losses_gradcam',
-           'gradcam_folder']
+           'evaluating', 'extra_inputs', 'prepare_batch', 'scoring_network', 'layer_shapes', 'patch_grid',
+           'spatial_maps', 'last_spatial_layer', 'class_numbers', 'members_of', 'GradCAM', 'image_frame',
+           'image_inputs', 'network_view', 'CamBatch', 'stream_cams', 'overlay_cam', 'plot_gradcam',
+           'true_probabilities', 'plot_top_losses_gradcam', 'gradcam_folder']
 
 # %% ../nbs/50_gradcam.ipynb #b57e345d
-import base64, io
+import base64, io, re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,28 +158,58 @@ def _is_spatial(module, shape)->bool:
     if len(shape)==3: return shape[1]>1
     return len(shape)==4 and (1, 1) not in (shape[1:3], shape[2:])
 
-def _check_layout(name, module, shape, size):
-    "Raise where a layer does not return [bs, channels, h, w]"
-    if len(shape)==4 and not _channels_last(shape, size): return
-    layout = f'tokens of shape {shape}' if len(shape)==3 else f'{shape}, channels last,'
-    raise ValueError(f"the last spatial layer, {name!r} ({type(module).__name__}), returns {layout} "
-                     "and not [bs, channels, h, w]; use a convolutional network, or give a layer by name")
+def _patch_owner(net, name):
+    "The part of a network around a layer that cuts images into patches; None where there is none"
+    modules,parts = dict(net.named_modules()),name.split('.')
+    around = [modules['.'.join(parts[:i])] for i in range(len(parts))]
+    return next((m for m in reversed(around) if hasattr(m, 'patch_embed')), None)
+
+# %% ../nbs/50_gradcam.ipynb #7c76249f
+def patch_grid(
+    body:nn.Module, # a timm network with `patch_embed`
+    size:tuple, # height and width of the images, pixels
+)->tuple: # rows and columns of patches
+    "How a transformer cuts images into patches"
+    patches = body.patch_embed
+    return tuple(patches.dynamic_feat_size(size) if hasattr(patches, 'dynamic_feat_size') else patches.grid_size)
+
+def spatial_maps(
+    out:Tensor, # what a layer returns: [bs, channels, h, w], [bs, h, w, channels], or tokens [bs, n, channels]
+    size:tuple, # height and width of the images, pixels
+    body:nn.Module=None, # the transformer that the layer is a part of
+)->Tensor: # [bs, channels, h, w]
+    "What a layer returns, as maps: tokens of the class and registers are left out, those of patches laid on their grid"
+    if out.ndim==4:
+        last = getattr(body, 'output_fmt', '')=='NHWC' and len({*out.shape[1:]})==1
+        return out.permute(0, 3, 1, 2) if last or _channels_last(out.shape, size) else out
+    h,w = patch_grid(body, size) if body is not None else (0, 0)
+    prefix = out.shape[1]-h*w if out.ndim==3 else -1
+    if h and prefix in (0, getattr(body, 'num_prefix_tokens', 0)): return out[:,prefix:].mT.unflatten(2, (h, w))
+    raise ValueError(f"{tuple(out.shape)} is no map of the image: expected [bs, channels, h, w], "
+                     "[bs, h, w, channels] or a token for each patch; give another layer by name")
 
 # %% ../nbs/50_gradcam.ipynb #fb1b0675
+_LAST_NORM = re.compile(r'(^|\.)blocks\.\d+\.norm1$')
+
 def last_spatial_layer(
     net:nn.Module, # takes [bs, 3, h, w]
     x:Tensor, # [1, 3, h, w], an image as the network gets it: the layer depends on its size
     prefix:str='', # look only below this part of the network, e.g. 'body2'
     patient:Tensor=None, # [1, n], for a network with patient data
 )->str: # the layer's name in `net.named_modules()`
-    "The last layer that returns [bs, channels, h, w] with more than one position"
+    "The last layer that returns maps with more than one position; of a vision transformer, the last `norm1`"
     spatial = [layer for layer in layer_shapes(net, x, prefix, patient) if _is_spatial(*layer[1:])]
     if not spatial:
         raise ValueError(f"{type(net).__name__} has no layer with more than one spatial position for images of "
                          f"{x.shape[2]}x{x.shape[3]} pixels; "
-                         "Grad-CAM needs a convolutional network, and images larger than its stride")
-    _check_layout(*spatial[-1], x.shape[2:])
-    return spatial[-1][0]
+                         "Grad-CAM needs positions, and images larger than the network's stride")
+    name,module,shape = spatial[-1]
+    if len(shape)==4: return name
+    # behind the last attention a class token has all it gets of the patches
+    normed = [name for name,_,shape in spatial if len(shape)==3 and _LAST_NORM.search(name)]
+    if normed and _patch_owner(net, normed[-1]) is not None: return normed[-1]
+    raise ValueError(f"the last spatial layer, {name!r} ({type(module).__name__}), returns tokens of shape {shape}, "
+                     "and nothing says how they lie in the image; give a layer by name")
 
 # %% ../nbs/50_gradcam.ipynb #65bcd259
 def _class_number(target, n, codes)->int:
@@ -267,9 +297,9 @@ def _kept(module, name):
     "Keep what a layer returns as a leaf, and record operations from there on"
     kept = []
     def keep(m, _, out):
-        if not isinstance(out, Tensor) or out.ndim!=4:
+        if not isinstance(out, Tensor) or out.ndim not in (3, 4):
             found = f"layer {name!r} ({type(m).__name__}) returns {_shape(out)}"
-            raise ValueError(f"{found}, expected [bs, channels, h, w]")
+            raise ValueError(f"{found}, expected [bs, channels, h, w], [bs, h, w, channels] or tokens")
         # stays on until the surrounding no_grad block ends
         torch.set_grad_enabled(True)
         kept.append(out.detach().requires_grad_())
@@ -352,6 +382,7 @@ def _joint_target(explain, x, target, stage, patient)->list:
     numbers,_ = _stage_score(answer, target, stage, first, explain.codes)
     return ['rest' if number<0 else number for number in numbers.tolist()]
 
+# %% ../nbs/50_gradcam.ipynb #p8802005
 def _member_map(explain, i, x, target, stage, patient)->tuple:
     "Maps of a member, its answer, and the classes explained"
     net,name = explain.members[i],explain.layer_for(x, stage, patient, i)
@@ -360,7 +391,10 @@ def _member_map(explain, i, x, target, stage, patient)->tuple:
         if not kept: raise ValueError(f"layer {name!r} takes no part in this network's answer")
         numbers,score = _stage_score(answer, target, stage, getattr(net, 'first', None), explain.codes)
         gradient = _gradient(score, kept[-1], name, stage)
-    return weighted_map(kept[-1].detach(), gradient, explain.method),answer,numbers
+    body,size = _patch_owner(net, name),x.shape[2:]
+    maps,gradients = (spatial_maps(t, size, body) for t in (kept[-1].detach(), gradient))
+    if len(maps)!=len(x): raise ValueError(f"layer {name!r} works within windows: {len(maps)} for {len(x)} images")
+    return weighted_map(maps, gradients, explain.method),answer,numbers
 
 def _maps(explain, x, target, stage, patient)->tuple:
     "Maps [bs, h, w], the mean over the members; their answers; the classes explained [bs]"

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['UNREADABLE', 'BLUR', 'open_unlabelled', 'AtLeast', 'light_changes', 'pretext_dataloaders', 'rotate_images',
-           'PretextCallback', 'PredictRotation', 'rotation_learner', 'JointNet', 'JointRotationNet', 'JointPretext',
-           'JointRotation', 'CallbackValue', 'joint_rotation_learner', 'draw_swaps', 'swap_patches', 'disorder_context',
-           'RestorationNet', 'RestoreContext', 'unet_splitter', 'restoration_learner', 'plot_restored',
-           'JointRestorationNet', 'JointRestoration', 'joint_restoration_learner', 'Transfer', 'transfer_body']
+           'PretextCallback', 'PredictRotation', 'as_dataloaders', 'rotation_learner', 'JointNet', 'JointRotationNet',
+           'JointPretext', 'JointRotation', 'CallbackValue', 'joint_rotation_learner', 'draw_swaps', 'swap_patches',
+           'disorder_context', 'RestorationNet', 'RestoreContext', 'unet_splitter', 'size_of_images',
+           'restoration_learner', 'plot_batches', 'plot_restored', 'JointRestorationNet', 'JointRestoration',
+           'joint_restoration_learner', 'Transfer', 'transfer_body']
 
 # %% ../nbs/40_pretext.ipynb #45b8db24
 import math, warnings
 from collections import OrderedDict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -245,8 +246,13 @@ def _refuse_rotating(dls):
                          "so its angle has no meaning; build them with pretext_dataloaders(...) "
                          "or ham10000_dataloaders(..., augment=False)")
 
-def _pretext_dls(dls_or_images, arch, size, bs)->DataLoaders:
-    "DataLoaders with the normalisation of an architecture"
+def as_dataloaders(
+    dls_or_images, # `DataLoaders`, or images for `pretext_dataloaders`
+    arch:str, # timm architecture
+    size:int, # of the images, pixels, where `dls_or_images` is no DataLoaders
+    bs:int, # images in a batch, likewise
+)->DataLoaders: # with the normalisation of `arch`
+    "The `DataLoaders` of a pretext"
     check_arch(arch)
     given = isinstance(dls_or_images, DataLoaders)
     dls = dls_or_images if given else pretext_dataloaders(dls_or_images, size, bs=bs, arch=arch)
@@ -272,7 +278,7 @@ def rotation_learner(
 )->Learner: # its model is a `LesionNet` with `angles` outputs
     "A `Learner` that predicts by which angle an image was rotated"
     rotation = PredictRotation(angles, blur)
-    dls = _pretext_dls(dls_or_images, arch, size, bs)
+    dls = as_dataloaders(dls_or_images, arch, size, bs)
     _refuse_rotating(dls)
     body = create_body(arch, pretrained=pretrained, weights=weights, **(body_kwargs or {}))
     net = LesionNet(body, rotation.angles, hidden=(), ps=0.)
@@ -674,7 +680,11 @@ def unet_splitter(
     return L(list(model.encoder.parameters()), [p for p in model.parameters() if id(p) not in inside])
 
 # %% ../nbs/40_pretext.ipynb #8a1eb74a
-def _size_of_images(dls)->tuple[int, int]: return tuple(dls.one_batch()[0].shape[-2:])
+def size_of_images(
+    dls:DataLoaders, # whose batches begin with images
+)->tuple[int, int]: # height and width, pixels
+    "The size of the images in a batch"
+    return tuple(dls.one_batch()[0].shape[-2:])
 
 # %% ../nbs/40_pretext.ipynb #74bb9e59
 @delegates(classifier_learner, but=['mixup', 'splitter', 'metrics'])
@@ -694,16 +704,39 @@ def restoration_learner(
     **kwargs
 )->Learner: # its model is a `RestorationNet`
     "A `Learner` whose U-Net puts patches back; the loss is the mean squared error of the normalised pixels"
-    dls = _pretext_dls(dls_or_images, arch, size, bs)
-    shape = _size_of_images(dls)
+    dls = as_dataloaders(dls_or_images, arch, size, bs)
+    shape = size_of_images(dls)
     _check_disorder(*shape, patch, swaps)
     net = RestorationNet(create_body(arch, pretrained=pretrained, weights=weights, **(body_kwargs or {})), shape)
     cbs = [RestoreContext(patch, swaps, grid), *L(cbs)]
     return classifier_learner(dls, net, nn.MSELoss(), splitter=unet_splitter, metrics=[], cbs=cbs, **kwargs)
 
+# %% ../nbs/40_pretext.ipynb #5f0a43c1
+def _colours(dls, x:Tensor)->Tensor:
+    "Normalised images as colours from 0 to 1, [n, h, w, 3]"
+    norm = next(t for t in dls.after_batch.fs if isinstance(t, Normalize))
+    mean,std = (v.to(x).view(1, -1, 1, 1) for v in (norm.mean, norm.std))
+    return (x*std+mean).clamp(0, 1).permute(0, 2, 3, 1).cpu()
+
+def plot_batches(
+    dls:DataLoaders, # whose normalisation is undone
+    batches:dict, # normalised images [n, 3, h, w] by name
+    width:float=1.5, # of one image, inches
+)->plt.Figure:
+    "Images that belong together, a batch a row, an image a column"
+    n = min(map(len, batches.values()))
+    size = n*width,len(batches)*width*1.05
+    fig,axes = plt.subplots(len(batches), n, figsize=size, squeeze=False, layout='constrained')
+    for row,(name,x) in zip(axes, batches.items()):
+        for ax,image in zip(row, _colours(dls, x)):
+            ax.imshow(image)
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(name, fontsize=9)
+    return fig
+
 # %% ../nbs/40_pretext.ipynb #4e749627
 def _restored(learn, n)->tuple:
-    "Images of the validation set as they are, disordered, and restored, in colours from 0 to 1"
+    "Images of the validation set as they are, disordered, and restored, normalised"
     cb = next((c for c in learn.cbs if isinstance(c, RestoreContext) or hasattr(c, 'restoration')), None)
     if cb is None:
         raise ValueError("this learner restores nothing; "
@@ -716,9 +749,7 @@ def _restored(learn, n)->tuple:
     try:
         with torch.no_grad(): restored = getattr(net, 'pretext', net)(disordered)
     finally: net.train(training)
-    norm = next(t for t in learn.dls.after_batch.fs if isinstance(t, Normalize))
-    mean,std = (v.to(x).view(1, -1, 1, 1) for v in (norm.mean, norm.std))
-    return tuple((images*std+mean).clamp(0, 1).permute(0, 2, 3, 1).cpu() for images in (x, disordered, restored))
+    return x,disordered,restored
 
 # %% ../nbs/40_pretext.ipynb #1aa199ba
 def plot_restored(
@@ -728,16 +759,7 @@ def plot_restored(
     width:float=1.5, # of one image, inches
 )->plt.Figure:
     "Original, disordered and restored images, an image a column"
-    images = _restored(learn, n)
-    n = len(images[0])
-    fig,axes = plt.subplots(3, n, figsize=(n*width, 3*width*1.05), squeeze=False, layout='constrained')
-    for row,name,kind in zip(axes, ('original', 'disordered', 'restored'), images):
-        for ax,image in zip(row, kind):
-            ax.imshow(image)
-            ax.set_xticks([])
-            ax.set_yticks([])
-        row[0].set_ylabel(name, fontsize=9)
-    return fig
+    return plot_batches(learn.dls, dict(zip(('original', 'disordered', 'restored'), _restored(learn, n))), width)
 
 # %% ../nbs/40_pretext.ipynb #caf9801c
 class JointRestorationNet(JointNet):
@@ -805,7 +827,7 @@ def joint_restoration_learner(
     **kwargs
 )->Learner: # its model is a `JointRestorationNet`
     "A `Learner` that restores an image and classifies what it restored"
-    size,cb = _size_of_images(dls),JointRestoration(patch, swaps, grid, weight, clean)
+    size,cb = size_of_images(dls),JointRestoration(patch, swaps, grid, weight, clean)
     _check_disorder(*size, patch, swaps)
     unet = RestorationNet(create_body(encoder, pretrained=encoder_pretrained, weights=encoder_weights), size)
     return _joint_learner(dls, arch, lambda net: JointRestorationNet(unet, net), cb, 'restoration_loss',
@@ -837,14 +859,14 @@ def _classifier_of(learn_or_model)->ClassifierNet:
 def _pretext_body(learn_or_model)->tuple:
     "Architecture and tensors of a pretext's body"
     net = _network_of(learn_or_model)
-    net = getattr(net, 'unet', net) if isinstance(net, JointNet) else net
-    if isinstance(net, RestorationNet): return net.arch,net.body_state()
-    body = _classifier_of(net).body
+    trained:Any = getattr(net, 'unet', net) if isinstance(net, JointNet) else net
+    if hasattr(trained, 'body_state'): return trained.arch,trained.body_state()
+    body = _classifier_of(trained).body
     return body.arch,body.state_dict()
 
 # %% ../nbs/40_pretext.ipynb #23626958
 def transfer_body(
-    pretext, # learner or network of a pretext: rotation or restoration, alone or joint
+    pretext, # learner or network of a pretext: rotation, restoration or masking; the first two alone or joint
     learn, # learner or network of a classifier: `lesion_learner` or `two_stage_learner`
     show:bool=True, # print what moved
 )->Transfer:

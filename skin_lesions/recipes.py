@@ -18,7 +18,7 @@ from .core import unknown_name
 # %% ../nbs/33_recipes.ipynb #9fbdbaf3
 LOSSES = ('focal', 'logit_adjusted')
 SCHEDULES = ('flat', 'one_cycle')
-PRETEXTS = ('rotation', 'restoration')
+PRETEXTS = ('rotation', 'restoration', 'masking')
 # arguments of `lesion_augmentation`
 AUGMENTATIONS = dict(standard={}, strong=dict(max_lighting=.25, max_saturation=.25, erase=.5), camera=dict(camera=1.))
 
@@ -47,7 +47,7 @@ class Recipe:
     patient:bool = False # age, sex and site as second input
     pretext:str = None # one of `PRETEXTS`
     joint:bool = False # pretext and diagnosis at once instead of one after the other
-    patch:int = 8 # of the restoration, pixels
+    patch:int = 8 # of the restoration or of the masks, pixels
     clean:float = .5 # fraction of training images that a network with a restoration in it sees in order
     encoder:str = None # architecture of a U-Net before the classifier; None moves the pretext's body into it
     steps:tuple = ((128, 20),) # (size in pixels, epochs) of each step; the weights are carried on
@@ -133,6 +133,9 @@ def check_recipe(
     check_steps(recipe.steps)
     if recipe.joint and not recipe.pretext:
         raise ValueError("joint=True trains a pretext and the diagnosis at once; choose a pretext")
+    if recipe.pretext=='masking' and (recipe.joint or recipe.encoder):
+        raise ValueError("masking comes before the diagnosis and moves its body into the classifier; "
+                         "leave joint=False and encoder=None")
     if recipe.pretext and recipe.mixup and (recipe.joint or recipe.encoder):
         raise ValueError("mixUp cannot be used with a pretext in the network")
     if recipe.augment!='standard' and recipe.joint and recipe.pretext=='rotation':
@@ -277,6 +280,8 @@ _OTHERS = [
     _change('scratch', 'random weights', pretrained=False),
     _change('rotation', 'angles from random weights, then the diagnosis', base='scratch',
             pretrained=False, pretext='rotation', pretext_epochs=100),
+    _change('masking', 'masked patches from random weights, then the diagnosis', base='scratch',
+            pretrained=False, pretext='masking', patch=32, pretext_epochs=100),
     _change('ema', 'exponential moving average of the weights', ema=True),
     _change('all_changes', '224 pixels, two stages, logit-adjusted loss',
             stages=2, loss='logit_adjusted', steps=((224, 30),)),

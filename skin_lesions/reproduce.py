@@ -143,12 +143,13 @@ def fit_ood_of_all(
     n:int=4000, # training images for each network, at most; half of them for the limit
     seed:int=42, # which training images
     device=None, # where the networks run
+    split:str='lesion', # as for `reproduce_bundle`
 ): # `OODScore`
     "Fit the out-of-distribution score of a network that has no held-out lesions"
     def some(rows): return rows.sample(min(n, len(rows)), random_state=seed).reset_index(drop=True)
     ratios = []
     for fold in (f for f in runs if f is not None):
-        frame = split_images(meta, fold=fold)
+        frame = split_images(meta, split, fold)
         held_out = frame[frame.is_valid].reset_index(drop=True)
         ratios.append(limit_ratio(runs[fold], some(frame[~frame.is_valid]), held_out, rate, device))
     score,_ = score_of_training(runs[None], some(meta), rate, device)
@@ -167,10 +168,11 @@ def fit_ood_of_mean(
     n:int=4000, # training images, at most
     seed:int=42, # which training images
     device=None, # where the network runs
+    split:str='lesion', # as for `reproduce_bundle`
 ): # `OODScore`
     "Fit the out-of-distribution score of the mean of several networks, on the first of them"
     fold,folder = next(iter(runs.items()))
-    frame,learn = split_images(meta, fold=fold),load_predictor(folder, device).learner
+    frame,learn = split_images(meta, split, fold),load_predictor(folder, device).learner
     held_out,train = (frame[frame.is_valid==valid].reset_index(drop=True) for valid in (True, False))
     score = fit_ood(learn, rate=rate, n=n, train=train, valid=get_features(learn, held_out), seed=seed)
     score.fitted['limit'] = f'of the held-out images of fold {fold}'
@@ -181,21 +183,25 @@ def subgroup_scores(
     table:pd.DataFrame, # predictions table
     meta:pd.DataFrame, # all images
 )->dict: # a list of rows by kind of subgroup
-    "Scores by age, sex and anatomical site, where they are known"
-    kinds = [by for by,column in dict(age_band='age', sex='sex', site='site').items() if column in meta]
+    "Scores by collection, age, sex and anatomical site, where they are known"
+    columns = dict(collection='collection', age_band='age', sex='sex', site='site')
+    kinds = [by for by,column in columns.items() if column in meta]
     tables = {by: scores_by(table, meta, by).drop(index='all').reset_index() for by in kinds}
     return {by: json.loads(t.to_json(orient='records')) for by,t in tables.items()}
 
+# %% ../nbs/73_reproduce.ipynb #p78e8380
 def measured_scores(
     measured:dict, # of `fit_decisions`
     recipe, # `Recipe` that was trained
     meta:pd.DataFrame, # all images
     table:pd.DataFrame, # held-out predictions
     folds:list,
+    split:str='lesion', # as for `reproduce_bundle`
     **about # seed, scale, what the network is made of
 )->dict: # as JSON can hold it
     "What is known of a bundle"
     which = f"fold{'s' if len(folds)>1 else ''} {', '.join(map(str, folds))} of {FOLDS}"
+    if split=='own': which = "the data set's own split"
     on = f'held-out lesions of {which}, by networks that were not trained on them'
     where = dict(measured_on=on, subgroups=subgroup_scores(table, meta), date=date.today().isoformat())
     training = dict(config=training_config(recipe), data=data_fingerprint(meta), split_seed=SPLIT_SEED)
@@ -263,7 +269,7 @@ def decided_parts(table, first, recipe, sensitivity, seed)->tuple:
     parts = dict(calibration=found.calibration, rule=found.rule, referral=found.referral, sets=sets)
     return parts, found.measured | auc_interval(table, seed)
 
-def decide_and_write(out, runs, network, recipe, meta, sensitivity, tolerance, device, **about)->dict:
+def decide_and_write(out, runs, network, recipe, meta, sensitivity, tolerance, device, split, **about)->dict:
     "Fit what a bundle decides with, measure it, and write the bundle"
     of_folds,seed = {fold: run for fold,run in runs.items() if fold is not None},about['seed']
     table = held_out_predictions(of_folds)
@@ -274,14 +280,16 @@ def decide_and_write(out, runs, network, recipe, meta, sensitivity, tolerance, d
     if recipe.views:
         seen = held_out_views(of_folds, meta, recipe.views, device)
         about['views'] = scores_with_views(seen, table, recipe.views, seed, first=first, rule=recipe.rule)
-    ood = (fit_ood_of_mean if joined else fit_ood_of_all)(runs, meta, seed=seed, device=device)
+    ood = (fit_ood_of_mean if joined else fit_ood_of_all)(runs, meta, seed=seed, device=device, split=split)
     made_of = dict(kind=network, networks=len(runs)) if joined else None
-    scores = measured_scores(measured, recipe, meta, table, list(of_folds), made_of=made_of, **about)
+    scores = measured_scores(measured, recipe, meta, table, list(of_folds), split, made_of=made_of, **about)
     return write_reproduced(out, predictor, meta, scores, tolerance=tolerance, recipe=recipe, ood=ood, **fitted)
 
 # %% ../nbs/73_reproduce.ipynb #94e63062
-def _check_request(recipe, folds, network):
+def _check_request(recipe, folds, network, split):
     "Raise for a bundle that cannot be made"
+    if split not in ('lesion', 'own'):
+        raise ValueError(f"split must be 'lesion' or 'own', got {split!r}; a bundle is measured on new lesions")
     if not folds or set(folds)-set(range(FOLDS)): raise ValueError(f"folds must be some of 0 to {FOLDS-1}, got {folds}")
     if network not in NETWORK_OF: raise ValueError(unknown_name('network', network, NETWORK_OF))
     if recipe.teachers: raise ValueError(f'{recipe.name} has teachers; a bundle needs a recipe without teachers')
@@ -294,6 +302,7 @@ def reproduce_bundle(
     *,
     folds:tuple|list=(0,), # of five folds by lesion: which are held out, each with a network of its own
     network:str='all', # one of `NETWORK_OF`: one more on all images, or the mean or soup of the folds' networks
+    split:str='lesion', # 'own' takes the frame's column `is_valid` for fold 0
     seed:int=42, # of weights, order and augmentation
     scale:str='full', # one of `SCALES`
     sensitivity:float=.95, # fraction of the malignant images to refer
@@ -303,10 +312,10 @@ def reproduce_bundle(
 )->dict: # what was measured, which is also in the bundle
     "Train the network of a bundle and those that it is calibrated with, or go on; write the bundle and its model card"
     recipe,out,folds = find_recipe(recipe),Path(out),list(folds)
-    _check_request(recipe, folds, network)
-    (out/'work').mkdir(parents=True, exist_ok=True)
+    _check_request(recipe, folds, network, split)
     recipe,meta = recipe_to_run(recipe, scale)[0],experiment_data(data, scale, out/'work')
     work = out/'work'/f'{run_digest(recipe, data_fingerprint(meta))}-seed-{seed}'
     trained = [*folds, None] if network=='all' else folds
-    runs = train_folds(recipe, meta, work, trained, seed=seed, device=device, **kwargs)
-    return decide_and_write(out, runs, network, recipe, meta, sensitivity, tolerance, device, seed=seed, scale=scale)
+    runs = train_folds(recipe, meta, work, trained, split=split, seed=seed, device=device, **kwargs)
+    about = dict(seed=seed, scale=scale)
+    return decide_and_write(out, runs, network, recipe, meta, sensitivity, tolerance, device, split, **about)

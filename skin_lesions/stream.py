@@ -260,6 +260,13 @@ def _images_of_part(dl, start, stop):
             yield image
         if given==before: raise OSError(f"none of {stop-start} images can be read")
 
+def _places_of_batch(dl, i)->range:
+    "Positions in the epoch's sequence of the images of batch `i`; the workers' batches come by turns"
+    workers = max(1, dl.fake_l.num_workers)
+    start,stop = dl.part(i%workers, workers)
+    first = start + i//workers*dl.bs
+    return range(first, min(first+dl.bs, stop))
+
 # %% ../nbs/41_stream.ipynb #b87299d8
 class _SequenceDL(TfmdDL):
     "A fastai loader of shards: which part of an epoch it reads"
@@ -271,6 +278,7 @@ class _SequenceDL(TfmdDL):
         return epoch_part(self.n, self.bs, rank, ranks, worker, workers, drop_last=self.drop_last, equal=equal)
 
     def part_length(self, worker=0, workers=1): return int(np.diff(self.part(worker, workers))[0])
+    def batch_places(self, i): return _places_of_batch(self, i)
     def images(self): return _images_of_part(self, *self.part(self.offs, self.num_workers))
     def get_idxs(self): return range(self.part_length())
     def __len__(self): return -(-self.part_length()//self.bs)

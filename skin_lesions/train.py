@@ -43,6 +43,7 @@ from .ema import EMA
 from .evaluate import class_scores, scores
 from .learner import lesion_learner, two_stage_learner
 from .losses import LogitAdjustedLossFlat
+from .masking import masked_learner
 from .ood import fit_ood, keep_features
 from .patient import PATIENT_COLUMNS
 from .predictions import get_predictions, save_predictions, write_csv
@@ -304,6 +305,7 @@ def pretext_learner(
     dls = pretext_dataloaders(images, size, recipe.crop, bs=recipe.bs, arch=arch, **loaders)
     kwargs = dict(pretrained=recipe.pretrained, **optimiser(recipe))
     if recipe.pretext=='rotation': return rotation_learner(dls, arch, **kwargs)
+    if recipe.pretext=='masking': return masked_learner(dls, arch, patch=recipe.patch, **kwargs)
     return restoration_learner(dls, arch, patch=recipe.patch, **kwargs)
 
 # %% ../nbs/70_train.ipynb #26094ea3

@@ -1,5 +1,6 @@
 "The web demo in a real browser: what a person sees and does, and what is left behind."
-import io, json, os, re, shutil, subprocess, sys, time, urllib.request, webbrowser
+import io, json, os, re, shutil, subprocess, sys, time, urllib.error, urllib.request, webbrowser
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -303,6 +304,108 @@ def test_the_curl_lines_of_the_page(app, bundle, sample, repo, tmp_path):
     for sent in (str(photo), dict(path=str(photo), meta=dict(_type='gradio.FileData')), dict(path=str(photo))):
         refused = run(re.sub(r'^file=.*$', lambda m: f"file='{json.dumps(sent)}'", script, flags=re.M))
         assert 'complete' not in refused.stdout and photo.is_file(), refused
+
+
+@pytest.fixture()
+def busy(bundle, monkeypatch):
+    "Apps whose answers wait until they are let go; none of the images is big"
+    import threading
+    from skin_lesions import app as module
+    from skin_lesions.app import diagnose
+    monkeypatch.setenv('GRADIO_TEMP_DIR', os.environ.get('GRADIO_TEMP_DIR', ''))
+    gate, together, started, apps = threading.Event(), threading.Lock(), [], []
+    def slow(predictor, images, **kwargs):
+        with together: started.append(predictor)
+        assert gate.wait(120)
+        return diagnose(predictor, images, **kwargs)
+    monkeypatch.setattr(module, 'diagnose', slow)
+    def launch(**kwargs):
+        apps.append(launch_app(load_predictor(bundle, 'cpu'), port=0, max_images=4, per_minute=400, block=False, **kwargs))
+        return apps[-1]
+    yield launch, gate, started
+    gate.set()
+    for app in apps:
+        app.close()
+        app.folder.cleanup()
+
+
+def post(url, body):
+    "Status and text of a POST of JSON"
+    request = urllib.request.Request(url, json.dumps(body).encode(), {'Content-Type': 'application/json'})
+    try:
+        with urllib.request.urlopen(request, timeout=120) as r: return r.status, r.read().decode()
+    except urllib.error.HTTPError as e: return e.code, e.read().decode()
+
+
+def ask_for(app, photo, name):
+    "Upload as a program does, and join the queue"
+    edge = 'x'*20
+    head = f'--{edge}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\nContent-Type: image/jpeg\r\n\r\n'
+    body = head.encode() + photo.read_bytes() + f'\r\n--{edge}--\r\n'.encode()
+    request = urllib.request.Request(f'{app.local_url}gradio_api/upload', body, {'Content-Type': f'multipart/form-data; boundary={edge}'})
+    with urllib.request.urlopen(request, timeout=120) as r: path, = json.loads(r.read())
+    return post(f'{app.local_url}gradio_api/call/predict', dict(data=[[dict(path=path, meta=dict(_type='gradio.FileData'))]]))
+
+
+def answer_for(app, joined):
+    with urllib.request.urlopen(f"{app.local_url}gradio_api/call/predict/{json.loads(joined[1])['event_id']}", timeout=120) as r: text = r.read().decode()
+    assert text.startswith('event: complete'), text
+    (answer,), = json.loads(text.split('data: ', 1)[1])
+    return answer
+
+
+def test_sixteen_clients_wait_and_each_gets_its_own_answer(busy, bundle, sample, tmp_path):
+    "As many at once as there are copies of the network; the others wait, and maps of one do not hook into another"
+    launch, gate, started = busy
+    app, plain = launch(at_once=3), load_predictor(bundle, 'cpu')
+    photos = [photograph(sample, tmp_path/f'{i}.jpg', i) for i in range(16)]
+    with ThreadPoolExecutor(16) as clients:
+        joined = list(clients.map(lambda p: ask_for(app, p, p.name), photos))
+        assert [status for status, _ in joined] == [200]*16
+        for _ in range(300):
+            if len(started) == 3: break
+            time.sleep(.1)
+        time.sleep(.5)
+        assert len(started) == 3 == len({id(p) for p in started}) and app.pool.n == 3
+        gate.set()
+        answers = list(clients.map(lambda j: answer_for(app, j), joined))
+    table = plain.predict(photos, progress=False)
+    for photo, answer, row in zip(photos, answers, table.to_dict('records')):
+        assert answer['file'] == photo.name and answer['decision'] == row['decision']
+        assert answer['probabilities'] == {HAM10000.full_name(c): pytest.approx(row[c], abs=1e-3) for c in HAM10000}
+    assert len({id(p) for p in started}) == 3 and app.pool.free.qsize() == 3
+
+
+def test_a_full_queue_says_so(busy, sample, tmp_path):
+    launch, gate, started = busy
+    app, photo = launch(at_once=1, waiting=1), photograph(sample, tmp_path/'a.jpg')
+    joined = [ask_for(app, photo, 'first.jpg')]
+    for _ in range(300):
+        if started: break
+        time.sleep(.1)
+    for i in range(3): joined.append(ask_for(app, photo, f'{i}.jpg'))
+    refused = [text for status, text in joined if status == 503]
+    assert refused and all('Queue is full' in text for text in refused), joined
+    gate.set()
+    assert [answer_for(app, j)['file'] for j in joined if j[0] == 200][0] == 'first.jpg'
+
+
+def test_copies_of_a_predictor_are_lent_and_come_back(bundle, monkeypatch):
+    from skin_lesions.app import PredictorPool, usable_at_once
+    plain = load_predictor(bundle, 'cpu')
+    pool = PredictorPool(plain, 2)
+    with pytest.raises(ZeroDivisionError):
+        with pool.lend() as a, pool.lend() as b:
+            assert a.model is not b.model and a.network.classifier is a.model and b.network.classifier is b.model
+            assert pool.free.empty()
+            1/0
+    assert pool.free.qsize() == 2
+    with pytest.raises(ValueError, match='n must be 1 or more'): PredictorPool(plain, 0)
+    monkeypatch.setattr(os, 'cpu_count', lambda: 64)
+    assert usable_at_once(plain) == 4
+    other = load_predictor(bundle, 'cpu')
+    other.network.classifier = torch.nn.Identity()
+    assert usable_at_once(other) == 1, 'an engine'
 
 
 def test_the_browser_opens_when_asked(bundle, monkeypatch):

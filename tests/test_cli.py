@@ -384,10 +384,36 @@ def test_predict_gives_the_run_s_own_probabilities(sample, finished_run, call, t
 def test_predict_takes_an_engine(call, finished_run, sample, monkeypatch):
     from skin_lesions import engine
     given, file = [], next(sample.rglob('*.jpg'))
-    monkeypatch.setattr(engine, 'with_engine', lambda predictor: given.append(predictor) or predictor)
-    assert call('predict', file, '--bundle', finished_run, '--engine', 'onnxruntime')[0] == 0
-    assert [p.device.type for p in given] == ['cpu']
-    assert call('predict', file, '--bundle', finished_run)[0] == 0 and len(given) == 1
+    record = dict(n_images=50, float32=dict(macro_auc=.9), int8=dict(macro_auc=.899))
+    def with_engine(predictor, file):
+        given.append((predictor.device.type, file))
+        predictor.network.int8 = record if file else None
+        return predictor
+    monkeypatch.setattr(engine, 'with_engine', with_engine)
+    run = ('predict', file, '--bundle', finished_run)
+    status, _, error = call(*run, '--engine', 'onnxruntime')
+    assert status == 0 and 'int8' not in error and given == [('cpu', None)]
+    status, _, error = call(*run, '--engine', 'onnxruntime', '--graph', 'net.onnx')
+    assert status == 0 and given[1:] == [('cpu', 'net.onnx')]
+    assert 'int8: against float32 on 50 labelled images, macro auc 0.900 -> 0.899' in error
+    assert call(*run)[0] == 0 and len(given) == 2
+    status, _, error = call(*run, '--graph', 'net.onnx')
+    assert status == 2 and '--engine onnxruntime' in error
+
+
+def test_quantize_compares_on_the_run_s_own_validation_images(call, finished_run, sample, tmp_path, monkeypatch):
+    from skin_lesions import quantize
+    given, image = [], next(sample.rglob('*.jpg'))
+    def fake(predictor, images, held_out, file, **options):
+        given.append((list(map(str, images)), set(held_out.image_id), file, options['overwrite']))
+        return dict(n_images=9, float32=dict(macro_auc=.9), int8=dict(macro_auc=.899), decisions_changed=.02, flags_changed=.01)
+    monkeypatch.setattr(quantize, 'quantize', fake)
+    run = ('quantize', finished_run, '--images', image, '--out', tmp_path/'net.onnx', '--quiet')
+    status, printed, error = call(*run)
+    assert status == 0 and 'macro auc on 9 images: float32 0.9000, int8 0.8990' in printed and '2.0%' in printed, error
+    assert given == [([str(image)], set(pd.read_csv(finished_run/'predictions.csv').image_id), str(tmp_path/'net.onnx'), False)]
+    status, _, error = call('quantize', 'ham10000', *run[2:])
+    assert status == 2 and '--data or --csv' in error and len(given) == 1
 
 
 def test_an_out_of_distribution_image_is_named(sample, finished_run, call, tmp_path):
@@ -696,3 +722,27 @@ def test_map_needs_other_images_and_two_codes(call, tmp_path):
     for args, why in (((tmp_path/'table.csv', '--map', 'a=b'), 'is a table'), (('ham10000', '--map', 'a=b'), 'give --data or --csv'), (('ham10000', '--data', '.', '--map', 'ab'), '--map takes CODE=CODE')):
         status, _, error = call('evaluate', *args)
         assert status == 2 and why in error, error
+
+
+def test_a_single_image_is_seen_in_the_recipe_s_views(call, finished_run, sample, tmp_path):
+    "One image: the recipe's views, also in the web demo; several, or --views one: one view"
+    from skin_lesions.app import diagnose
+    from skin_lesions.predict import load_predictor
+    run = tmp_path/'run'
+    shutil.copytree(finished_run, run)
+    record = json.loads((run/'bundle.json').read_text())
+    record['recipe']['views'] = 'dihedral'
+    (run/'bundle.json').write_text(json.dumps(record))
+    files, predictor = sorted(Path(sample).rglob('*.jpg'))[:2], load_predictor(run, 'cpu')
+    def shown(*args):
+        status, printed, error = call('predict', *args, '--bundle', run, '--json', '--device', 'cpu')
+        assert status == 0, error
+        return [list(r['probabilities'].values()) for r in json.loads(printed)], error
+    def expected(images, views): return predictor.predict(images, views=views, progress=False)[list(predictor.classes)].round(4).values.tolist()
+    one, eight = expected(files[:1], None), expected(files[:1], 'dihedral')
+    assert one != eight
+    assert shown(files[0])[0] == eight and 'averaged over the views dihedral' in shown(files[0])[1]
+    assert shown(files[0], '--views', 'one')[0] == one
+    assert shown(*files)[0] == expected(files, None)
+    table, _ = diagnose(predictor, dict(a=files[0]))
+    assert np.abs(table[list(predictor.classes)].to_numpy(float) - eight).max() < 1e-4

@@ -205,6 +205,7 @@ def test_pretexts(lesions, tmp_path):
     from skin_lesions import stream
     from skin_lesions.data import ham10000_dataloaders
     from skin_lesions.distributed import distributed
+    from skin_lesions.masking import masked_learner
     from skin_lesions.pretext import joint_restoration_learner, joint_rotation_learner, pretext_dataloaders, restoration_learner, rotation_learner
     meta = lesions[1]
     stream.write_list(meta.path, tmp_path/'list.txt')
@@ -214,7 +215,8 @@ def test_pretexts(lesions, tmp_path):
         kw, seen, was = dict(num_workers=0, device='cpu'), [], stream.open_image
         labelled = ham10000_dataloaders(meta, 32, bs=8, arch=TINY, augment=False, **kw)
         streamed = stream.stream_dataloaders(tmp_path/'list.txt', 32, bs=8, arch=TINY, block=7, valid_pct=.1, drop_last=False, **kw)
-        learners = [rotation_learner(streamed, TINY), restoration_learner(pretext_dataloaders(meta, 32, bs=8, arch=TINY, **kw), TINY),
+        framed = pretext_dataloaders(meta, 32, bs=8, arch=TINY, **kw)
+        learners = [rotation_learner(streamed, TINY), masked_learner(framed, TINY), restoration_learner(framed, TINY),
                     joint_rotation_learner(labelled, TINY, pretrained=False), joint_restoration_learner(labelled, TINY, TINY, pretrained=False)]
         stream.open_image = lambda item: seen.append(item) or was(item)
         out = []

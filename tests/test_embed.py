@@ -296,7 +296,7 @@ def test_errors(images, embedder):
     with pytest.raises(ValueError, match='bs must be'): embed_images(images, embedder, bs=0)
     bad = artificial()
     with pytest.raises(ValueError, match='not finite'): replace(bad, x=np.where(np.arange(12) == 3, np.nan, bad.x).astype(np.float32))
-    with pytest.raises(ValueError, match='rows as images'): replace(bad, x=bad.x[:5])
+    with pytest.raises(ValueError, match='expected float32'): replace(bad, x=bad.x[:5])
 
 
 # ---- the commands

@@ -25,6 +25,7 @@ from skin_lesions.ema import EMA
 from skin_lesions.gradcam import METHODS, GradCAM
 from skin_lesions.inference import AnswerNet
 from skin_lesions.losses import FocalLossFlat, LogitAdjustedLossFlat, TwoStageFocalLoss
+from skin_lesions.masking import MaskedL1Loss, MaskedNet, MaskPatches
 from skin_lesions.metrics import AverageRecall, ClassRecall, StageOneAUC, StageTwoRecall
 from skin_lesions.mixup import MixUp
 from skin_lesions.networks import LesionNet, TwoStageNet, create_body
@@ -226,6 +227,21 @@ def test_pretexts():
             assert JointRestoration().losses(x, target).shape == (4,)
 
 
+def test_masks():
+    "Drawn on the CPU, so that validation is the same everywhere; they go to the GPU once, as patches"
+    with fake_gpu() as gpu:
+        with torch.device('cuda'): net = MaskedNet(timm_body(), (64, 64))
+        x = gpu.images(size=64)
+        for places in (None, range(4)):
+            gpu.copies.clear()
+            mask = MaskPatches(16).draw(x, places)
+            assert mask.device.type == 'cuda' and mask.shape == (4, 1, 64, 64) and gpu.copies == ['to the GPU']
+        with gpu.alone():
+            filled = net(x, mask)
+            assert filled.device.type == 'cuda' and filled.shape == x.shape
+            assert MaskedL1Loss()(filled, x, mask).shape == () and MaskedL1Loss('none')(filled, x, mask).shape == (4,)
+
+
 @pytest.mark.parametrize('pretext,kind', [('rotation', 'one stage'), ('rotation', 'two bodies'), ('restoration', 'two stages')])
 def test_joint_networks(pretext, kind):
     with fake_gpu() as gpu:
@@ -321,15 +337,16 @@ def test_training(kind, cbs):
 
 
 @pytest.mark.filterwarnings('ignore:.*no image of')
-@pytest.mark.parametrize('pretext', ['rotation', 'joint rotation', 'joint restoration'])
+@pytest.mark.parametrize('pretext', ['rotation', 'masking', 'joint rotation', 'joint restoration'])
 def test_training_of_pretexts(pretext):
     with fake_gpu('meta') as gpu:
         with torch.device('meta'):
             if pretext == 'rotation': net, cb = nn.Sequential(SmallBody(), nn.Linear(8, 6)), PredictRotation()
+            elif pretext == 'masking': net, cb = MaskedNet(timm_body(), (64, 64)), MaskPatches(16)
             elif pretext == 'joint rotation': net, cb = JointRotationNet(network('meta')), JointRotation()
             else: net, cb = JointRestorationNet(nn.Conv2d(3, 3, 1), network('meta')), JointRestoration()
         metrics = [CallbackValue(cb, 'class_loss'), CallbackValue(cb, 'pretext_loss')] if 'joint' in pretext else []
-        learn = _learner(gpu, net, FocalLossFlat(), [cb], metrics, n=1)
+        learn = _learner(gpu, net, MaskedL1Loss() if pretext == 'masking' else FocalLossFlat(), [cb], metrics, n=1)
         with learn.no_bar(), learn.no_logging(): learn.fit(1)
         assert learn.watch_step.watched == 1 and len(learn.recorder.values[0]) == 2+len(metrics)
 

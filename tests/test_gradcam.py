@@ -199,3 +199,86 @@ def test_a_predictor_is_explained_as_its_learner_is(learn, sample, tmp_path):
     np.testing.assert_allclose(ours.images, expected.images, atol=.02)
     np.testing.assert_allclose(ours.probabilities, expected.probabilities, atol=1e-4)
     np.testing.assert_allclose(ours.cams, expected.cams, atol=1e-3)
+
+
+# ---- transformers
+
+TINY = dict(depth=2, embed_dim=32, num_heads=2, img_size=64)
+SWIN = dict(img_size=64, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2))
+TRANSFORMERS = dict(vit=('vit_tiny_patch16_224', TINY, 'blocks.1.norm1', 1), registers=('vit_tiny_patch16_224', TINY | dict(reg_tokens=3), 'blocks.1.norm1', 4),
+                    average=('vit_tiny_patch16_224', TINY | dict(class_token=False, global_pool='avg'), 'blocks.1.norm1', 0),
+                    distilled=('deit_tiny_distilled_patch16_224', TINY, 'blocks.1.norm1', 2),
+                    swin=('swin_tiny_patch4_window7_224', SWIN, 'norm', None))
+
+
+def transformer(kind, name, seed=0):
+    from skin_lesions.networks import LesionNet, TwoStageNet, create_body
+    arch, kwargs, layer, prefix = TRANSFORMERS[name]
+    torch.manual_seed(seed)
+    bodies = [create_body(arch, pretrained=False, **kwargs) for _ in range(2 if kind == 'two_bodies' else 1)]
+    net = LesionNet(*bodies, 7, hidden=(16,)) if kind == 'one' else TwoStageNet(*bodies, n_out=7, first=5, hidden=(16,))
+    for p in net.parameters(): p.data += .1*torch.randn_like(p)
+    return net.eval(), f'body.{layer}', prefix
+
+
+def on_grid(prefix):
+    "The other implementation's own way to say how tokens lie in the image: four rows of four patches, or channels last"
+    def swin(t): return t.permute(0, 3, 1, 2)
+    def tokens(t): return t[:, prefix:].reshape(len(t), 4, 4, -1).transpose(2, 3).transpose(1, 2)
+    return swin if prefix is None else tokens
+
+
+@pytest.mark.parametrize('method, theirs_name', [('gradcam', 'GradCAM'), ('hirescam', 'HiResCAM')])
+@pytest.mark.parametrize('name', TRANSFORMERS)
+@pytest.mark.parametrize('kind', ['one', 'two'])
+def test_transformers_agree_with_the_other_implementation(package, kind, name, method, theirs_name, x):
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    from skin_lesions.gradcam import GradCAM
+    (net, layer, prefix), compared = transformer(kind, name), 0
+    explain = GradCAM(net, method=method)
+    for first in range(7):
+        numbers = [(first+i) % 7 for i in range(len(x))]
+        ours = explain.cam(x, numbers)
+        assert list(explain.layers.values()) == [layer]
+        other = copy.deepcopy(net)
+        with getattr(package, theirs_name)(model=other, target_layers=[other.get_submodule(layer)], reshape_transform=on_grid(prefix)) as cam:
+            compared += check_same(ours, cam(input_tensor=x, targets=[ClassifierOutputTarget(n) for n in numbers]))
+    assert compared >= 5 and ours.shape == (6, 64, 64)
+
+
+@pytest.mark.parametrize('name', TRANSFORMERS)
+def test_stages_of_transformers(package, name, x):
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    from skin_lesions.gradcam import GradCAM
+    net, layer, prefix = transformer('two_bodies', name)
+    for stage, target, number, body in (('one', 5, 1, 'body'), ('two', 2, 2, 'body2')):
+        ours = GradCAM(net).cam(x, target, stage=stage)
+        alone = Stage(copy.deepcopy(net), stage)
+        with package.GradCAM(model=alone, target_layers=[alone.net.get_submodule(layer.replace('body', body))], reshape_transform=on_grid(prefix)) as cam:
+            check_same(ours, cam(input_tensor=x, targets=[ClassifierOutputTarget(number)]*len(x)))
+
+
+def test_a_layer_of_a_transformer_by_name(x):
+    from skin_lesions.gradcam import GradCAM
+    net, *_ = transformer('one', 'registers')
+    assert GradCAM(net, 'body.patch_embed').cam(x, 1, resize=False).shape == (6, 4, 4) # patches alone, before the class token
+    assert GradCAM(net, 'body.blocks.0').cam(x, 1, resize=False).shape == (6, 4, 4)
+    swin, *_ = transformer('one', 'swin')
+    assert GradCAM(swin, 'body.layers.0').cam(x, 1, resize=False).shape == (6, 16, 16)
+    with pytest.raises(ValueError, match='is no map|within windows'): GradCAM(swin, 'body.layers.0.blocks.0.attn').cam(x, 1)
+
+
+def test_behind_the_last_attention_patches_do_not_count(x):
+    "Why the default layer is in front of it"
+    from skin_lesions.gradcam import GradCAM
+    net, *_ = transformer('one', 'vit')
+    assert (GradCAM(net, 'body.norm').cam(x, 1) == 0).all() and (GradCAM(net).cam(x, 1) > 0).any()
+
+
+def test_other_shapes_of_images(x):
+    from skin_lesions.gradcam import GradCAM
+    from skin_lesions.networks import LesionNet, create_body
+    net = LesionNet(create_body('vit_tiny_patch16_224', pretrained=False, **TINY | dict(img_size=(32, 96))), 7, hidden=(16,)).eval()
+    assert GradCAM(net).cam(torch.randn(2, 3, 32, 96), 1, resize=False).shape == (2, 2, 6)
+    net = LesionNet(create_body('vit_tiny_patch16_224', pretrained=False, **TINY, dynamic_img_size=True), 7, hidden=(16,)).eval()
+    assert GradCAM(net).cam(torch.randn(2, 3, 80, 48), 1, resize=False).shape == (2, 5, 3)

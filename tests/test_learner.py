@@ -226,12 +226,13 @@ def test_a_network_of_one_s_own_is_no_architecture(dls, given, sample):
     from fastai.losses import CrossEntropyLossFlat
     from skin_lesions import learner as room
     from skin_lesions.data import ham10000_dataloaders
+    from skin_lesions.masking import masked_learner
     from skin_lesions.networks import create_body
     from skin_lesions.pretext import joint_restoration_learner, joint_rotation_learner, pretext_dataloaders, restoration_learner, rotation_learner
     plain = ham10000_dataloaders(sample, 64, bs=16, augment=False, num_workers=0)
     for make in (room.lesion_learner, room.two_stage_learner, joint_rotation_learner, joint_restoration_learner):
         with pytest.raises(TypeError, match='got OwnNet; for a network of your own use classifier_learner'): make(plain, given)
-    for make in (rotation_learner, restoration_learner):
+    for make in (rotation_learner, restoration_learner, masked_learner):
         with pytest.raises(TypeError, match='name of a timm architecture, got OwnNet'): make(plain, given)
     for make in (lambda: create_body(given), lambda: ham10000_dataloaders(sample, 64, arch=given), lambda: pretext_dataloaders(sample, 64, arch=given)):
         with pytest.raises(TypeError, match='name of a timm architecture, got OwnNet'): make()

@@ -69,3 +69,25 @@ def test_no_bundle_in_the_package(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr('skin_lesions.cli.open_bundle', lambda bundle, device=None, engine=None: asked.append(bundle) or Fake())
     for args in ([image], ['--bundle', 'run', '--quiet', image], [image, image, '--bundle', 'run']): main(['predict', *map(str, args)])
     assert asked == ['ham10000', [image], 'run', [image], 'run', [image, image]]
+
+
+def test_two_collections_with_a_split_of_their_own(tmp_path):
+    "Networks of the joined frame's own split; scores by collection, also on the card; what was held out was not trained on"
+    from skin_lesions.bundle import read_bundle
+    from skin_lesions.readers import join_collections, read_metadata
+    from skin_lesions.reproduce import reproduce_bundle
+    from skin_lesions.split import split_by_lesion
+    from skin_lesions.synthetic import synthetic_dataset
+    frames = {}
+    for i, name in enumerate(('one', 'two')):
+        meta = read_metadata(synthetic_dataset(tmp_path/name, 80, size=(96, 72), seed=i, show=False))
+        frames[name] = meta.assign(image_id=name + meta.image_id.astype(str), group=name + meta.group.astype(str))
+    meta = split_by_lesion(join_collections(frames), fold=1, k=3)
+    options = dict(workers=0, device='cpu', cache=None, minutes=0, show=False, report=False)
+    found = reproduce_bundle(meta, tmp_path/'bundle', with_changes('ham10000', TINY | dict(epochs=1)), network='mean', split='own', **options)
+    held = pd.read_csv(tmp_path/'bundle'/'held_out_predictions.csv')
+    assert set(held.image_id) == set(meta.image_id[meta.is_valid])
+    assert {r['collection'] for r in found['subgroups']['collection']} == {'one', 'two'}
+    assert sum(r['images'] for r in found['subgroups']['collection']) == found['n_images'] == len(held)
+    assert found['measured_on'].startswith("held-out lesions of the data set's own split")
+    assert '| one |' in (tmp_path/'bundle'/'README.md').read_text()

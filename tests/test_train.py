@@ -16,6 +16,7 @@ QUICK = dict(workers=0, device='cpu', cache=None, show=False, report=False, minu
 RECIPES = dict(
     steps=replace(at_scale('best', 'tiny'), steps=((24, 2), (32, 2)), ema=True, lr_factor=.5),
     pretext=replace(at_scale('rotation', 'tiny'), steps=((32, 2),), pretext_epochs=2),
+    masking=replace(at_scale('masking', 'tiny'), steps=((32, 1),), pretext_epochs=2),
     unet=replace(at_scale('restoration_sequential', 'tiny'), steps=((32, 1),)))
 KEPT = ('model.safetensors', 'predictions.csv', 'history.csv', 'split.csv') # whose bytes must be the same
 
