@@ -14,7 +14,7 @@ __all__ = ['UNREADABLE', 'BLUR', 'open_unlabelled', 'AtLeast', 'light_changes', 
 import math, re, warnings
 from collections import OrderedDict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -862,9 +862,9 @@ def _classifier_of(learn_or_model)->ClassifierNet:
 def _pretext_body(learn_or_model)->tuple:
     "Architecture and tensors of a pretext's body"
     net = _network_of(learn_or_model)
-    net = getattr(net, 'unet', net) if isinstance(net, JointNet) else net
-    if hasattr(net, 'body_state'): return net.arch,net.body_state()
-    body = _classifier_of(net).body
+    trained:Any = getattr(net, 'unet', net) if isinstance(net, JointNet) else net
+    if hasattr(trained, 'body_state'): return trained.arch,trained.body_state()
+    body = _classifier_of(trained).body
     return body.arch,body.state_dict()
 
 # %% ../nbs/40_pretext.ipynb #23626958
