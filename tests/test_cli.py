@@ -147,7 +147,7 @@ def test_ctrl_c_keeps_what_was_learnt(sample, processes, small, tmp_path):
     with open(tmp_path/'log', 'w') as log: process = processes.start(*command, cwd=tmp_path, out=log, err=log)
     for _ in range(4000): # a busy machine imports for minutes
         histories = list((tmp_path/'run').rglob('*.csv'))
-        if process.poll() is not None or any(len(f.read_text().splitlines()) > 2 for f in histories): break
+        if process.poll() is not None or any(len(f.read_text().splitlines()) > 3 for f in histories): break # the third row: two epochs are done
         time.sleep(.1)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130, (tmp_path/'log').read_text()
@@ -747,3 +747,27 @@ def test_map_needs_other_images_and_two_codes(call, tmp_path):
     for args, why in (((tmp_path/'table.csv', '--map', 'a=b'), 'is a table'), (('ham10000', '--map', 'a=b'), 'give --data or --csv'), (('ham10000', '--data', '.', '--map', 'ab'), '--map takes CODE=CODE')):
         status, _, error = call('evaluate', *args)
         assert status == 2 and why in error, error
+
+
+def test_a_single_image_is_seen_in_the_recipe_s_views(call, finished_run, sample, tmp_path):
+    "One image: the recipe's views, also in the web demo; several, or --views one: one view"
+    from skin_lesions.app import diagnose
+    from skin_lesions.predict import load_predictor
+    run = tmp_path/'run'
+    shutil.copytree(finished_run, run)
+    record = json.loads((run/'bundle.json').read_text())
+    record['recipe']['views'] = 'dihedral'
+    (run/'bundle.json').write_text(json.dumps(record))
+    files, predictor = sorted(Path(sample).rglob('*.jpg'))[:2], load_predictor(run, 'cpu')
+    def shown(*args):
+        status, printed, error = call('predict', *args, '--bundle', run, '--json', '--device', 'cpu')
+        assert status == 0, error
+        return [list(r['probabilities'].values()) for r in json.loads(printed)], error
+    def expected(images, views): return predictor.predict(images, views=views, progress=False)[list(predictor.classes)].round(4).values.tolist()
+    one, eight = expected(files[:1], None), expected(files[:1], 'dihedral')
+    assert one != eight
+    assert shown(files[0])[0] == eight and 'averaged over the views dihedral' in shown(files[0])[1]
+    assert shown(files[0], '--views', 'one')[0] == one
+    assert shown(*files)[0] == expected(files, None)
+    table, _ = diagnose(predictor, dict(a=files[0]))
+    assert np.abs(table[list(predictor.classes)].to_numpy(float) - eight).max() < 1e-4
