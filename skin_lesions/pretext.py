@@ -11,7 +11,7 @@ __all__ = ['UNREADABLE', 'BLUR', 'open_unlabelled', 'AtLeast', 'light_changes', 
            'joint_restoration_learner', 'Transfer', 'transfer_body']
 
 # %% ../nbs/40_pretext.ipynb #45b8db24
-import math, warnings
+import math, re, warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,7 +163,10 @@ def _sampled(x:Tensor, grid:Tensor)->Tensor:
     "`grid_sample`, on the CPU where the device refuses these settings"
     settings:dict = dict(mode='bicubic', padding_mode='border', align_corners=False)
     try: return F.grid_sample(x, grid, **settings)
-    except RuntimeError: return F.grid_sample(x.cpu(), grid.cpu(), **settings).to(x.device)
+    except RuntimeError as e:
+        # what Apple's GPUs say of bicubic, of border padding or of the operator; any other error is one
+        if not re.search('unsupported|not supported|not implemented', str(e), re.I): raise
+        return F.grid_sample(x.cpu(), grid.cpu(), **settings).to(x.device)
 
 # %% ../nbs/40_pretext.ipynb #9979546b
 def _visible_radius(h:int, w:int, blur:float)->float:
