@@ -673,7 +673,13 @@ def decision_part(
     if description is None: return None
     if description.get('kind')!=key:
         raise ValueError(f"bundle.json: {key!r} holds a fitted object of kind {description.get('kind')!r}")
-    return PredictionSets.from_dict(description) if key=='sets' else decision_from_dict(description)
+    part = PredictionSets.from_dict(description) if key=='sets' else decision_from_dict(description)
+    codes = ClassSet.from_dict(record['classes']).codes
+    # a rule that fits nothing has no codes
+    if part.codes is not None and tuple(part.codes)!=codes:
+        raise ValueError(f"bundle.json: {key!r} is of the classes {', '.join(part.codes)}, the network of "
+                         f"{', '.join(codes)}; fit it on predictions of this network")
+    return part
 
 # %% ../nbs/65_bundle.ipynb #f5df94d0
 def ood_of(

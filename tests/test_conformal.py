@@ -293,6 +293,11 @@ def test_a_bundle_keeps_sets_and_predicts_with_them(bundle, tmp_path, sample):
         (tmp_path/'old'/'bundle.json').write_text(json.dumps(old))
         plain = load_predictor(tmp_path/'old', 'cpu')
         assert plain.sets is None and 'set' not in plain.predict(next(sample.rglob('*.jpg')), progress=False)
+    from dataclasses import replace
+    before = (tmp_path/'old'/'bundle.json').read_bytes()
+    with pytest.raises(ValueError, match="'sets' is of the classes .* the network of .* fit it on predictions of this network"):
+        update_bundle(tmp_path/'old', sets=replace(sets, codes=tuple('other' if c == 'nv' else c for c in sets.codes)))
+    assert (tmp_path/'old'/'bundle.json').read_bytes() == before
     update_bundle(tmp_path/'old', sets=sets)
     assert load_predictor(tmp_path/'old', 'cpu').sets == sets
     for wrong, message in ((1, "'sets' must be an object or null"), (dict(record['sets'], kind='rule'), "fitted object of kind 'rule'"), (dict(record['sets'], alpha='x'), 'alpha|float'),
