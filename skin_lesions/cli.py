@@ -15,12 +15,12 @@ __all__ = ['Views', 'ViewsOrAuto', 'Rule', 'Calibration', 'Split', 'Engine', 'Sc
            'read_patients', 'note_ood', 'print_answer', 'words_of', 'with_patients', 'write_maps', 'predict',
            'answer_records', 'print_json', 'print_csv', 'print_lines', 'print_answers', 'gradcam', 'print_fitted',
            'fitted_sets', 'print_sets', 'calibrate', 'ensemble', 'combined', 'submit', 'export_onnx', 'quantize',
-           'print_int8', 'sign', 'verify', 'app', 'paper_runs', 'print_recipes', 'run_line', 'run_all',
-           'print_paper_table', 'paper', 'reproduce_bundle', 'print_reproduced', 'demo_recipe', 'demo', 'demo_sample',
-           'run_demo', 'predict_demo', 'argument_parser', 'shell_words', 'plain_warnings', 'main']
+           'print_int8', 'sign', 'verify', 'app', 'paper_runs', 'print_recipes', 'run_line', 'opened_pool', 'run_all',
+           'print_paper_table', 'run_options', 'paper', 'reproduce_bundle', 'print_reproduced', 'demo_recipe', 'demo',
+           'demo_sample', 'run_demo', 'predict_demo', 'argument_parser', 'shell_words', 'plain_warnings', 'main']
 
 # %% ../nbs/81_cli.ipynb #733f8970
-import argparse, ast, glob, inspect, io, os, re, sys, textwrap, tokenize, warnings
+import argparse, ast, contextlib, glob, inspect, io, os, re, sys, textwrap, tokenize, warnings
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -1298,20 +1298,50 @@ def run_line(
     measured = f"accuracy {line['accuracy']:.3f}, average recall {line['average_recall']:.3f}"
     return f"{run['recipe']}, {where}, seed {run['seed']}: {measured} ({how})"
 
+# %% ../nbs/81_cli.ipynb #a7b51639
+@contextlib.contextmanager
+def opened_pool(
+    jobs, # processes at once
+    slurm, # entries KEY=VALUE for submitit; None for no cluster
+    out, # folder of the results
+):
+    "The pool that `paper` is asked for; None for none"
+    from skin_lesions import experiments
+    if slurm is not None:
+        pairs = dict(entry.partition('=')[::2] for entry in slurm)
+        bad = [key for key,value in pairs.items() if not key or not value]
+        if bad: raise ValueError(f"--slurm takes KEY=VALUE, e.g. --slurm timeout_min=600, got {bad[0]!r}")
+        values = {key: int(value) if value.isdigit() else value for key,value in pairs.items()}
+        yield experiments.slurm_pool(Path(out)/'slurm', **values)
+        return
+    pool = None if jobs==1 else experiments.LocalPool(jobs)
+    try: yield pool
+    finally:
+        if pool is not None: pool.close()
+
 # %% ../nbs/81_cli.ipynb #d70c0bbb
 def run_all(
     runs:list, # of `paper_runs`
+    out, # folder of the results
+    jobs:int=1, # as for `opened_pool`; 1 runs them here, one after another, and an error ends them
+    slurm=None, # likewise
     **options, # for `run_recipe`
-)->int: # exit status
+)->int: # exit status: 1 where runs of a pool failed
     "Run experiments, a line for each; those that another process is at are left to it"
-    from skin_lesions.experiments import run_recipe
+    from skin_lesions.experiments import run_in_pool
     note(f'{len(runs)} runs')
-    busy = 0
-    for i,run in enumerate(runs):
-        try: print(f'[{i+1}/{len(runs)}] {run_line(run, run_recipe(**run, **options))}', flush=True)
-        except BlockingIOError: busy += 1
+    busy,failed = 0,0
+    with opened_pool(jobs, slurm, out) as pool:
+        for i,line in run_in_pool(runs, pool, out=out, **options):
+            said = f'[{i+1}/{len(runs)}]'
+            if line is None: busy += 1
+            elif isinstance(line, Exception):
+                failed += 1
+                note(f"{said} {runs[i]['recipe']}, seed {runs[i]['seed']}: {line}")
+            else: print(f'{said} {run_line(runs[i], line)}', flush=True)
     if busy: note(f'{busy} runs are with other processes; the same command finishes what they leave')
-    return 0
+    if failed: note(f'{failed} runs failed; the same command tries them again, from where they were saved')
+    return int(failed>0)
 
 # %% ../nbs/81_cli.ipynb #84e45ff7
 def print_paper_table(
@@ -1331,7 +1361,21 @@ def print_paper_table(
     print(f'\nscale {scale}: {len(finished)} of {len(names)} recipes have a finished run')
     return 0
 
+# %% ../nbs/81_cli.ipynb #ccb7fcaa
+def run_options(
+    *,
+    cache:str=None, # folder for decoded images; without it, every epoch decodes them anew
+    stand_in:Literal['auto', 'never', 'always']='auto', # EfficientNet-Lite0 where an architecture has no weights here
+    workers:int=2, # data-loading workers
+    jobs:int=1, # processes of this machine at once, each with its part of the threads
+    slurm:Repeated=None, # hand the runs to Slurm through submitit, e.g. --slurm timeout_min=600 --slurm cpus_per_task=8
+    device:str=None, # cpu, cuda, ...; without it, the default device
+)->dict:
+    "How the runs of `paper` are trained"
+    return dict(cache=cache, stand_in=stand_in, workers=workers, jobs=jobs, slurm=slurm, device=device)
+
 # %% ../nbs/81_cli.ipynb #4869cb67
+@with_options_of(run_options)
 def paper(
     *,
     recipe:tuple[str, ...]=('paper',), # recipes by name, or paper, ablations, inverse_weights, all; --list shows them
@@ -1341,21 +1385,18 @@ def paper(
     scale:Scale='full', # the recipe as it is, sized for a CPU, twice as long, or in seconds on a synthetic sample
     data:str=None, # folder of HAM10000; without it, the usual places are searched; tiny makes its own
     out:str='experiments', # folder of the results file and the runs
-    cache:str=None, # folder for decoded images; without it, every epoch decodes them anew
-    stand_in:Literal['auto', 'never', 'always']='auto', # EfficientNet-Lite0 where an architecture has no weights here
-    workers:int=2, # data-loading workers
-    device:str=None, # cpu, cuda, ...; without it, the default device
     no_models:bool=False, # do not keep the networks
     list_:bool=False, # print the recipes and stop
     table:bool=False, # print the tables of finished runs and stop
     verbose:bool=False, # show each training's progress
+    **kwargs, # of `run_options`
 )->int:
     "Run the recipes of the paper's tables, or print them"
     from skin_lesions.recipes import recipe_names
     names = recipe_names(recipe)
     if list_ or table: return print_recipes(names) if list_ else print_paper_table(out, names, scale)
-    return run_all(paper_runs(names, seed, split, fold), data=data, out=out, scale=scale, cache=cache, workers=workers,
-                   stand_in=stand_in, device=device, keep_model=not no_models, show=verbose)
+    return run_all(paper_runs(names, seed, split, fold), data=data, out=out, scale=scale, keep_model=not no_models,
+                   show=verbose, **kwargs)
 
 # %% ../nbs/81_cli.ipynb #7b1d40c9
 def reproduce_bundle(

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['STAND_INS', 'RESULTS', 'STARTS', 'weights_exist', 'recipe_to_run', 'run_name', 'read_results', 'append_result',
            'experiment_data', 'run_digest', 'run_folder', 'is_current', 'training_predictions', 'teacher_predictions',
-           'train_experiment', 'new_line', 'run_recipe', 'run_predictions', 'pack_runs', 'current_runs',
-           'predictions_of', 'recipe_table', 'show_table', 'ablation', 'label_subset', 'start_recipe',
-           'compare_pretraining']
+           'train_experiment', 'new_line', 'run_recipe', 'RecipeJob', 'LocalPool', 'slurm_pool', 'run_in_pool',
+           'run_predictions', 'pack_runs', 'current_runs', 'predictions_of', 'recipe_table', 'show_table', 'ablation',
+           'label_subset', 'start_recipe', 'compare_pretraining']
 
 # %% ../nbs/71_experiments.ipynb #fdcc372e
-import gzip, hashlib, json, math, os, shutil, warnings
-from dataclasses import replace
+import gzip, hashlib, json, math, multiprocessing, os, shutil, time, warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -253,6 +254,104 @@ def run_recipe(
     append_result(out, line := (twin or {}) | line | trained)
     return line | dict(new=twin is None)
 
+# %% ../nbs/71_experiments.ipynb #cc3e40a1
+@dataclass
+class RecipeJob:
+    "One `run_recipe` for a pool; a cluster that stops it may start it again"
+    run:dict # arguments of `run_recipe`: recipe, split, fold, seed
+    options:dict = field(default_factory=dict) # the others, alike for all
+
+    def __call__(self)->dict: # as from `run_recipe`; None where another process is at it
+        try: return run_recipe(**self.run, **self.options)
+        except BlockingIOError: return None
+
+    def checkpoint(self): # `submitit.helpers.DelayedSubmission`
+        "What submitit asks for before a job's time is up: the same once more, which continues from its saved state"
+        from submitit.helpers import DelayedSubmission
+        return DelayedSubmission(self)
+
+# %% ../nbs/71_experiments.ipynb #1e9ef931
+def _answer_job(job, connection, threads):
+    "In a process of its own: send whether a job went well, and its result or the error in words"
+    import torch
+    torch.set_num_threads(threads)
+    try: answer = True,job()
+    except Exception as e: answer = False,f'{type(e).__name__}: {e}'
+    connection.send(answer)
+
+def _start(job, threads)->tuple:
+    "A new process for a job, and where its answer comes"
+    context = multiprocessing.get_context('spawn')
+    receive,send = context.Pipe(duplex=False)
+    process = context.Process(target=_answer_job, args=(job, send, threads))
+    process.start()
+    send.close()
+    return process,receive
+
+# %% ../nbs/71_experiments.ipynb #a4d51d74
+class LocalPool:
+    "New processes of this machine, one a job and so many at once, each with its part of the threads"
+    def __init__(self,
+        jobs:int, # processes at once
+    ):
+        if jobs<1: raise ValueError(f"jobs must be 1 or more, got {jobs}")
+        self.threads,self.running = max(1, (os.cpu_count() or 1)//jobs),[]
+        self._waiters = ThreadPoolExecutor(jobs)
+
+    def submit(self, job): # `concurrent.futures.Future`
+        "Run a job that can be pickled"
+        return self._waiters.submit(self._run, job)
+
+    def _run(self, job):
+        process,receive = _start(job, self.threads)
+        self.running.append(process)
+        return _answer_of(process, receive)
+
+    def close(self):
+        "End the processes, and start no more"
+        self._waiters.shutdown(wait=False, cancel_futures=True)
+        for process in self.running: process.terminate()
+
+# %% ../nbs/71_experiments.ipynb #cceb2c58
+def _answer_of(process, receive):
+    "What a process sent, when it has ended"
+    try: good,answer = receive.recv()
+    except EOFError: good,answer = False,None
+    process.join()
+    if good: return answer
+    raise RuntimeError(answer or f'the process ended with status {process.exitcode} and without an answer')
+
+# %% ../nbs/71_experiments.ipynb #686087f7
+def slurm_pool(
+    folder, # for the logs and jobs of submitit, seen by all nodes
+    **parameters # of `submitit.AutoExecutor.update_parameters`: timeout_min, cpus_per_task, slurm_partition, ...
+): # `submitit.AutoExecutor`
+    "A pool whose jobs are Slurm's"
+    try: import submitit
+    except ImportError as e: raise ModuleNotFoundError("slurm_pool needs submitit: pip install submitit") from e
+    executor = submitit.AutoExecutor(folder=str(folder), cluster='slurm')
+    executor.update_parameters(**dict(name='skin_lesions', timeout_min=24*60) | parameters)
+    return executor
+
+# %% ../nbs/71_experiments.ipynb #d61e86da
+def run_in_pool(
+    runs, # list of dicts of arguments of `run_recipe`
+    pool=None, # with `submit`; None runs them here, one after another, and an error ends them
+    every:float=1., # seconds between looks at the jobs
+    **options # for `run_recipe`
+): # yields number in `runs`, and its line, None where another process is at it, or the exception that ended it
+    "Run experiments in a pool; each is told of when it ends"
+    if pool is None:
+        yield from ((i, RecipeJob(run, options)()) for i,run in enumerate(runs))
+        return
+    jobs = {i: pool.submit(RecipeJob(run, options)) for i,run in enumerate(runs)}
+    while jobs:
+        for i in [i for i,job in jobs.items() if job.done()]:
+            try: yield i,jobs.pop(i).result()
+            # a pool has errors of its own, and one run's must not end the others
+            except Exception as e: yield i,e
+        if jobs: time.sleep(every)
+
 # %% ../nbs/71_experiments.ipynb #49ed5cbb
 _RUN_COLUMNS = ['split', 'fold', 'seed', 'scale', 'views']
 
@@ -392,8 +491,6 @@ def _table_row(recipe, out, lines, n, seed)->dict:
     low,high = _interval(drawn_image-drawn_lesion) if both else (np.nan, np.nan)
     leak = image['image_average_recall']-lesion['lesion_average_recall']
     return paper | image | lesion | dict(leak=leak, leak_low=low, leak_high=high)
-
-
 
 # %% ../nbs/71_experiments.ipynb #4f968929
 def show_table(

@@ -92,7 +92,7 @@ def _first_row(body, steps, bs)->Tensor:
     # a distilled network has two tokens, whose mean it takes
     if pool=='token': r[:,:2 if hasattr(body, 'head_dist') else 1] = 1
     elif pool=='avg': r[:,prefix:] = 1
-    else: raise ValueError(f"attention_rollout knows networks that take a class token or the mean, this one takes {pool!r}")
+    else: raise ValueError(f"expected a network that takes a class token or the mean, this one takes {pool!r}")
     return r/r.sum(1, keepdim=True)
 
 # %% ../nbs/52_rollout.ipynb #33c3df85

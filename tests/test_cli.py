@@ -84,6 +84,31 @@ def test_an_abbreviated_flag_is_refused(call):
     assert status == 2 and '--out' in error
 
 
+def test_paper_hands_its_runs_to_a_pool(call, tmp_path, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+    from skin_lesions import experiments
+    closed = []
+    class Pool(ThreadPoolExecutor):
+        def close(self): closed.append(self._max_workers)
+    def fake(recipe, seed, **options):
+        if seed == 2: raise ValueError('the disk is full')
+        if seed == 3: raise BlockingIOError
+        return dict(accuracy=.5, average_recall=.4, new=True)
+    monkeypatch.setattr(experiments, 'LocalPool', Pool)
+    monkeypatch.setattr(experiments, 'run_recipe', fake)
+    run = ('paper', '--recipe', 'base', '--split', 'lesion', '--out', tmp_path)
+    status, printed, error = call(*run, '--seed', 1, 2, 3, '--jobs', 2)
+    assert status == 1 and closed == [2] and '[1/3] base, by lesion, fold 0, seed 1: accuracy 0.500' in printed
+    assert 'seed 2: the disk is full' in error and '1 runs failed' in error and '1 runs are with other processes' in error
+    assert call(*run, '--seed', 1)[0] == 0 and closed == [2], 'one after another needs no pool'
+    status, _, error = call(*run, '--slurm', 'timeout_min')
+    assert status == 2 and 'KEY=VALUE' in error
+    given = {}
+    monkeypatch.setattr(experiments, 'slurm_pool', lambda folder, **parameters: given.update(parameters, folder=folder) or ThreadPoolExecutor(1))
+    assert call(*run, '--seed', 1, '--slurm', 'timeout_min=600', '--slurm', 'slurm_partition=night')[0] == 0
+    assert given == dict(timeout_min=600, slurm_partition='night', folder=tmp_path/'slurm')
+
+
 def test_the_paper_s_recipes_are_listed(call):
     status, listed, _ = call('paper', '--recipe', 'all', '--list')
     assert status == 0 and 'two_stage_efficientnet_mixup' in listed and listed.splitlines()[0].startswith('best ')

@@ -136,6 +136,82 @@ def test_two_processes_share_a_folder(data, finished, tmp_path):
     same_predictions(tmp_path, finished)
 
 
+def test_a_pool_of_two_processes_one_killed_and_resumed(data, tmp_path):
+    "The other goes on; the same call finishes what was killed, and all is as without a pool"
+    import threading
+    from skin_lesions.experiments import LocalPool, run_folder, run_in_pool, run_recipe
+    torch.set_num_threads(1)
+    runs, options = [dict(recipe=name) for name in SOME[:2]], dict(data=data, out=tmp_path/'pool', minutes=0, **QUICK)
+    pool = LocalPool(2)
+    def kill_one():
+        while not list((tmp_path/'pool').glob('runs/*')): time.sleep(.05)
+        pool.running[0].kill()
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    ended = dict(run_in_pool(runs, pool, every=.05, **options))
+    killer.join(60)
+    pool.close()
+    lost, = [i for i, line in ended.items() if isinstance(line, RuntimeError)]
+    assert 'status -9' in str(ended[lost]) and ended[1-lost]['new'] and len(lines_of(tmp_path/'pool')) == 1
+    again = LocalPool(2)
+    ended = dict(run_in_pool(runs, again, every=.05, **options))
+    again.close()
+    assert [ended[i]['new'] for i in (lost, 1-lost)] == [True, False] and len(lines_of(tmp_path/'pool')) == 2
+    for run in runs: run_recipe(**run, **options | dict(out=tmp_path/'here'))
+    by_name = [{l['recipe']: run_folder(tmp_path/o, l)/'predictions.csv' for l in lines_of(tmp_path/o)} for o in ('pool', 'here')]
+    for run in runs:
+        a, b = (found[run['recipe']].read_bytes() for found in by_name)
+        assert a == b, run
+
+
+def test_a_closed_pool_ends_its_processes():
+    from skin_lesions.experiments import LocalPool
+    pool = LocalPool(1)
+    jobs = [pool.submit(time_to_sleep) for _ in range(2)]
+    while not pool.running: time.sleep(.05)
+    pool.close()
+    with pytest.raises(RuntimeError, match='status -15'): jobs[0].result(60)
+    assert jobs[1].cancelled() and not pool.running[0].is_alive()
+
+
+def time_to_sleep(): time.sleep(600)
+
+
+def test_slurm_through_submitit(tmp_path, monkeypatch):
+    "An executor with submitit's interface: what it is given, what it is asked for, and a job that is started again"
+    import pickle, sys, types
+    from skin_lesions import experiments
+    made = []
+    class Job:
+        def __init__(self, job): self.job, self.looks = job, 0
+        def done(self):
+            self.looks += 1
+            return self.looks > 1
+        def result(self): return pickle.loads(self.job)()
+    class AutoExecutor:
+        def __init__(self, folder, cluster=None): made.append(dict(folder=folder, cluster=cluster))
+        def update_parameters(self, **parameters): made[-1].update(parameters)
+        def submit(self, job): return Job(pickle.dumps(job))
+    submitit, helpers = types.ModuleType('submitit'), types.ModuleType('submitit.helpers')
+    submitit.AutoExecutor, submitit.helpers, helpers.DelayedSubmission = AutoExecutor, helpers, lambda job: ('again', job)
+    monkeypatch.setitem(sys.modules, 'submitit', submitit)
+    monkeypatch.setitem(sys.modules, 'submitit.helpers', helpers)
+    def fake(recipe, seed, out):
+        if recipe == 'busy': raise BlockingIOError
+        if recipe == 'bad': raise ValueError('no such recipe')
+        return dict(recipe=recipe, seed=seed, out=out)
+    monkeypatch.setattr(experiments, 'run_recipe', fake)
+    pool = experiments.slurm_pool(tmp_path, timeout_min=5, slurm_partition='night')
+    assert made == [dict(folder=str(tmp_path), cluster='slurm', name='skin_lesions', timeout_min=5, slurm_partition='night')]
+    runs = [dict(recipe=name, seed=1) for name in ('base', 'busy', 'bad')]
+    ended = dict(experiments.run_in_pool(runs, pool, every=.01, out='o'))
+    assert ended[0] == dict(recipe='base', seed=1, out='o') and ended[1] is None and str(ended[2]) == 'no such recipe'
+    job = experiments.RecipeJob(runs[0], dict(out='o'))
+    assert job.checkpoint() == ('again', job)
+    monkeypatch.setitem(sys.modules, 'submitit', None)
+    with pytest.raises(ModuleNotFoundError, match='pip install submitit'): experiments.slurm_pool(tmp_path)
+
+
 def test_many_writers_of_one_file(tmp_path):
     "Lines of several processes at once: none is lost, none torn, none double"
     from skin_lesions.experiments import append_result, read_results
