@@ -913,7 +913,7 @@ def predict(
     json:bool=False, # print a JSON list, an object for each image
     as_csv:bool=False, # print CSV, a line for each image
     gradcam:str=None, # folder for Grad-CAM images and gallery.html; without it, none
-    views:ViewsOrAuto='auto', # to average over; auto: the recipe's for a single image, one for several
+    views:ViewsOrAuto='auto', # views of each image to average over; auto: the recipe's for a single image, else one
     patients:str=None, # CSV with image_id, age, sex, site; for networks that take patient data
     device:str=None, # cpu, cuda, ...; without it, the default device
     engine:Engine='torch', # onnxruntime: faster on CPUs, same answers; needs onnx, onnxscript, onnxruntime
