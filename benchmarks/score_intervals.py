@@ -1,11 +1,16 @@
 """All scores of a table with their bootstrap intervals: `score_intervals` against a plain loop over the draws.
 
     python benchmarks/score_intervals.py
+    python benchmarks/score_intervals.py --coverage 200
 
 The loop puts the drawn lesions' images together and calls scikit-learn for every score, as one would write it; it runs
 for few draws and is scaled to all of them.
+`--coverage` simulates tables with few lesions whose true scores are known, counts how often the intervals hold them,
+and writes benchmarks/results/score_intervals.json.
 """
 import argparse, os, resource, statistics, time, warnings
+from datetime import date
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -100,7 +105,70 @@ def sharpened(table):
     return table.assign(**p.div(p.sum(axis=1), axis=0))
 
 
+FEW = (5, 5, 10, 10, 25, 25, 60) # lesions of each class
+SKILLS = (1.5, 2.5, 4.) # what the logit of the true class is raised by
+
+
+def few_lesions(rng, lesions, skill, most=3):
+    "A table with so many lesions of each class, of one to `most` images"
+    true = np.repeat(np.arange(len(CODES)), lesions)
+    lesion = np.repeat(np.arange(len(true)), rng.integers(1, most + 1, len(true)))
+    logits = (rng.normal(size=(len(true), len(CODES)))[lesion] + rng.normal(size=(len(lesion), len(CODES))))/2**.5
+    logits[np.arange(len(lesion)), true[lesion]] += skill
+    p = np.exp(logits)/np.exp(logits).sum(1, keepdims=True)
+    table = pd.DataFrame(p, columns=CODES).assign(image_id=[f'I{i}' for i in range(len(lesion))])
+    return table.assign(dx=np.array(CODES)[true[lesion]], group=[f'L{g}' for g in lesion])
+
+
+def true_scores(lesions, skill):
+    "The scores of a table of the same class frequencies, three hundred times as large"
+    from skin_lesions.bootstrap import units_of
+    from skin_lesions.evaluate import AllScores, score_index
+    large = few_lesions(np.random.default_rng(0), 300*np.array(lesions), skill, most=1)
+    units = units_of(large)[0]
+    return pd.Series(AllScores(large, units)(np.ones((len(units), 1)))[:, 0], index=score_index(HAM10000))
+
+
+def held(true, low, high, value):
+    "Whether an interval that is widened to its value holds the truth"
+    return (np.fmin(low, value) <= true) & (true <= np.fmax(high, value))
+
+
+def coverage_of(lesions, skill, n_tables, n_draws):
+    "How often both kinds of intervals hold the truth, and their mean widths, a row a score"
+    from skin_lesions.bootstrap import in_draws, interval_ends, unit_draws, units_of
+    from skin_lesions.evaluate import AllScores, score_intervals
+    true, rng, rows = true_scores(lesions, skill), np.random.default_rng(1), []
+    for seed in range(n_tables):
+        table = few_lesions(rng, lesions, skill)
+        ours, score = score_intervals(table, n_draws, seed), AllScores(table, units_of(table)[0])
+        low, high = interval_ends(in_draws(score, unit_draws(score.stratum, n_draws, seed), len(table)))
+        rows.append(dict(covered=held(true, ours.low, ours.high, ours.value), width=ours.high - ours.low,
+                         percentile=held(true, low, high, ours.value), percentile_width=high - low))
+    return pd.DataFrame({c: np.mean([r[c] for r in rows], axis=0) for c in rows[0]}, index=true.index)
+
+
+def coverage(n_tables, n_draws):
+    "The coverage of each score by the lesions of the class, over three skills"
+    found = pd.concat({s: coverage_of(FEW, s, n_tables, n_draws) for s in SKILLS}, names=['skill']).reset_index()
+    of = dict(zip(CODES, map(str, FEW))) | dict(macro='macro', malignant='malignant', all='all')
+    found['lesions'] = found.dx.map(of)
+    whole = found.groupby(['score', 'lesions'], sort=False)
+    table = whole[['covered', 'percentile', 'width', 'percentile_width']].mean()
+    table['lowest'] = found.groupby(['score', 'lesions', 'skill']).covered.mean().groupby(['score', 'lesions']).min()
+    return table.round(3).reset_index()
+
+
+def write_coverage(args):
+    from skin_lesions.core import write_json
+    found = coverage(args.coverage, 400)
+    about = dict(date=date.today().isoformat(), tables=args.coverage, draws=400, lesions=FEW, skills=SKILLS)
+    write_json(about | dict(coverage=found.to_dict('list')), Path(__file__).parent/'results'/'score_intervals.json')
+    print(found.to_string())
+
+
 def main(args):
+    if args.coverage: return write_coverage(args)
     from skin_lesions.evaluate import compare, operating_points, score_intervals
     from skin_lesions.predictions import read_predictions
     warnings.simplefilter('ignore')
@@ -130,5 +198,6 @@ if __name__ == '__main__':
     parser.add_argument('--draws', type=int, default=1000)
     parser.add_argument('--loop', type=int, default=5, help='draws of the plain loop')
     parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--coverage', type=int, default=0, help='simulated tables; 0 measures time')
     parser.add_argument('--table', help='predictions CSV instead of a synthetic table')
     main(parser.parse_args())

@@ -73,7 +73,9 @@ def diagnose(
 )->tuple: # predictions table with the names as `image_id`, and a list of `Answer`
     "Ask a predictor about images"
     sources = list(images.values())
-    table = predictor.predict(sources, progress=False).assign(image_id=list(images))
+    # several views cost as many times more, which a single image is worth
+    views = predictor.recipe_views if len(sources)==1 else None
+    table = predictor.predict(sources, views=views, progress=False).assign(image_id=list(images))
     answers = []
     for i in range(0, len(sources), bs):
         answers += _chunk_answers(predictor, sources[i:i+bs], table[i:i+bs])

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['labelled', 'units_of', 'warn_of_absent', 'warn_of_images', 'divide', 'unit_draws', 'unit_sums', 'in_draws',
            'check_draws', 'interval_ends', 'two_sided', 'with_half_lesions', 'recall_draws', 'fraction_right',
-           'unit_counts', 'class_recall_intervals', 'Interval', 'average_recall_draws', 'average_recall_interval',
-           'compare_tables', 'RankCurve', 'rank_curve', 'RankCounts', 'rank_counts', 'rank_scores']
+           'unit_counts', 'class_recall_intervals', 'half_lesion_weights', 'wider_level', 'wider_ends', 'mean_ends',
+           'Interval', 'average_recall_draws', 'average_recall_ends', 'average_recall_interval', 'compare_tables',
+           'RankCurve', 'rank_curve', 'RankCounts', 'rank_counts', 'rank_scores']
 
 # %% ../nbs/59_bootstrap.ipynb #72a7bf40
 import warnings
@@ -213,6 +214,57 @@ def class_recall_intervals(
                    low=np.minimum(low, recall), high=np.maximum(high, recall))
     return pd.DataFrame(columns, index=pd.Index(classes_of(right).codes, name='dx'))
 
+# %% ../nbs/59_bootstrap.ipynb #22smallw
+def half_lesion_weights(
+    total, # images of each unit and target [units, targets]
+    of_all, # images of each unit [units]
+    n:int, # number of draws
+    seed:int, # of the weights; those of a target are of `with_half_lesions`
+)->np.ndarray: # [n, targets, 4]: of the target first and last, of the rest first and last
+    "Random weights of half lesions of each target and of the rest"
+    def size(images): return (images**2).sum(0)/np.maximum(1, images.sum(0)) # as in `with_half_lesions`
+    shape = (2, n, total.shape[1])
+    own,rest = (np.random.default_rng([seed, i]).gamma(.5, size=shape) for i in (1, 2))
+    return np.moveaxis(np.concatenate([own*size(total), rest*size(of_all[:,None]-total)]), 0, -1)
+
+def wider_level(
+    n_units:int, # number of units
+    level:float=.95, # fraction that is asked for
+)->float: # the fraction of plain draws to be between the ends
+    "The level of plain draws that makes up for few units: Student's t, and the spread that drawing n of n lacks"
+    from scipy.stats import norm, t # for small numbers alone
+    n = max(2, n_units)
+    return 1-2*float(norm.sf(np.sqrt(n/(n-1))*t.isf((1-level)/2, n-1)))
+
+# %% ../nbs/59_bootstrap.ipynb #22smalle
+def wider_ends(
+    drawn, # scores in plain draws [scores, draws]
+    n_units, # number of units of the rarer side of each score [scores]
+    level:float=.95, # fraction that is asked for
+)->np.ndarray: # lower and upper ends [2, scores]
+    "Both ends of the draws, wider for few units"
+    n_units = np.asarray(n_units)
+    ends = np.full((2, len(drawn)), np.nan)
+    for n in np.unique(n_units): ends[:,n_units==n] = interval_ends(drawn[n_units==n], wider_level(n, level))
+    return ends
+
+# %% ../nbs/59_bootstrap.ipynb #22meane
+def mean_ends(
+    value, # of each class [classes]; NaN where not defined
+    low, # lower ends [classes]
+    high, # upper ends [classes]
+    drawn, # of each class in draws [classes, n]
+)->tuple: # lower and upper end of the mean
+    "The ends of a mean over the classes, from the classes' own (Zou and Donner)"
+    known = ~np.isnan(value)
+    if not known.any(): return np.nan,np.nan
+    same = np.nan_to_num(np.atleast_2d(np.corrcoef(drawn[known])))
+    np.fill_diagonal(same, 1)
+    down,up = (value-low)[known],(high-value)[known]
+    reach = [np.sqrt(max(0, side@same@side))/len(side) for side in (down, up)]
+    mean = value[known].mean()
+    return mean-reach[0],mean+reach[1]
+
 # %% ../nbs/59_bootstrap.ipynb #6f45c38f
 class Interval(NamedTuple):
     "A score with its bootstrap interval"
@@ -237,6 +289,20 @@ def average_recall_draws(
     drawn = recall_draws(hits, total, unit_draws(total.argmax(1), n, seed), seed if half_lesions else None)
     return float(divide(hits.sum(0), total.sum(0))[present].mean()),drawn[:,present].mean(1)
 
+# %% ../nbs/59_bootstrap.ipynb #22avgend
+def average_recall_ends(
+    recall, # of each class [classes]; NaN for a class without images
+    drawn, # recall of each class in draws with half lesions [classes, n]
+    n_units, # number of units of each class [classes]
+    level:float=.95, # fraction of draws between the ends
+)->tuple: # lower and upper end of average recall
+    "The ends of average recall, from those of the classes"
+    # the spread that drawing n of n lacks: little for one class, whose half lesions make up for it, not for the mean
+    n = np.maximum(2, n_units)
+    low,high = (recall+(end-recall)*np.sqrt(n/(n-1)) for end in interval_ends(drawn, level))
+    low,high = mean_ends(recall, np.fmin(low, recall), np.fmax(high, recall), drawn)
+    return float(low),float(high)
+
 # %% ../nbs/59_bootstrap.ipynb #685336f8
 def average_recall_interval(
     table, # predictions table with dx and group, or a list of them: seeds and folds
@@ -253,9 +319,11 @@ def average_recall_interval(
     if warn:
         warn_of_absent(right)
         warn_of_images(unit)
-    value,drawn = average_recall_draws(table, n, seed)
-    (low,),(high,) = interval_ends(drawn[None], level)
-    return Interval(value, min(float(low), value), max(float(high), value), level, unit, int(units.max())+1, n)
+    hits,total = unit_counts(right)
+    recall = divide(hits.sum(0), total.sum(0))
+    drawn = recall_draws(hits, total, unit_draws(total.argmax(1), n, seed), seed).T
+    low,high = average_recall_ends(recall, drawn, (total>0).sum(0), level)
+    return Interval(float(np.nanmean(recall)), low, high, level, unit, int(units.max())+1, n)
 
 # %% ../nbs/59_bootstrap.ipynb #d5ee0d6c
 def _same_rows(a, b)->pd.DataFrame:

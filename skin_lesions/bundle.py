@@ -30,6 +30,7 @@ from .core import NOTICE, REPOSITORY, atomic_path, json_value, unknown_name, ver
 from .conformal import PredictionSets
 from .decide import FittedOn
 from .decide import from_dict as decision_from_dict
+from .lora import merged
 from .networks import EnsembleNet, LesionNet, TwoStageNet, classifier_config
 from .ood import OODScore, body_of, texture_layer
 from .views import VALIDATION_CROPS, height_and_width
@@ -341,6 +342,7 @@ def bundle_content(
     "Everything that a bundle holds; None of the last ones takes what a predictor has"
     given = {k: v for k,v in locals().items() if k not in ('source', 'view') and v is not None}
     parts = _content_of(source) | (view or {}) | given
+    parts['model'] = merged(parts['model'])
     return _record(**parts),parts['model'].state_dict() | ood_tensors(parts.get('ood'))
 
 def ood_tensors(ood)->dict: return {} if ood is None else {f'ood/{k}': v for k,v in ood.tensors().items()}
@@ -671,7 +673,13 @@ def decision_part(
     if description is None: return None
     if description.get('kind')!=key:
         raise ValueError(f"bundle.json: {key!r} holds a fitted object of kind {description.get('kind')!r}")
-    return PredictionSets.from_dict(description) if key=='sets' else decision_from_dict(description)
+    part = PredictionSets.from_dict(description) if key=='sets' else decision_from_dict(description)
+    codes = ClassSet.from_dict(record['classes']).codes
+    # a rule that fits nothing has no codes
+    if part.codes is not None and tuple(part.codes)!=codes:
+        raise ValueError(f"bundle.json: {key!r} is of the classes {', '.join(part.codes)}, the network of "
+                         f"{', '.join(codes)}; fit it on predictions of this network")
+    return part
 
 # %% ../nbs/65_bundle.ipynb #f5df94d0
 def ood_of(

@@ -1086,10 +1086,10 @@ def fit_decision_parts(
     calibration,classes = fit(table),classes_of(table)
     ready = table if calibration is None else _out_of_fold(table, fit)
     # the rule needs the frequency of each class
-    if rule=='prior' and _lesions(table).min()==0: rule = 'argmax'
-    rule = decision_rule(rule, ready, first=first if rule=='paper' else None)
+    name = 'argmax' if rule=='prior' and _lesions(table).min()==0 else rule
+    decides = decision_rule(name, ready, first=first if name=='paper' else None)
     refers = sensitivity is not None and classes.knows_malignancy and table.dx.isin(classes.malignant).any()
-    return calibration, rule, fit_referral(ready, sensitivity) if refers else None
+    return calibration, decides, fit_referral(ready, sensitivity) if refers else None
 
 # %% ../nbs/61_decide.ipynb #p5998054
 def _recalls_of(table, n, seed)->dict:

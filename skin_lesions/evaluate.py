@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ISIC_SCORES', 'ISIC_UNSCORED', 'AGE_BANDS', 'FEW_LESIONS', 'POINTS', 'class_aucs', 'scores', 'confusion_matrix',
-           'class_scores', 'OfficialScores', 'official_labels', 'ISICScores', 'isic_scores', 'malignancy_is_a_target',
-           'score_index', 'malignant_probability', 'AllScores', 'score_intervals', 'plot_intervals', 'compare',
-           'age_bands', 'scores_by', 'plot_scores_by', 'plot_confusion', 'roc_points', 'plot_roc', 'default_targets',
-           'operating_points', 'plot_operating_points']
+           'class_scores', 'half_lesion_counts', 'curve_with_half_lesions', 'OfficialScores', 'official_labels',
+           'ISICScores', 'isic_scores', 'malignancy_is_a_target', 'score_index', 'malignant_probability', 'AllScores',
+           'score_intervals', 'plot_intervals', 'compare', 'age_bands', 'scores_by', 'plot_scores_by', 'plot_confusion',
+           'roc_points', 'plot_roc', 'default_targets', 'operating_points', 'plot_operating_points']
 
 # %% ../nbs/60_evaluate.ipynb #b351a35c
 import warnings
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-from .bootstrap import (average_recall_interval, check_draws, divide, in_draws, interval_ends, labelled,
-    rank_counts, rank_curve, rank_scores, recall_draws, two_sided, unit_draws, unit_sums, units_of, warn_of_absent,
-    warn_of_images, with_half_lesions)
+from skin_lesions.bootstrap import (average_recall_ends, average_recall_interval, check_draws, divide,
+    half_lesion_weights, in_draws, interval_ends, labelled, mean_ends, rank_counts, rank_curve, rank_scores,
+    recall_draws, two_sided, unit_draws, unit_sums, units_of, warn_of_absent, warn_of_images, wider_ends,
+    with_half_lesions)
 from .classes import ClassSet, classes_of
 from .core import check_columns, unknown_name
 from .predictions import decided_probabilities
@@ -112,28 +113,43 @@ def _sums_by_unit(units, n_units):
     from scipy.sparse import csr_matrix # for these scores alone
     return csr_matrix((np.ones(len(units)), (units, np.arange(len(units)))), shape=(n_units, len(units)))
 
+def half_lesion_counts(
+    k:int, # number of classes
+    n_targets:int, # number of targets, the classes first
+    *which, # lists of the half lesions of a class that count 1: 0 and 1 are of the class, 2 and 3 of the rest
+)->np.ndarray: # [4*n_targets, k for each list]
+    "What the half lesions of each class count"
+    return np.hstack([np.kron(np.eye(n_targets, k), np.isin(np.arange(4), some)[:,None]) for some in which])
+
+def curve_with_half_lesions(score, true, units, n_units, target, n_targets)->'RankCurve':
+    "A curve whose target has half lesions: one first and one last of its own, and of the rest"
+    if not n_targets: return rank_curve(score, true, units, n_units)
+    own = n_units+4*target+np.arange(4)
+    score,true = np.append(score, [np.inf, -np.inf]*2),np.append(true, [True, True, False, False])
+    return rank_curve(score, true, np.append(units, own), n_units+4*n_targets)
+
 # %% ../nbs/60_evaluate.ipynb #pd0bc849
 class OfficialScores:
     "The official scores of one table in any number of draws of its units"
     def __init__(self,
         p, # probabilities [n, classes]
-        y, # number of the true class [n]
+        y, # true class [n]
         labels, # number of the class called [n]; -1 for none
         units, # number of the unit of each image [n]
         n_units:int, # number of units
+        n_targets:int=0, # of half lesions, four more units each, see `half_lesion_weights`
     ):
         self.k = p.shape[1]
         true,called = y[:,None]==np.arange(self.k),p>.5
         right = true & (labels==y)[:,None]
-        sums = _sums_by_unit(units, n_units)
-        self.counts = (sums@np.hstack([true&called, ~true&called, true, right, np.ones((len(y), 1))])).astype(float)
-        self.curves = [rank_curve(p[:,i], true[:,i], units, n_units) for i in range(self.k)]
+        counts = _sums_by_unit(units, n_units)@np.hstack([true&called, ~true&called, true, ~true, right]).astype(float)
+        self.counts = np.vstack([counts, half_lesion_counts(self.k, n_targets, [0], [2], [0, 1], [2, 3], [0])])
+        self.curves = [curve_with_half_lesions(p[:,i], true[:,i], units, n_units, i, n_targets) for i in range(self.k)]
 
     def __call__(self, draws)->tuple: # of draws [units, k]: scores [9, classes, k], balanced accuracy [k]
-        tp,fp,n1,hits = (self.counts[:,:-1].T@draws).reshape(4, self.k, -1)
-        n = self.counts[:,-1]@draws
-        tn,fn = n-n1-fp,n1-tp
-        at_half = [(tp+tn)/n, _ratio(tp, n1), _ratio(tn, n-n1), _ratio(2*tp, 2*tp+fp+fn)]
+        tp,fp,n1,n0,hits = (self.counts.T@draws).reshape(5, self.k, -1)
+        tn,fn = n0-fp,n1-tp
+        at_half = [(tp+tn)/(n1+n0), _ratio(tp, n1), _ratio(tn, n0), _ratio(2*tp, 2*tp+fp+fn)]
         at_half += [_ratio(tp, tp+fp), _ratio(tn, tn+fn)]
         ranks = np.stack([rank_scores(curve, draws) for curve in self.curves], axis=1)
         return np.concatenate([np.stack(at_half), ranks]),_mean(divide(hits, n1), 0)
@@ -225,31 +241,38 @@ def malignant_probability(
     "The sum of the probabilities of malignant diagnoses and precursors"
     return table[list(classes_of(table).malignant)].sum(axis=1).to_numpy(dtype=float)
 
+# %% ../nbs/60_evaluate.ipynb #22wholec
+def _whole_counts(hits, total, n_targets)->np.ndarray:
+    "Hits and images of each unit [2, units]; the last target's half lesions are one right and one wrong"
+    half = np.zeros((2, 4*n_targets))
+    if n_targets: half[:,-4:-2] = [1, 0],[1, 1]
+    return np.hstack([[hits.sum(1), total.sum(1)], half])
+
 # %% ../nbs/60_evaluate.ipynb #d2b1a176
 class AllScores:
     "Every score of a table, a row each as in `score_index`, in any number of draws of its units"
     def __init__(self,
         table:pd.DataFrame, # predictions table with dx
         units, # number of the unit of each image [n]
+        n_targets:int=0, # of half lesions, four more units each, see `half_lesion_weights`
     ):
-        p,y,decided = labelled(table)
-        self.k,one = p.shape[1],np.ones(len(y))
-        self.hits,self.total = unit_sums(units, y, y==decided, self.k),unit_sums(units, y, one, self.k)
-        self.called = unit_sums(units, decided, one, self.k)
-        self.present = np.isin(np.arange(self.k), y)
+        (p,y,decided),k,one = labelled(table),len(classes_of(table)),np.ones(len(table))
+        counts = [unit_sums(units, *of, k) for of in ((y, y==decided), (y, one), (decided, one))]
+        self.total,self.present = counts[1],np.isin(np.arange(k), y)
         self.stratum = self.total.argmax(1)
-        self.official,self.malignant = _curves(table, units, len(self.stratum))
+        self.counts = np.vstack([np.hstack(counts), half_lesion_counts(k, n_targets, [0], [0, 1], [0, 2])])
+        self.whole = _whole_counts(*counts[:2], n_targets)
+        self.official,self.malignant = _curves(table, units, len(self.stratum), n_targets)
 
     def __call__(self, draws)->np.ndarray: # [scores, k] of draws [units, k]
-        hits,n,called = (counts.T@draws for counts in (self.hits, self.total, self.called))
+        hits,n,called = np.split(self.counts.T@draws, 3)
         official,balanced = self.official(draws)
-        own = np.stack([divide(hits, n), divide(hits, called), divide(2*hits, n+called)])
-        by_class = np.concatenate([own, official])
+        by_class = np.concatenate([[divide(hits, n), divide(hits, called), divide(2*hits, n+called)], official])
         by_class[:,~self.present] = np.nan
-        whole = np.stack([hits.sum(0)/n.sum(0), _mean(by_class[0], 0), balanced])
+        whole = np.stack([divide(*(self.whole@draws)), _mean(by_class[0], 0), balanced])
         with_macro = np.concatenate([_mean(by_class, 1)[:,None], by_class], axis=1).reshape(-1, draws.shape[1])
-        malignant = [] if self.malignant is None else [rank_scores(self.malignant, draws)]
-        return np.concatenate([whole, with_macro, *malignant])
+        if self.malignant is None: return np.concatenate([whole, with_macro])
+        return np.concatenate([whole, with_macro, rank_scores(self.malignant, draws)])
 
 # %% ../nbs/60_evaluate.ipynb #188dc836
 def _labels_of(table, p, decided)->np.ndarray:
@@ -257,36 +280,72 @@ def _labels_of(table, p, decided)->np.ndarray:
     labels = official_labels(p)
     return np.where(table.decision.notna(), decided, labels) if 'decision' in table else labels
 
-def _malignant_curve(table, units, n_units):
+def _malignant_curve(table, units, n_units, n_targets):
     "The curve of malignant against benign; None where that is not a target"
     classes = classes_of(table)
     if not malignancy_is_a_target(classes): return None
-    return rank_curve(malignant_probability(table), table.dx.isin(classes.malignant).to_numpy(), units, n_units)
+    true = table.dx.isin(classes.malignant).to_numpy()
+    return curve_with_half_lesions(malignant_probability(table), true, units, n_units, len(classes), n_targets)
 
-def _curves(table, units, n_units)->tuple:
+def _curves(table, units, n_units, n_targets)->tuple:
     "What ranks: the official scores, and the curve of malignant against benign; without the images of weight 0"
     counts = ~table.image_id.isin(ISIC_UNSCORED).to_numpy()
     p,y,decided = (array[counts] for array in labelled(table))
     table,units = table[counts],units[counts]
-    official = OfficialScores(p, y, _labels_of(table, p, decided), units, n_units)
-    return official,_malignant_curve(table, units, n_units)
+    official = OfficialScores(p, y, _labels_of(table, p, decided), units, n_units, n_targets)
+    return official,_malignant_curve(table, units, n_units, n_targets)
 
 # %% ../nbs/60_evaluate.ipynb #e95552aa
-def _with_half_lesions(drawn, score, draws, seed, index, malignant_codes)->np.ndarray:
-    "The draws of all scores, those of recall and AUC, means over the images of a class, with half lesions"
-    images,codes = draws@score.total,_codes_of(index)
-    means = {s: drawn[index.get_indexer([(s, dx) for dx in codes])] for s in ('recall', 'auc')}
-    for s,values in means.items():
-        means[s] = with_half_lesions(values.T*images, images, score.total, seed).T
-        drawn[index.get_indexer([(s, dx) for dx in codes])] = means[s]
-        drawn[index.get_loc((s, 'macro'))] = _mean(means[s], 0)
-    drawn[index.get_loc(('average_recall', 'all'))] = _mean(means['recall'], 0)
-    if ('auc', 'malignant') in index:
-        malignant = score.total[:,[c in malignant_codes for c in codes]].sum(1)[:,None]
-        row = index.get_loc(('auc', 'malignant'))
-        sums = drawn[row][:,None]*(draws@malignant)
-        drawn[row] = with_half_lesions(sums, draws@malignant, malignant, seed)[:,0]
-    return drawn
+def _targets(score, classes)->np.ndarray:
+    "Images of each unit and target [units, targets]: each class, malignant where it is a target, the whole table"
+    malignant = score.total[:,[c in classes.malignant for c in classes]].sum(1) if classes.knows_malignancy else None
+    more = [malignant] if malignancy_is_a_target(classes) else []
+    return np.column_stack([score.total, *more, score.total.sum(1)])
+
+def _rarer_side(targets, classes)->pd.Series:
+    "Units of each target or of its rest, whichever are fewer, by name; all units for the whole table"
+    total = targets[:,-1:]
+    n = np.minimum((targets>0).sum(0), (total-targets>0).sum(0))
+    names = [*classes.codes, *['malignant']*malignancy_is_a_target(classes), 'all']
+    return pd.Series([*n[:-1], len(total)], index=names)
+
+# %% ../nbs/60_evaluate.ipynb #22alldrw
+def _recall_draws(plain, half, score, draws, seed, index):
+    "Recall in draws with half lesions, as `class_recall_intervals` has it, written into `half`"
+    images,rows = draws@score.total,index.get_indexer([('recall', dx) for dx in _codes_of(index)])
+    half[rows] = with_half_lesions(plain[rows].T*images, images, score.total, seed).T
+
+def _all_draws(table, units, n, seed)->tuple:
+    "All scores in plain draws and with half lesions, units of the rarer side and of each class, and the values"
+    classes = classes_of(table)
+    index,targets = score_index(classes),_targets(AllScores(table, units), classes)
+    score = AllScores(table, units, targets.shape[1])
+    draws = unit_draws(score.stratum, n, seed)
+    # one score for both: without weight the half lesions are not there
+    weighted = np.pad(draws, ((0, 0), (0, 4*targets.shape[1])))
+    plain = in_draws(score, weighted, len(table))
+    weighted[:,draws.shape[1]:] = half_lesion_weights(targets, targets[:,-1], n, seed).reshape(n, -1)
+    half = in_draws(score, weighted, len(table))
+    _recall_draws(plain, half, score, draws, seed, index)
+    once = np.append(np.ones(draws.shape[1]), np.zeros(4*targets.shape[1]))[:,None]
+    rarer = index.get_level_values('dx').map(_rarer_side(targets, classes)).fillna(len(draws))
+    found = pd.DataFrame(dict(value=score(once)[:,0]), index=index)
+    return plain,half,rarer.to_numpy(dtype=int),(score.total>0).sum(0),found
+
+# %% ../nbs/60_evaluate.ipynb #22macrod
+def _macro_ends(found, half, n_units, level):
+    "The ends of the means over the classes, from those of the classes, written into `found`"
+    codes,ends = _codes_of(found.index),['low', 'high']
+    for name in _BY_CLASS[1:]:
+        rows = found.index.get_indexer([(name, dx) for dx in codes])
+        found.loc[(name, 'macro'), ends] = mean_ends(*found[['value', *ends]].to_numpy()[rows].T, half[rows])
+    rows = found.index.get_indexer([('recall', dx) for dx in codes])
+    of_mean = average_recall_ends(found.value.to_numpy()[rows], half[rows], n_units, level)
+    for row in (('average_recall', 'all'), ('recall', 'macro')): found.loc[row, ends] = of_mean
+    # the same mean, where no tie is wrong
+    balanced = found.loc[('balanced_accuracy', 'all')]
+    if np.isclose(balanced.value, found.value['average_recall', 'all'], rtol=0, atol=1e-12):
+        found.loc[('balanced_accuracy', 'all'), ends] = found.loc[('average_recall', 'all'), ends]
 
 # %% ../nbs/60_evaluate.ipynb #503a6c80
 def score_intervals(
@@ -299,19 +358,20 @@ def score_intervals(
 )->pd.DataFrame: # a row for each (score, dx): value, low, high, draws (that have the score); NaN where not defined
     "All scores of a table, each with its bootstrap interval over lesions, drawn class by class"
     check_draws(n, level)
+    labelled(table)
     units,unit = units_of(table)
-    score,index = AllScores(table, units),score_index(classes_of(table))
     if warn:
         warn_of_absent(table)
         warn_of_images(unit)
-    draws = unit_draws(score.stratum, n, seed)
-    drawn = in_draws(score, draws, len(table))
-    drawn = _with_half_lesions(drawn, score, draws, seed, index, classes_of(table).malignant)
-    value = score(np.ones((len(score.stratum), 1)))[:,0]
-    low,high = interval_ends(drawn, level)
+    plain,half,rarer,n_units,found = _all_draws(table, units, n, seed)
+    found['draws'] = (~np.isnan(plain)).sum(1)
+    (low,high),(low_half,high_half) = wider_ends(plain, rarer, level),interval_ends(half, level)
+    low,high = np.where(found.index.get_level_values('score')=='recall', np.nan, [low, high])
     # where all images are right or wrong the half lesions would leave the value out
-    columns = dict(value=value, low=np.fmin(low, value), high=np.fmax(high, value), draws=(~np.isnan(drawn)).sum(1))
-    return pd.DataFrame(columns, index=index)
+    found['low'] = np.fmin.reduce([low, low_half, found.value])
+    found['high'] = np.fmax.reduce([high, high_half, found.value])
+    _macro_ends(found, half, n_units, level)
+    return found[['value', 'low', 'high', 'draws']]
 
 # %% ../nbs/60_evaluate.ipynb #c2d00f07
 def _draw_intervals(ax, labels, frame, value, hollow=None):

@@ -457,9 +457,9 @@ def _side(out, lines, split, n, seed)->tuple:
     values,drawn = dict.fromkeys(('accuracy', 'average_recall', 'low', 'high'), np.nan),None
     if lines:
         tables = predictions_of(out, lines)
-        value,drawn = average_recall_draws(tables, n, seed)
-        low,high = _interval(drawn)
-        values = dict(accuracy=fraction_right(tables).right.mean(), average_recall=value, low=low, high=high)
+        drawn,interval = average_recall_draws(tables, n, seed)[1],average_recall_interval(tables, n, seed, warn=False)
+        values = dict(accuracy=fraction_right(tables).right.mean(), average_recall=interval.value)
+        values |= dict(low=interval.low, high=interval.high)
     return {f'{split}_{k}': v for k,v in (counts | values).items()},drawn
 
 # %% ../nbs/71_experiments.ipynb #11854f89

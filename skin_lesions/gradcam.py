@@ -208,8 +208,8 @@ def last_spatial_layer(
     # behind the last attention a class token has all it gets of the patches
     normed = [name for name,_,shape in spatial if len(shape)==3 and _LAST_NORM.search(name)]
     if normed and _patch_owner(net, normed[-1]) is not None: return normed[-1]
-    raise ValueError(f"the last spatial layer, {name!r} ({type(module).__name__}), returns tokens of shape {shape}, and "
-                     "nothing says how they lie in the image; give a layer by name")
+    raise ValueError(f"the last spatial layer, {name!r} ({type(module).__name__}), returns tokens of shape {shape}, "
+                     "and nothing says how they lie in the image; give a layer by name")
 
 # %% ../nbs/50_gradcam.ipynb #65bcd259
 def _class_number(target, n, codes)->int:

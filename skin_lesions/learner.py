@@ -28,6 +28,7 @@ from .architectures import normalization
 from .classes import classes_of
 from .core import unknown_name
 from .data import WEIGHT_KINDS, class_weights, dataset_labels, warn_if_weighted_twice
+from .lora import add_lora, lora_splitter
 from .losses import FocalLossFlat, TwoStageFocalLoss
 from .metrics import AverageRecall, StageOneAUC, StageTwoRecall
 from .mixup import MixUp
@@ -180,12 +181,14 @@ def lesion_learner(
     alpha=None, # class weights: a kind of `class_weights` by name, a number, one a class, a dict by code, or None
     patient:bool=None, # patient data as second input; None for what `dls` gives
     loss_func=None, # another loss on logits; `gamma` and `alpha` are then not used
+    lora:int=None, # rank of trainable additions to a frozen transformer, see `add_lora`; None trains all weights
     body_kwargs:dict=None, # for `timm.create_model`
     **kwargs
 )->Learner: # its model is a `LesionNet`
     "A `Learner` that classifies lesions in one stage"
     _check_arch_name(arch)
     body = create_body(arch, pretrained=pretrained, weights=weights, **(body_kwargs or {}))
+    if lora is not None: body,kwargs = add_lora(body, lora),dict(splitter=lora_splitter) | kwargs
     net = LesionNet(body, len(dls.vocab), hidden, ps, _n_patient(dls, patient))
     if loss_func is None: loss_func = FocalLossFlat(gamma, _alpha_of(dls, alpha), vocab=list(dls.vocab))
     return classifier_learner(dls, net, loss_func, **kwargs)
@@ -215,6 +218,7 @@ def two_stage_learner(
     patient:bool=None, # patient data as second input; None for what `dls` gives
     loss_func=None, # another loss on log-probabilities; `gamma` and `alpha` are then not used
     metrics=None, # None gives `two_stage_metrics`
+    lora:int=None, # rank of trainable additions to frozen transformers, as for `lesion_learner`
     body_kwargs:dict=None, # for `timm.create_model`
     **kwargs
 )->Learner: # its model is a `TwoStageNet`
@@ -223,6 +227,7 @@ def two_stage_learner(
     vocab,first = list(dls.vocab),first_class(dls, first)
     body_kwargs = dict(pretrained=pretrained, weights=weights) | (body_kwargs or {})
     bodies = [create_body(arch, **body_kwargs) for _ in range(1 if shared else 2)]
+    if lora is not None: bodies,kwargs = [add_lora(b, lora) for b in bodies],dict(splitter=lora_splitter) | kwargs
     net = TwoStageNet(*bodies, n_out=len(vocab), first=vocab.index(first), hidden=hidden, ps=ps, combine=combine,
                       n_patient=_n_patient(dls, patient))
     if loss_func is None: loss_func = TwoStageFocalLoss(gamma, _alpha_of(dls, alpha), vocab=vocab, first=first)

@@ -342,6 +342,11 @@ class Predictor:
         return _seen(self.training_images, images)
 
     @property
+    def recipe_views(self)->str: # one of `skin_lesions.views.VIEWS`; None for one view, or without a recipe
+        "The views of an image that the network's recipe averages over"
+        return (self.record.get('recipe') or {}).get('views')
+
+    @property
     def learner(self): # fastai `Learner`
         "A `Learner` around the same network, for what takes one; it has no training data"
         if self._learner is None: self._learner = _learner_of(self)

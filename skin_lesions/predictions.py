@@ -17,6 +17,7 @@ import pandas as pd
 
 from .classes import CLASS_SETS, TABLE_COLUMNS, ClassSet, class_set, classes_of, with_classes
 from .core import atomic_path, check_columns, first_few, table_text, unknown_name
+from .dataset import without_suffix
 from .views import AVERAGES, average_probabilities
 
 # %% ../nbs/58_predictions.ipynb #854d92f8
@@ -286,10 +287,6 @@ def isic_submission(
     columns = {column: p[:,classes.index(code)] for code,column in classes.challenge_columns.items()}
     return write_csv(pd.DataFrame({'image': table.image_id.to_numpy(), **columns}), path)
 
-def _without_suffix(names)->pd.Series:
-    "Image names without the suffix of a file"
-    return names.str.replace(r'\.(?:jpe?g|png)$', '', regex=True, case=False)
-
 # %% ../nbs/58_predictions.ipynb #e73b45cc
 def read_isic_submission(
     path, # of a CSV file as `isic_submission` writes it, or a challenge's ground truth
@@ -305,7 +302,7 @@ def read_isic_submission(
         check_columns(table, ['image', *columns.values()], name='the submission', why=f'a row is an image with its '
                                                                                       f'{len(classes)} confidences')
         numbers = {code: _exact_numbers(table[columns[code]], columns[code]) for code in classes}
-        result = with_classes(pd.DataFrame({'image_id': _without_suffix(table.image), **numbers}), classes)
+        result = with_classes(pd.DataFrame({'image_id': table.image.map(without_suffix), **numbers}), classes)
         if (np.abs(probabilities_of(result).sum(1)-1)>1e-3).any(): result.attrs['confidences'] = True
         return check_predictions(result)
     except ValueError as e: raise ValueError(f"{path} is no submission to an ISIC challenge: {e}") from e

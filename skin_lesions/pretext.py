@@ -11,10 +11,10 @@ __all__ = ['UNREADABLE', 'BLUR', 'open_unlabelled', 'AtLeast', 'light_changes', 
            'joint_restoration_learner', 'Transfer', 'transfer_body']
 
 # %% ../nbs/40_pretext.ipynb #45b8db24
-import math, warnings
+import math, re, warnings
 from collections import OrderedDict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -163,7 +163,10 @@ def _sampled(x:Tensor, grid:Tensor)->Tensor:
     "`grid_sample`, on the CPU where the device refuses these settings"
     settings:dict = dict(mode='bicubic', padding_mode='border', align_corners=False)
     try: return F.grid_sample(x, grid, **settings)
-    except RuntimeError: return F.grid_sample(x.cpu(), grid.cpu(), **settings).to(x.device)
+    except RuntimeError as e:
+        # what Apple's GPUs say of bicubic, of border padding or of the operator; any other error is one
+        if not re.search('unsupported|not supported|not implemented', str(e), re.I): raise
+        return F.grid_sample(x.cpu(), grid.cpu(), **settings).to(x.device)
 
 # %% ../nbs/40_pretext.ipynb #9979546b
 def _visible_radius(h:int, w:int, blur:float)->float:
@@ -859,9 +862,9 @@ def _classifier_of(learn_or_model)->ClassifierNet:
 def _pretext_body(learn_or_model)->tuple:
     "Architecture and tensors of a pretext's body"
     net = _network_of(learn_or_model)
-    net = getattr(net, 'unet', net) if isinstance(net, JointNet) else net
-    if hasattr(net, 'body_state'): return net.arch,net.body_state()
-    body = _classifier_of(net).body
+    trained:Any = getattr(net, 'unet', net) if isinstance(net, JointNet) else net
+    if hasattr(trained, 'body_state'): return trained.arch,trained.body_state()
+    body = _classifier_of(trained).body
     return body.arch,body.state_dict()
 
 # %% ../nbs/40_pretext.ipynb #23626958

@@ -112,8 +112,7 @@ def html_figure(
     "A figure inside the page as a tag"
     fig,file = Figure(figsize=size, dpi=160, layout='constrained'),io.BytesIO()
     draw(fig)
-    # `savefig` would draw twice; the version of the software would change the bytes
-    FigureCanvasAgg(fig).print_png(file, metadata={'Software': None})
+    FigureCanvasAgg(fig).print_png(file, metadata={'Software': None}) # savefig draws twice; a version changes bytes
     data = base64.b64encode(file.getvalue()).decode()
     image = Img(alt=alt, cls='plot', style=f'max-width:min(100%,{size[0]:g}in)', src=f'data:image/png;base64,{data}')
     return FigureTag(image, Figcaption(caption))

@@ -13,7 +13,8 @@ if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS',
 os.environ['SKIN_LESIONS_CACHE'] = tempfile.mkdtemp(prefix='skin-lesions-cache-') # not the user's
 
 
-LONGEST = ('cli', 'package', 'distributed', 'experiments', 'learner', 'app', 'resume', 'cache', 'train', 'predict', 'split', 'patient', 'survival', 'onnx')
+LONGEST = ('cli', 'package', 'distributed', 'experiments', 'learner', 'app', 'resume', 'cache', 'train', 'predict', 'split', 'patient', 'survival', 'onnx', 'engine',
+           'stored_tables', 'quantize', 'conformal', 'reproduce', 'pretext', 'gradcam', 'security')
 
 
 def pytest_configure(config):
@@ -34,7 +35,7 @@ def repo(): return REPO
 def sample(tmp_path_factory):
     "A synthetic data set; not to be changed"
     from skin_lesions.synthetic import synthetic_ham10000
-    return synthetic_ham10000(tmp_path_factory.mktemp('sample')/'ham', n_images=160, seed=7)
+    return synthetic_ham10000(tmp_path_factory.mktemp('sample')/'ham', n_images=160, seed=7, size=(300, 225))
 
 
 @pytest.fixture(scope='session')

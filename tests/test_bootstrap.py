@@ -39,15 +39,17 @@ def coverage(recalls, lesions, n_tables=600, n=300):
         images, right = rng.integers(1, 4, len(dx)), rng.random(len(dx)) < np.array(recalls)[dx]
         total = np.eye(len(lesions))[dx]*images[:, None]
         hits = total*right[:, None]
-        value = (hits.sum(0)/total.sum(0)).mean()
-        low, high = np.quantile(bootstrap.recall_draws(hits, total, draws, i).mean(1), [.025, .975])
-        inside += min(low, value) <= np.mean(recalls) <= max(high, value)
+        value, drawn = hits.sum(0)/total.sum(0), bootstrap.recall_draws(hits, total, draws, i).T
+        low, high = bootstrap.average_recall_ends(value, drawn, lesions)
+        inside += low <= np.mean(recalls) <= high
     return inside/n_tables
 
 
-@pytest.mark.parametrize('lesions,least', [([15, 20, 40, 60, 70, 80, 150], .92), ([8]*7, .9)], ids=['as in a fold', 'few'])
-def test_the_interval_of_average_recall_holds_the_truth(lesions, least):
-    assert coverage([.5, .6, .7, .75, .8, .85, .9], lesions) > least
+@pytest.mark.parametrize('lesions', [[15, 20, 40, 60, 70, 80, 150], [8]*7, [5]*7], ids=['as in a fold', 'few', 'fewest'])
+@pytest.mark.parametrize('recalls', [[.5, .6, .7, .75, .8, .85, .9], [.95]*7], ids=['fair', 'good'])
+def test_the_interval_of_average_recall_holds_the_truth(lesions, recalls):
+    "The mean of draws with half lesions holds it about eight times in ten where all classes are good and have few lesions"
+    assert coverage(recalls, lesions, n_tables=400) >= .93
 
 
 def test_a_perfect_class_with_few_lesions_is_not_sure():

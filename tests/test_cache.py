@@ -27,7 +27,7 @@ def fill_slowly(paths, folder):
 
 @pytest.fixture(scope='module')
 def meta(tmp_path_factory):
-    return split_by_lesion(read_metadata(synthetic_ham10000(tmp_path_factory.mktemp('synthetic')/'ham', n_images=90, seed=7)))
+    return split_by_lesion(read_metadata(synthetic_ham10000(tmp_path_factory.mktemp('synthetic')/'ham', n_images=90, seed=7, size=(300, 225))))
 
 
 def whole(data): return np.asarray(read_image(data))
@@ -41,7 +41,7 @@ def test_killed_at_random_moments(meta, tmp_path):
     for _ in range(20):
         process = FORK.Process(target=fill_slowly, args=(list(meta.path), folder))
         process.start()
-        enough = size(folder/'pixels.bin') + rng.randint(1, 5*810_000)
+        enough = size(folder/'pixels.bin') + rng.randint(1, 5*202_500) # bytes of an image
         while process.is_alive() and size(folder/'pixels.bin') < enough: pass
         process.kill(); process.join()
         store = PixelStore(folder, whole)

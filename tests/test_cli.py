@@ -59,8 +59,9 @@ def test_one_flag_has_one_meaning():
         for name, param in inspect.signature(func).parameters.items():
             kind = get_args(param.annotation)[0] if get_origin(param.annotation) is tuple else param.annotation
             kinds.setdefault(name, set()).add(kind)
-    # --csv is a table of one's own to read; predict, which reads none, prints one, as with --json
-    assert {name: kind for name, kind in kinds.items() if len(kind) > 1} == dict(csv={str, bool})
+    # the views of predict are the same, and one or auto: it has a default of its own
+    several = {name: kind for name, kind in kinds.items() if len(kind) > 1}
+    assert set(several) <= {'views'} and len({frozenset(get_args(k)) - {'auto', 'one'} for k in several.get('views', ())}) <= 1
     for name in ('views', 'patients', 'bundle', 'device', 'n_folds', 'set_', 'csv', 'part'):
         texts = {docments(func)[name].split(';')[0].split(',')[0] for func in COMMANDS if name in inspect.signature(func).parameters
                  and inspect.signature(func).parameters[name].annotation is not bool and inspect.signature(func).parameters[name].kind is inspect.Parameter.KEYWORD_ONLY}
@@ -147,7 +148,7 @@ def test_ctrl_c_keeps_what_was_learnt(sample, processes, small, tmp_path):
     with open(tmp_path/'log', 'w') as log: process = processes.start(*command, cwd=tmp_path, out=log, err=log)
     for _ in range(4000): # a busy machine imports for minutes
         histories = list((tmp_path/'run').rglob('*.csv'))
-        if process.poll() is not None or any(len(f.read_text().splitlines()) > 2 for f in histories): break
+        if process.poll() is not None or any(len(f.read_text().splitlines()) > 3 for f in histories): break # the third row: two epochs are done
         time.sleep(.1)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130, (tmp_path/'log').read_text()
@@ -503,12 +504,12 @@ def test_predict_answers_for_programs_and_through_a_pipe(call, tmp_path, monkeyp
     lines = call('predict', folder, '--device', 'cpu')[1].splitlines()
     assert [l.split('  ')[-1].strip() for l in lines] == [r['finding'] or r['advice'] for r in found]
     assert found[1]['malignant'] == round(p[['mel', 'bcc', 'akiec']].sum(), 4) and found[1]['decision'] == expected.decision[0]
-    status, printed, _ = call('predict', folder/'*.png', '--csv')
+    status, printed, _ = call('predict', folder/'*.png', '--as-csv')
     table = pd.read_csv(io.StringIO(printed))
     assert table.file.tolist() == [r['file'] for r in found[:2]] and table.melanoma.tolist() == [r['probabilities']['melanoma'] for r in found[:2]]
     through = lambda data: monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=io.BytesIO(data)))
     through(''.join(f"{r['file']}\n" for r in found[:2]).encode())
-    assert call('predict', '-', '--csv')[1] == printed
+    assert call('predict', '-', '--as-csv')[1] == printed
     through((folder/'1.png').read_bytes())
     assert call('predict', '-')[1] == call('predict', folder/'1.png')[1]
     through(b'')
@@ -747,3 +748,27 @@ def test_map_needs_other_images_and_two_codes(call, tmp_path):
     for args, why in (((tmp_path/'table.csv', '--map', 'a=b'), 'is a table'), (('ham10000', '--map', 'a=b'), 'give --data or --csv'), (('ham10000', '--data', '.', '--map', 'ab'), '--map takes CODE=CODE')):
         status, _, error = call('evaluate', *args)
         assert status == 2 and why in error, error
+
+
+def test_a_single_image_is_seen_in_the_recipe_s_views(call, finished_run, sample, tmp_path):
+    "One image: the recipe's views, also in the web demo; several, or --views one: one view"
+    from skin_lesions.app import diagnose
+    from skin_lesions.predict import load_predictor
+    run = tmp_path/'run'
+    shutil.copytree(finished_run, run)
+    record = json.loads((run/'bundle.json').read_text())
+    record['recipe']['views'] = 'dihedral'
+    (run/'bundle.json').write_text(json.dumps(record))
+    files, predictor = sorted(Path(sample).rglob('*.jpg'))[:2], load_predictor(run, 'cpu')
+    def shown(*args):
+        status, printed, error = call('predict', *args, '--bundle', run, '--json', '--device', 'cpu')
+        assert status == 0, error
+        return [list(r['probabilities'].values()) for r in json.loads(printed)], error
+    def expected(images, views): return predictor.predict(images, views=views, progress=False)[list(predictor.classes)].round(4).values.tolist()
+    one, eight = expected(files[:1], None), expected(files[:1], 'dihedral')
+    assert one != eight
+    assert shown(files[0])[0] == eight and 'averaged over the views dihedral' in shown(files[0])[1]
+    assert shown(files[0], '--views', 'one')[0] == one
+    assert shown(*files)[0] == expected(files, None)
+    table, _ = diagnose(predictor, dict(a=files[0]))
+    assert np.abs(table[list(predictor.classes)].to_numpy(float) - eight).max() < 1e-4

@@ -293,6 +293,11 @@ def test_a_bundle_keeps_sets_and_predicts_with_them(bundle, tmp_path, sample):
         (tmp_path/'old'/'bundle.json').write_text(json.dumps(old))
         plain = load_predictor(tmp_path/'old', 'cpu')
         assert plain.sets is None and 'set' not in plain.predict(next(sample.rglob('*.jpg')), progress=False)
+    from dataclasses import replace
+    before = (tmp_path/'old'/'bundle.json').read_bytes()
+    with pytest.raises(ValueError, match="'sets' is of the classes .* the network of .* fit it on predictions of this network"):
+        update_bundle(tmp_path/'old', sets=replace(sets, codes=tuple('other' if c == 'nv' else c for c in sets.codes)))
+    assert (tmp_path/'old'/'bundle.json').read_bytes() == before
     update_bundle(tmp_path/'old', sets=sets)
     assert load_predictor(tmp_path/'old', 'cpu').sets == sets
     for wrong, message in ((1, "'sets' must be an object or null"), (dict(record['sets'], kind='rule'), "fitted object of kind 'rule'"), (dict(record['sets'], alpha='x'), 'alpha|float'),
@@ -317,7 +322,7 @@ def test_what_people_and_programs_read(bundle, sample, capsys):
     assert main(['predict', image, '--bundle', str(folder), '--device', 'cpu']) == 0
     text = capsys.readouterr().out
     assert f'Not excluded: {found}.' in text and '60 % of new lesions of each diagnosis' in text
-    assert main(['predict', image, '--bundle', str(folder), '--csv', '--device', 'cpu']) == 0
+    assert main(['predict', image, '--bundle', str(folder), '--as-csv', '--device', 'cpu']) == 0
     assert 'not_excluded' in capsys.readouterr().out.splitlines()[0]
     html = as_html(*diagnose(predictor, {'a.jpg': image}))
     assert f'Not excluded: {found}.' in html

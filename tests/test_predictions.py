@@ -125,7 +125,7 @@ def test_files_as_people_write_them(tmp_path):
     table = draw(0, 8)
     confidences = numbers(table)*np.linspace(.2, .9, 8)[:, None]
     order = [CODES.index(c) for c in HAM10000.challenge_columns]
-    rows = [', '.join([f'{name}{suffix}', *map(repr, map(float, p))]) for name, suffix, p in zip(table.image_id, ['.jpg', '.JPG', '.jpeg', '.png']*2, confidences[:, order])]
+    rows = [', '.join([f'{name}{suffix}', *map(repr, map(float, p))]) for name, suffix, p in zip(table.image_id, ['.jpg', '.JPG', '.webp', '.bmp']*2, confidences[:, order])]
     found = read_isic_submission(put(tmp_path, '\n'.join([', '.join(['image', *ISIC_COLUMNS]), *rows]), 's.csv'))
     assert list(found.image_id) == list(table.image_id) and (found[list(HAM10000.challenge_columns)].to_numpy() == confidences[:, order]).all()
     assert list(predicted_codes(found)) == list(predicted_codes(table)), 'the largest confidence decides'

@@ -112,6 +112,14 @@ def test_a_device_that_cannot_sample_gives_the_same_pixels(monkeypatch):
     monkeypatch.setattr(pretext.F, 'grid_sample', grid_sample)
     torch.testing.assert_close(pretext.rotate_images(x, angles), expected)
     assert refused
+    # no other error is taken for a refusal
+    refused.clear()
+
+    def broken(*args, **kw):
+        refused.append(1)
+        raise RuntimeError('CUDA out of memory') if len(refused) == 1 else AssertionError('fell back to the CPU')
+    monkeypatch.setattr(pretext.F, 'grid_sample', broken)
+    with pytest.raises(RuntimeError, match='out of memory'): pretext.rotate_images(x, angles)
 
 
 @pytest.mark.parametrize('seed', range(5))
