@@ -911,9 +911,9 @@ def predict(
     bundle:str='ham10000', # run folder, bundle, hf://owner/name, or the name of a packaged bundle
     out:str=None, # predictions table (CSV) to write, for evaluate and ensemble; without it, the answers are printed
     json:bool=False, # print a JSON list, an object for each image
-    csv:bool=False, # print CSV, a line for each image
+    as_csv:bool=False, # print CSV, a line for each image
     gradcam:str=None, # folder for Grad-CAM images and gallery.html; without it, none
-    views:ViewsOrAuto='auto', # to average over; auto: the recipe's for a single image, one for several
+    views:ViewsOrAuto='auto', # views of each image to average over; auto: the recipe's for a single image, else one
     patients:str=None, # CSV with image_id, age, sex, site; for networks that take patient data
     device:str=None, # cpu, cuda, ...; without it, the default device
     engine:Engine='torch', # onnxruntime: faster on CPUs, same answers; needs onnx, onnxscript, onnxruntime
@@ -925,7 +925,7 @@ def predict(
     files,predictor,patient = named_images(images),open_bundle(bundle, device, engine, graph),read_patients(patients)
     maps = None if gradcam is None else output_folder(gradcam, overwrite) if files_alone(files) else None
     answers = predictor.predict(files, patient, views=chosen_views(predictor, views, len(files)), progress=not quiet)
-    print_answers(answers, predictor, out, files, 'json' if json else 'csv' if csv else 'text')
+    print_answers(answers, predictor, out, files, 'json' if json else 'csv' if as_csv else 'text')
     if maps is not None: write_maps(predictor, files, maps, answers, patient, show=not quiet)
     note(NOTICE)
     return 0

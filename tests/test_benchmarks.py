@@ -1,5 +1,5 @@
 "The scripts in benchmarks/ are not run here: they call what exists, and pages and README name scripts that exist"
-import ast, importlib, json, re, subprocess, sys
+import ast, importlib, importlib.util, json, re, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +66,17 @@ def test_goals_of_ratios():
             "assert holds(row('>= 1/1.05', 1/1.05)) == 'yes' and holds(row('>= 1.7', 1.6)) == 'no'; "
             "assert holds(row('<= 1.1', 1.1)) == 'yes' and holds(row('', 2.)) == ''")
     subprocess.run([sys.executable, '-c', code], check=True, cwd=REPO/'benchmarks'/'speed')
+
+
+@pytest.mark.skipif(importlib.util.find_spec('onnxruntime') is None, reason='needs onnx, onnxscript and onnxruntime')
+def test_serving_measures_its_rows():
+    "At small sizes: a ratio and a goal in each row, in CPU seconds where asked"
+    command = [sys.executable, '-W', 'ignore', 'serving.py', '--smoke', '--cpu', '--images', '4', '--size', '64', '--repeats', '1', '--only', 'int8', 'intervals']
+    done = subprocess.run(command, cwd=REPO/'benchmarks'/'speed', capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith('JSON ')]
+    assert [row['goal'] for row in rows] == ['>= 1.8', '>= 200']
+    assert all(row['ratio'] > 0 and 'CPU s' in row['unit'] and row['pairs'] == 1 for row in rows)
 
 
 def test_line_counts_of_the_comparison(tmp_path):

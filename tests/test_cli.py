@@ -59,8 +59,9 @@ def test_one_flag_has_one_meaning():
         for name, param in inspect.signature(func).parameters.items():
             kind = get_args(param.annotation)[0] if get_origin(param.annotation) is tuple else param.annotation
             kinds.setdefault(name, set()).add(kind)
-    # --csv is a table of one's own to read; predict, which reads none, prints one, as with --json
-    assert {name: kind for name, kind in kinds.items() if len(kind) > 1} == dict(csv={str, bool})
+    # the views of predict are the same, and one or auto: it has a default of its own
+    several = {name: kind for name, kind in kinds.items() if len(kind) > 1}
+    assert set(several) <= {'views'} and len({frozenset(get_args(k)) - {'auto', 'one'} for k in several.get('views', ())}) <= 1
     for name in ('views', 'patients', 'bundle', 'device', 'n_folds', 'set_', 'csv', 'part'):
         texts = {docments(func)[name].split(';')[0].split(',')[0] for func in COMMANDS if name in inspect.signature(func).parameters
                  and inspect.signature(func).parameters[name].annotation is not bool and inspect.signature(func).parameters[name].kind is inspect.Parameter.KEYWORD_ONLY}
@@ -503,12 +504,12 @@ def test_predict_answers_for_programs_and_through_a_pipe(call, tmp_path, monkeyp
     lines = call('predict', folder, '--device', 'cpu')[1].splitlines()
     assert [l.split('  ')[-1].strip() for l in lines] == [r['finding'] or r['advice'] for r in found]
     assert found[1]['malignant'] == round(p[['mel', 'bcc', 'akiec']].sum(), 4) and found[1]['decision'] == expected.decision[0]
-    status, printed, _ = call('predict', folder/'*.png', '--csv')
+    status, printed, _ = call('predict', folder/'*.png', '--as-csv')
     table = pd.read_csv(io.StringIO(printed))
     assert table.file.tolist() == [r['file'] for r in found[:2]] and table.melanoma.tolist() == [r['probabilities']['melanoma'] for r in found[:2]]
     through = lambda data: monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=io.BytesIO(data)))
     through(''.join(f"{r['file']}\n" for r in found[:2]).encode())
-    assert call('predict', '-', '--csv')[1] == printed
+    assert call('predict', '-', '--as-csv')[1] == printed
     through((folder/'1.png').read_bytes())
     assert call('predict', '-')[1] == call('predict', folder/'1.png')[1]
     through(b'')

@@ -322,7 +322,7 @@ def test_what_people_and_programs_read(bundle, sample, capsys):
     assert main(['predict', image, '--bundle', str(folder), '--device', 'cpu']) == 0
     text = capsys.readouterr().out
     assert f'Not excluded: {found}.' in text and '60 % of new lesions of each diagnosis' in text
-    assert main(['predict', image, '--bundle', str(folder), '--csv', '--device', 'cpu']) == 0
+    assert main(['predict', image, '--bundle', str(folder), '--as-csv', '--device', 'cpu']) == 0
     assert 'not_excluded' in capsys.readouterr().out.splitlines()[0]
     html = as_html(*diagnose(predictor, {'a.jpg': image}))
     assert f'Not excluded: {found}.' in html
