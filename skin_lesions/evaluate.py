@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 from skin_lesions.bootstrap import (average_recall_ends, average_recall_interval, check_draws, divide,
-    half_lesion_weights, in_draws, interval_ends, labelled, mean_ends, rank_counts, rank_curve, rank_scores,
-    recall_draws, two_sided, unit_draws, unit_sums, units_of, warn_of_absent, warn_of_images, wider_ends,
+    half_lesion_weights, in_draws, interval_ends, labelled, mean_ends, RankCurve, rank_counts, rank_curve,
+    rank_scores, recall_draws, two_sided, unit_draws, unit_sums, units_of, warn_of_absent, warn_of_images, wider_ends,
     with_half_lesions)
 from .classes import ClassSet, classes_of
 from .core import check_columns, unknown_name
@@ -121,7 +121,7 @@ def half_lesion_counts(
     "What the half lesions of each class count"
     return np.hstack([np.kron(np.eye(n_targets, k), np.isin(np.arange(4), some)[:,None]) for some in which])
 
-def curve_with_half_lesions(score, true, units, n_units, target, n_targets)->'RankCurve':
+def curve_with_half_lesions(score, true, units, n_units, target, n_targets)->RankCurve:
     "A curve whose target has half lesions: one first and one last of its own, and of the rest"
     if not n_targets: return rank_curve(score, true, units, n_units)
     own = n_units+4*target+np.arange(4)
@@ -257,11 +257,11 @@ class AllScores:
         n_targets:int=0, # of half lesions, four more units each, see `half_lesion_weights`
     ):
         (p,y,decided),k,one = labelled(table),len(classes_of(table)),np.ones(len(table))
-        counts = [unit_sums(units, *of, k) for of in ((y, y==decided), (y, one), (decided, one))]
+        counts = [unit_sums(units, c, v, k) for c,v in ((y, y==decided), (y, one), (decided, one))]
         self.total,self.present = counts[1],np.isin(np.arange(k), y)
         self.stratum = self.total.argmax(1)
         self.counts = np.vstack([np.hstack(counts), half_lesion_counts(k, n_targets, [0], [0, 1], [0, 2])])
-        self.whole = _whole_counts(*counts[:2], n_targets)
+        self.whole = _whole_counts(counts[0], counts[1], n_targets)
         self.official,self.malignant = _curves(table, units, len(self.stratum), n_targets)
 
     def __call__(self, draws)->np.ndarray: # [scores, k] of draws [units, k]

@@ -165,7 +165,7 @@ def _sampled(x:Tensor, grid:Tensor)->Tensor:
     try: return F.grid_sample(x, grid, **settings)
     except RuntimeError as e:
         # what Apple's GPUs say of bicubic, of border padding or of the operator; any other error is one
-        if not re.search('unsupported|not supported|not implemented', str(e), re.I): raise
+        if not re.search('unsupported|not supported|not implemented|not linked', str(e), re.I): raise
         return F.grid_sample(x.cpu(), grid.cpu(), **settings).to(x.device)
 
 # %% ../nbs/40_pretext.ipynb #9979546b

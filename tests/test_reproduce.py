@@ -62,11 +62,12 @@ def test_no_bundle_in_the_package(tmp_path, capsys, monkeypatch):
         assert 'reproduce-bundle' in capsys.readouterr().err
     asked = []
     class Fake:
+        recipe_views = None
         def predict(self, images, *args, **kwargs): asked.append(images); raise ValueError('asked')
     image = tmp_path/'a.png'
     monkeypatch.chdir(tmp_path)
     (tmp_path/'run').mkdir()
-    monkeypatch.setattr('skin_lesions.cli.open_bundle', lambda bundle, device=None, engine=None: asked.append(bundle) or Fake())
+    monkeypatch.setattr('skin_lesions.cli.open_bundle', lambda bundle, *args: asked.append(bundle) or Fake())
     for args in ([image], ['--bundle', 'run', '--quiet', image], [image, image, '--bundle', 'run']): main(['predict', *map(str, args)])
     assert asked == ['ham10000', [image], 'run', [image], 'run', [image, image]]
 
