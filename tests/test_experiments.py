@@ -136,10 +136,10 @@ def test_two_processes_share_a_folder(data, finished, tmp_path):
     same_predictions(tmp_path, finished)
 
 
-def test_a_pool_of_two_processes_one_killed_and_resumed(data, tmp_path):
+def test_a_pool_of_two_processes_one_killed_and_resumed(data, finished, tmp_path):
     "The other goes on; the same call finishes what was killed, and all is as without a pool"
     import threading
-    from skin_lesions.experiments import LocalPool, run_folder, run_in_pool, run_recipe
+    from skin_lesions.experiments import LocalPool, run_in_pool
     torch.set_num_threads(1)
     runs, options = [dict(recipe=name) for name in SOME[:2]], dict(data=data, out=tmp_path/'pool', minutes=0, **QUICK)
     pool = LocalPool(2)
@@ -157,11 +157,7 @@ def test_a_pool_of_two_processes_one_killed_and_resumed(data, tmp_path):
     ended = dict(run_in_pool(runs, again, every=.05, **options))
     again.close()
     assert [ended[i]['new'] for i in (lost, 1-lost)] == [True, False] and len(lines_of(tmp_path/'pool')) == 2
-    for run in runs: run_recipe(**run, **options | dict(out=tmp_path/'here'))
-    by_name = [{l['recipe']: run_folder(tmp_path/o, l)/'predictions.csv' for l in lines_of(tmp_path/o)} for o in ('pool', 'here')]
-    for run in runs:
-        a, b = (found[run['recipe']].read_bytes() for found in by_name)
-        assert a == b, run
+    same_predictions(tmp_path/'pool', finished)
 
 
 def test_a_closed_pool_ends_its_processes():

@@ -128,7 +128,7 @@ def train_alone(pipe, folder, n, threads):
         pipe.send('done')
 
 
-def save_networks(tmp, size):
+def save_networks(tmp, size, arch):
     "Untrained networks as bundles: one, and five as an ensemble"
     import torch
     from skin_lesions.bundle import image_view, save_bundle
@@ -138,9 +138,9 @@ def save_networks(tmp, size):
     nets = []
     for seed in range(5):
         torch.manual_seed(seed)
-        body = create_body(ARCH, pretrained=False)
+        body = create_body(arch, pretrained=False)
         nets.append(TwoStageNet(body, n_out=len(HAM10000), first=HAM10000.index(HAM10000.first)).eval())
-    view = image_view(size, arch=ARCH, side=crop_side(size))
+    view = image_view(size, arch=arch, side=crop_side(size))
     save_bundle(nets[0], tmp/'one', classes=HAM10000, view=view)
     save_bundle(EnsembleNet(nets), tmp/'five', classes=HAM10000, view=view)
 
@@ -186,7 +186,7 @@ def rows_of(tmp, args):
 def main(args):
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
-        save_networks(tmp, args.size)
+        save_networks(tmp, args.size, 'test_efficientnet' if args.smoke else ARCH)
         for what, against, goal, unit, ours, theirs in rows_of(tmp, args):
             if args.only and not any(part in what for part in args.only): continue
             us, them = (Side('serving', name, **kwargs) for name, kwargs in (ours, theirs))
