@@ -296,11 +296,11 @@ def _curves(table, units, n_units, n_targets)->tuple:
     return official,_malignant_curve(table, units, n_units, n_targets)
 
 # %% ../nbs/60_evaluate.ipynb #e95552aa
-def _targets(score, classes)->np.ndarray:
+def _targets(total, classes)->np.ndarray:
     "Images of each unit and target [units, targets]: each class, malignant where it is a target, the whole table"
-    malignant = score.total[:,[c in classes.malignant for c in classes]].sum(1) if classes.knows_malignancy else None
-    more = [malignant] if malignancy_is_a_target(classes) else []
-    return np.column_stack([score.total, *more, score.total.sum(1)])
+    more = []
+    if malignancy_is_a_target(classes): more = [total[:,[c in classes.malignant for c in classes]].sum(1)]
+    return np.column_stack([total, *more, total.sum(1)])
 
 def _rarer_side(targets, classes)->pd.Series:
     "Units of each target or of its rest, whichever are fewer, by name; all units for the whole table"
@@ -318,7 +318,8 @@ def _recall_draws(plain, half, score, draws, seed, index):
 def _all_draws(table, units, n, seed)->tuple:
     "All scores in plain draws and with half lesions, units of the rarer side and of each class, and the values"
     classes = classes_of(table)
-    index,targets = score_index(classes),_targets(AllScores(table, units), classes)
+    total = unit_sums(units, labelled(table)[1], np.ones(len(table)), len(classes))
+    index,targets = score_index(classes),_targets(total, classes)
     score = AllScores(table, units, targets.shape[1])
     draws = unit_draws(score.stratum, n, seed)
     # one score for both: without weight the half lesions are not there
