@@ -15,10 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+# %% ../nbs/71_experiments.ipynb #7100ab01
 from .bootstrap import average_recall_draws, average_recall_interval, compare_tables, fraction_right
 from .core import atomic_path, check_columns, file_lock, unknown_name
 from .evaluate import scores
@@ -282,7 +284,7 @@ def _answer_job(job, connection, threads):
 def _start(job, threads)->tuple:
     "A new process for a job, and where its answer comes"
     forks = 'forkserver' in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context('forkserver' if forks else 'spawn')
+    context:Any = multiprocessing.get_context('forkserver' if forks else 'spawn')
     # the server imports once, and forks each process: seconds less for each
     if forks: context.set_forkserver_preload(['skin_lesions.experiments'])
     receive,send = context.Pipe(duplex=False)
