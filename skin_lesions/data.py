@@ -550,16 +550,16 @@ def plot_examples(
 ):
     "Examples of each class, a row a class, with its name; returns the figure"
     check_columns(meta, ['path', 'dx'], why='plot_examples shows images by diagnosis')
-    classes = classes_of(meta)
-    codes = [c for c in classes if (meta.dx==c).any()]
-    fig,axes = plt.subplots(len(codes), n, figsize=(n*width, len(codes)*width*.95), squeeze=False, layout='constrained')
+    codes = [c for c in classes_of(meta) if (meta.dx==c).any()]
+    fig,axes = plt.subplots(len(codes), n, figsize=(n*width, len(codes)*width*.95), squeeze=False)
+    # no layout engine, which would widen a column for its name
+    fig.subplots_adjust(left=.01, right=.99, bottom=.01, top=1-.22/len(codes), wspace=.06, hspace=.3)
     for ax in axes.flat: ax.axis('off')
     for code,row in zip(codes, axes):
         paths = meta.path[meta.dx==code]
-        for ax,path in zip(row, paths.sample(min(n, len(paths)), random_state=seed)):
-            ax.imshow(read_image(path, 240))
-        # out of the layout, or the name would widen its column
-        row[0].set_title(_title(classes, code), loc='left', fontsize=8).set_in_layout(False)
+        chosen = paths.sample(min(n, len(paths)), random_state=seed)
+        for ax,path in zip(row, chosen): ax.imshow(read_image(path, 240))
+        row[0].set_title(_title(classes_of(meta), code), loc='left', fontsize=8, pad=3)
     return fig
 
 # %% ../nbs/14_data.ipynb #1adce561

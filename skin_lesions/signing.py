@@ -61,7 +61,8 @@ def _folder_of(bundle)->Path:
 
 def _hashing(hashing, folder):
     "Hash the signed files alone"
-    others = [p for p in folder.iterdir() if p.name not in SIGNED]
+    # the package compares whole paths
+    others = [p for p in folder.resolve().iterdir() if p.name not in SIGNED]
     return hashing.Config().set_ignored_paths(paths=others)
 
 # %% ../nbs/77_signing.ipynb #090e8457
@@ -78,7 +79,8 @@ def sign_bundle(
     secret = password.encode() if password else None # the package says str and takes bytes
     try: config = signing.Config().use_elliptic_key_signer(private_key=key, password=secret)
     except (TypeError, ValueError) as e: raise ValueError(f"{key} cannot be opened with this password: {e}") from e
-    config.set_hashing_config(_hashing(hashing, folder)).sign(folder, folder/SIGNATURE)
+    where = folder.resolve()
+    config.set_hashing_config(_hashing(hashing, folder)).sign(where, where/SIGNATURE)
     return folder/SIGNATURE
 
 # %% ../nbs/77_signing.ipynb #pdf2cab4
@@ -91,8 +93,10 @@ def verify_bundle(
     folder,key = _folder_of(bundle),Path(public_key)
     if not key.is_file(): raise FileNotFoundError(f"no key at {key}; ask the maker of the bundle for it")
     if not (folder/SIGNATURE).is_file(): raise ValueError(f"{folder} is not signed: it has no {SIGNATURE}")
-    config = verifying.Config().use_elliptic_key_verifier(public_key=key).set_hashing_config(_hashing(hashing, folder))
-    try: config.verify(folder, folder/SIGNATURE)
+    try: config = verifying.Config().use_elliptic_key_verifier(public_key=key)
+    except (TypeError, ValueError) as e: raise ValueError(f"{key} is no public key, the file {PUBLIC}: {e}") from e
+    config.set_hashing_config(_hashing(hashing, folder))
+    try: config.verify(folder.resolve(), folder.resolve()/SIGNATURE)
     except Exception as e: # many kinds, of several packages
         raise ValueError(f"{folder}: the signature does not fit this bundle and this key ({type(e).__name__}); "
                          "do not use it unless its maker can say why") from e

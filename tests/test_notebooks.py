@@ -1,5 +1,5 @@
 "Notebook hygiene: what CONTRIBUTING asks of every page."
-import ast, io, json, re, sys, tokenize
+import ast, base64, io, json, re, sys, tokenize
 from pathlib import Path
 
 import pytest
@@ -91,6 +91,48 @@ def test_outputs_are_clean_and_small(path):
         size = len(json.dumps(out)); total += size
         assert size < 100_000, f'an output of {size} bytes'
     assert total < 200_000
+
+
+def figures_tool(repo):
+    sys.path.insert(0, str(repo/'tools'))
+    import figures
+    return figures
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
+def test_figures_are_legible_and_small(path, repo):
+    "At least 100 dots an inch, as the file itself says, and at most 50 kB: matplotlib's own resolution, unless a cell lowers it"
+    assert not list(figures_tool(repo).problems(json.loads(path.read_text()))), 'run the page again without a dpi of its own, store its outputs, then python tools/figures.py'
+
+
+@pytest.mark.parametrize('dpi, kind, text, wrong', [
+    (100, 'png', '<Figure size 300x200 with 1 Axes>', ''), (75, 'png', '<Figure size 225x150 with 1 Axes>', 'of 75 dpi'), (None, 'png', '<Figure size 300x200 with 1 Axes>', 'of unknown dpi'),
+    (72, 'jpeg', '<IPython.core.display.Image object>', 'of 72 dpi'), (None, 'png', '<PIL.Image.Image image mode=RGB size=300x200>', '')])
+def test_a_coarse_figure_is_found(dpi, kind, text, wrong, repo):
+    from PIL import Image
+    file = io.BytesIO()
+    Image.new('RGB', (300, 200)).save(file, kind, **dict(dpi=(dpi, dpi)) if dpi else {})
+    data = {f'image/{kind}': base64.b64encode(file.getvalue()).decode(), 'text/plain': text}
+    found = list(figures_tool(repo).problems({'cells': [{'id': 'a', 'outputs': [{'data': data}]}]}))
+    assert (len(found) == 1 and wrong in found[0]) if wrong else not found
+
+
+@pytest.mark.parametrize('noise, kind', [(0, 'png'), (6, 'jpeg')], ids=['a plot', 'as noisy as a photograph'])
+def test_a_smaller_figure_keeps_its_resolution(noise, kind, repo):
+    import numpy as np
+    from PIL import Image
+    tool, file = figures_tool(repo), io.BytesIO()
+    pixels = np.linspace(50, 200, 400)[None,:,None] + noise*np.random.default_rng(0).standard_normal((250, 400, 3))
+    Image.fromarray(pixels.astype(np.uint8)).save(file, 'PNG', dpi=(100, 100), compress_level=0)
+    data = {'image/png': base64.b64encode(file.getvalue()).decode(), 'text/plain': '<Figure size 400x250 with 1 Axes>'}
+    notebook = {'cells': [{'id': 'a', 'outputs': [{'data': data}]}]}
+    assert len(file.getvalue()) > 50_000 and 'bytes' in list(tool.problems(notebook))[0]
+    tool.shrink(notebook)
+    assert set(data) == {'text/plain', f'image/{kind}'} and not list(tool.problems(notebook))
+    once = data[f'image/{kind}']
+    assert round(Image.open(io.BytesIO(base64.b64decode(once))).info['dpi'][0]) == 100
+    tool.shrink(notebook)
+    assert data[f'image/{kind}'] == once, 'a second run changes nothing'
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)

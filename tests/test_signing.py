@@ -50,6 +50,17 @@ def test_a_change_is_found(change, copy):
     with pytest.raises(ValueError, match='does not fit this bundle and this key'): verify_bundle(bundle, public)
 
 
+def test_folders_may_be_named_from_where_one_stands(copy, monkeypatch, capsys):
+    bundle, private, public = copy
+    monkeypatch.chdir(bundle.parent)
+    (bundle/SIGNATURE).unlink()
+    (bundle/'report.html').write_text('not signed')
+    assert main(['sign', 'bundle', '--key', os.path.relpath(private)]) == 0 and main(['verify', 'bundle', '--key', os.path.relpath(public)]) == 0
+    assert 'bundle: signed by the owner of' in capsys.readouterr().out
+    flip(bundle/'bundle.json', 100)
+    assert main(['verify', 'bundle', '--key', os.path.relpath(public)]) != 0
+
+
 def test_what_is_not_read_may_change(copy):
     bundle, _, public = copy
     for name in ('README.md', 'report.html', 'scores.json'): (bundle/name).write_text('new')
