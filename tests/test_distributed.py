@@ -1,5 +1,5 @@
 "Two real processes train together over gloo: the same images, metrics, gradients and files as one, and no one waits for another that has failed."
-import csv, json, multiprocessing, os, pickle, shutil, socket, subprocess, sys, time, warnings
+import csv, json, multiprocessing, os, pickle, shutil, socket, sys, time, warnings
 
 import numpy as np
 import pandas as pd
