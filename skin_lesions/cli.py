@@ -8,10 +8,10 @@ __all__ = ['Views', 'ViewsOrAuto', 'Rule', 'Calibration', 'Split', 'Engine', 'Sc
            'open_bundle', 'note_int8', 'check_bundle', 'recipe_of', 'chosen_views', 'bundle_folder', 'output_folder',
            'piped_images', 'named_images', 'files_alone', 'check_source', 'read_images', 'check_collection',
            'without_bad_images', 'run_predictions', 'print_scores', 'recipe_changes', 'print_run', 'train',
-           'train_and_print', 'own_split', 'unseen_images', 'read_split', 'validation_images', 'known_images',
-           'readable_rows', 'map_entries', 'in_classes', 'images_to_judge', 'predict_labelled', 'write_report',
-           'check_evaluated', 'note_overlap', 'evaluate', 'print_pairs', 'audit_labels', 'audit', 'print_benefit',
-           'benefit', 'change_names', 'print_stress', 'stress', 'stress_and_print', 'named_embedder', 'embed', 'probe',
+           'train_and_print', 'unseen_images', 'read_split', 'validation_images', 'known_images', 'readable_rows',
+           'map_entries', 'in_classes', 'images_to_judge', 'predict_labelled', 'write_report', 'check_evaluated',
+           'note_overlap', 'evaluate', 'print_pairs', 'audit_labels', 'audit', 'print_benefit', 'benefit',
+           'change_names', 'print_stress', 'stress', 'stress_and_print', 'named_embedder', 'embed', 'probe',
            'read_patients', 'note_ood', 'print_answer', 'words_of', 'with_patients', 'write_maps', 'predict',
            'answer_records', 'print_json', 'print_csv', 'print_lines', 'print_answers', 'gradcam', 'print_fitted',
            'fitted_sets', 'print_sets', 'calibrate', 'ensemble', 'combined', 'submit', 'export_onnx', 'quantize',
@@ -396,19 +396,9 @@ def train_and_print(
     with ranks():
         meta = on_rank0(read_images, **images)
         if images.get('fold_col') or options['split']=='own':
-            meta = own_split(meta, options['fold'])
-            options = options | dict(split='own', fold=0)
+            options = options | dict(split='own')
         folder = train_run(recipe, meta, out, **options)
         return on_rank0(print_run, folder)
-
-# %% ../nbs/81_cli.ipynb #83129f2a
-def own_split(
-    meta, # metadata frame with column is_valid or fold
-    fold:int, # which fold validates, with a column fold
-): # metadata frame with column is_valid
-    "The split that the data brings along"
-    from skin_lesions.split import split_by_fold
-    return split_by_fold(meta, fold) if 'fold' in meta else meta
 
 # %% ../nbs/81_cli.ipynb #5f5ff086
 def unseen_images(

@@ -201,7 +201,7 @@ def measured_scores(
 )->dict: # as JSON can hold it
     "What is known of a bundle"
     which = f"fold{'s' if len(folds)>1 else ''} {', '.join(map(str, folds))} of {FOLDS}"
-    if split=='own': which = "the data set's own split"
+    if split=='own' and 'is_valid' in meta: which = "the data set's own split"
     on = f'held-out lesions of {which}, by networks that were not trained on them'
     where = dict(measured_on=on, subgroups=subgroup_scores(table, meta), date=date.today().isoformat())
     training = dict(config=training_config(recipe), data=data_fingerprint(meta), split_seed=SPLIT_SEED)
@@ -302,7 +302,7 @@ def reproduce_bundle(
     *,
     folds:tuple|list=(0,), # of five folds by lesion: which are held out, each with a network of its own
     network:str='all', # one of `NETWORK_OF`: one more on all images, or the mean or soup of the folds' networks
-    split:str='lesion', # 'own' takes the frame's column `is_valid` for fold 0
+    split:str='lesion', # 'own' takes the frame's column `is_valid` for fold 0, or its column `fold`
     seed:int=42, # of weights, order and augmentation
     scale:str='full', # one of `SCALES`
     sensitivity:float=.95, # fraction of the malignant images to refer

@@ -52,7 +52,7 @@ from .pretext import restoration_learner, rotation_learner, transfer_body
 from .recipes import AUGMENTATIONS, Recipe, at_scale, find_recipe, recipe_digest, training_config
 from .report import html_report, read_run, run_for_report, split_sentence
 from .resume import ResumeCallback
-from .split import describe_split, split_by_image, split_by_lesion
+from .split import describe_split, split_by_fold, split_by_image, split_by_lesion
 
 # %% ../nbs/70_train.ipynb #4f19625a
 SPLITS = ('lesion', 'image', 'own')
@@ -72,16 +72,17 @@ def all_for_training(
 def split_images(
     meta:pd.DataFrame, # as from `read_metadata`
     split:str='lesion', # one of `SPLITS`
-    fold:int=0, # which fold by lesion validates; None trains on all images
-    folds:int=FOLDS, # how many there are
+    fold:int=0, # which fold validates; None trains on all images
+    folds:int=FOLDS, # how many there are by lesion
 )->pd.DataFrame: # with `is_valid`
-    "The images of a run, divided into training and validation"
+    "The images of a run, divided into training and validation; a frame's own split is its `is_valid`, or its `fold`"
     if split not in SPLITS: raise ValueError(unknown_name('split', split, SPLITS))
     if fold is None: return all_for_training(meta)
     if split=='lesion': return split_by_lesion(meta, fold=fold, k=folds, seed=SPLIT_SEED)
+    if split=='own' and 'fold' in meta and 'is_valid' not in meta: return split_by_fold(meta, fold)
     if fold!=0: raise ValueError(f"split={split!r} is one split, so fold must be 0, got {fold}")
     if split=='image': return split_by_image(meta, seed=SPLIT_SEED, show=False)
-    check_columns(meta, ['is_valid'], why="split='own' takes the frame's own split")
+    check_columns(meta, ['is_valid'], why="split='own' takes the frame's own split (or its column 'fold')")
     return meta
 
 # %% ../nbs/70_train.ipynb #2bc014b7
@@ -612,7 +613,7 @@ def train_run(
     *,
     fold:int=0, # which fold by lesion validates; None trains on all images
     folds:int=FOLDS, # how many folds there are
-    split:str='lesion', # 'lesion', 'image' (the paper's, which leaks), or 'own' for the frame's column `is_valid`
+    split:str='lesion', # 'lesion', 'image' (the paper's, which leaks), or 'own' for the frame's `is_valid` or `fold`
     seed:int=42, # of weights, order and augmentation; the split does not depend on it
     resume:bool=False, # go on with the training in `out`; with nothing there, begin
     overwrite:bool=False, # replace an earlier run in `out`

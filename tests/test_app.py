@@ -431,19 +431,25 @@ def test_the_container_starts_what_exists(repo, cli, tmp_path):
     assert "'/src[app]'" in text and 'USER app' in text
 
 
-def test_the_command_and_the_space(bundle, repo, tmp_path):
-    "Both serve the page and end with Ctrl-C"
-    space = [sys.executable, '-W', 'ignore', str(repo/'spaces'/'app.py')]
-    command = [sys.executable, '-W', 'ignore', '-m', 'skin_lesions.cli', 'app', '--bundle', str(bundle), '--port', '0', '--device', 'cpu']
-    import socket
+def test_the_command_and_the_space(bundle, repo, processes, tmp_path, monkeypatch):
+    "Both serve the page and end with Ctrl-C; the command is a new interpreter"
+    import signal, socket
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    for args, env in ((command, {}), (space, dict(MODEL=str(bundle), GRADIO_SERVER_PORT=str(port)))):
-        process = subprocess.Popen(args, cwd=tmp_path, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: __import__('signal').signal(2, __import__('signal').default_int_handler))
+    monkeypatch.setenv('MODEL', str(bundle))
+    monkeypatch.setenv('GRADIO_SERVER_PORT', str(port))
+    command = [sys.executable, '-W', 'ignore', '-m', 'skin_lesions.cli', 'app', '--bundle', str(bundle), '--port', '0', '--device', 'cpu']
+    space = ['-c', 'import runpy, sys; runpy.run_path(sys.argv[1], run_name="__main__")', repo/'spaces'/'app.py']
+    def start_command(out, err):
+        return subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=err, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    def start_space(out, err): return processes.start(*space, cwd=tmp_path, out=out, err=err)
+    for start in (start_command, start_space):
+        printed, errors = tmp_path/'printed', tmp_path/'errors'
+        with open(printed, 'w') as out, open(errors, 'w') as err: process = start(out, err)
         try:
-            line = process.stdout.readline()
-            url = line.split(' ')[0].replace('0.0.0.0', '127.0.0.1')
-            assert url.startswith('http://'), line + process.stderr.read()
+            while '\n' not in printed.read_text() and process.poll() is None: time.sleep(.05)
+            url = printed.read_text().split(' ')[0].replace('0.0.0.0', '127.0.0.1')
+            assert url.startswith('http://'), printed.read_text() + errors.read_text()
             with urllib.request.urlopen(url) as r: assert r.status == 200 and 'skin_lesions' in r.read().decode()
-        finally: process.send_signal(2)
+        finally: process.send_signal(signal.SIGINT)
         assert process.wait(60) in (0, 130)
-        if args is command: assert process.stderr.read().startswith('starting the web demo'), 'said before the slow imports'
+        if start is start_command: assert errors.read_text().startswith('starting the web demo'), 'said before the slow imports'

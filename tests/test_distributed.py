@@ -1,5 +1,5 @@
 "Two real processes train together over gloo: the same images, metrics, gradients and files as one, and no one waits for another that has failed."
-import csv, json, multiprocessing, os, pickle, shutil, socket, subprocess, sys, time, warnings
+import csv, json, multiprocessing, os, pickle, shutil, socket, sys, time, warnings
 
 import numpy as np
 import pandas as pd
@@ -288,14 +288,15 @@ def test_one_process_of_several_asked_for_is_refused(monkeypatch):
     with pytest.raises(ValueError, match='--multi_gpu --num_processes N'): start_ranks()
 
 
-def launch(launcher, data, out, small, cwd, *more):
-    command = [sys.executable, '-W', 'ignore', '-m', *launcher, '-m', 'skin_lesions.cli', 'train', '--data', str(data), '--out', out, *small, *more]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=400, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'})
+def train_arguments(data, small, *more): return ['train', '--data', data, '--out', 'run', *small, *more]
 
 
-def test_accelerate_launch_makes_a_run(lesions, tmp_path, small, cli):
+def test_accelerate_launch_makes_a_run(lesions, tmp_path, small, processes, monkeypatch):
     "The folder is that of any run: complete, written once, and `predict` opens it"
-    done = launch(['accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--main_process_port', '0', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no'], lesions[0], 'run', small, tmp_path, '--set', 'epochs=2')
+    for name, value in dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore').items(): monkeypatch.setenv(name, value)
+    flags = ['--multi_gpu', '--num_processes', '2', '--main_process_port', '0', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no']
+    command = ['-m', 'accelerate.commands.launch', *flags, '-m', 'skin_lesions.cli', *train_arguments(lesions[0], small, '--set', 'epochs=2')] # it starts new interpreters
+    done = processes.run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stdout+done.stderr
     assert done.stdout.count('report: ') == 1 and done.stdout.count('images for training') == 1
     run = tmp_path/'run'
@@ -312,11 +313,23 @@ def test_accelerate_launch_makes_a_run(lesions, tmp_path, small, cli):
     torch.testing.assert_close(torch.tensor(load_predictor(run).predict(image).mel[0]), torch.tensor(table.mel[0]), rtol=1e-3, atol=1e-5)
 
 
-def test_torchrun_ends_with_the_message(lesions, tmp_path, small):
-    "An image that a rank cannot read ends both"
+TORCHRUN = """
+import sys
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def rank(*args):
+    from skin_lesions.cli import main
+    sys.exit(main(list(args)))
+config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, run_id='none', rdzv_backend='c10d', rdzv_endpoint='localhost:0', max_restarts=0, start_method='fork')
+elastic_launch(config, rank)(*sys.argv[1:])
+"""
+
+
+def test_torchrun_ends_with_the_message(lesions, tmp_path, small, warm_python):
+    "An image that a rank cannot read ends both; what torchrun does, with ranks that wait for no imports"
     data = tmp_path/'data'
     shutil.copytree(lesions[0], data)
     train = lesions[1][~lesions[1].is_valid]
     for image_id in train.image_id[:20]: next(data.rglob(f'{image_id}.jpg')).write_bytes(b'no image')
-    done = launch(['torch.distributed.run', '--nproc_per_node', '2', '--master_port', '0', '--rdzv_backend', 'c10d', '--rdzv_endpoint', 'localhost:0'], data, 'run', small, tmp_path, '--no-check', '--set', 'epochs=1')
+    done = warm_python(TORCHRUN, *train_arguments(data, small, '--no-check', '--set', 'epochs=1'), cwd=tmp_path)
     assert done.returncode != 0 and 'skin_lesions train: ' in done.stderr and '.jpg: not an image of a kind' in done.stderr, done.stderr
+    assert 'ChildFailedError' in done.stderr and not (tmp_path/'run'/'run.json').exists(), done.stderr

@@ -5,9 +5,10 @@ A fork has its own arguments, folder, environment, output, exit status and signa
 import json, os, signal, socket, subprocess, sys, tempfile, time
 
 SERVER = r'''
-import json, os, runpy, signal, socket, sys, types
+import gc, json, os, runpy, signal, socket, sys, tempfile, types
 import fastai.vision.all, matplotlib.pyplot, numpy, pandas, scipy.stats, sklearn.metrics, timm, torch, torchvision
 assert not any(n.split('.')[0] == 'skin_lesions' for n in sys.modules)
+gc.freeze() # or the collector writes to every page of memory that a fork shares
 
 def serve(sock):
     "Answer until a command comes, whose fork returns with it"
@@ -30,6 +31,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background 
 for to, output in enumerate(outputs, 1): os.dup2(output, to); os.close(output)
 os.chdir(request['cwd'])
 os.environ.clear(); os.environ.update(request['env'])
+tempfile.tempdir = None # TMPDIR may be another
 kind, what, *sys.argv[1:] = request['args']
 sys.argv[0], sys.path[0] = kind, ''
 __import__('random').seed(); numpy.random.seed()
