@@ -102,8 +102,8 @@ def _called(cases, table, threshold, prevalence)->np.ndarray:
         check_rate('threshold', threshold)
         return at_prevalence(cases.p, prevalence, cases.prevalence)>=threshold
     if 'refer' not in table or table.refer.isna().any():
-        raise ValueError("who is called malignant? Give a threshold, or a table with the column refer "
-                         "(decide_table with a referral makes it)")
+        raise ValueError("who is called malignant? Give a threshold, or a table with the column refer, as a network "
+                         "writes it that was calibrated with a referral")
     return table.refer.to_numpy(dtype=bool)
 
 # %% ../nbs/63_benefit.ipynb #b855ba0a

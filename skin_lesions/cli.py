@@ -8,16 +8,17 @@ __all__ = ['Views', 'ViewsOrAuto', 'Rule', 'Calibration', 'Split', 'Engine', 'Sc
            'open_bundle', 'note_int8', 'check_bundle', 'recipe_of', 'chosen_views', 'bundle_folder', 'output_folder',
            'piped_images', 'named_images', 'files_alone', 'check_source', 'read_images', 'check_collection',
            'without_bad_images', 'run_predictions', 'print_scores', 'recipe_changes', 'print_run', 'train',
-           'train_and_print', 'unseen_images', 'read_split', 'validation_images', 'known_images', 'readable_rows',
-           'map_entries', 'in_classes', 'images_to_judge', 'predict_labelled', 'write_report', 'check_evaluated',
-           'note_overlap', 'evaluate', 'print_pairs', 'audit_labels', 'audit', 'print_benefit', 'benefit',
-           'change_names', 'print_stress', 'stress', 'stress_and_print', 'named_embedder', 'embed', 'probe',
-           'read_patients', 'note_ood', 'print_answer', 'words_of', 'with_patients', 'write_maps', 'predict',
-           'answer_records', 'print_json', 'print_csv', 'print_lines', 'print_answers', 'gradcam', 'print_fitted',
-           'fitted_sets', 'print_sets', 'calibrate', 'ensemble', 'combined', 'submit', 'export_onnx', 'quantize',
-           'print_int8', 'sign', 'verify', 'app', 'paper_runs', 'print_recipes', 'run_line', 'opened_pool', 'run_all',
-           'print_paper_table', 'run_options', 'paper', 'reproduce_bundle', 'print_reproduced', 'demo_recipe', 'demo',
-           'demo_sample', 'run_demo', 'predict_demo', 'argument_parser', 'shell_words', 'plain_warnings', 'main']
+           'check_run_folder', 'is_whole_run', 'train_and_print', 'unseen_images', 'read_split', 'validation_images',
+           'known_images', 'readable_rows', 'map_entries', 'in_classes', 'images_to_judge', 'predict_labelled',
+           'write_report', 'check_evaluated', 'note_overlap', 'evaluate', 'print_pairs', 'audit_labels', 'audit',
+           'print_benefit', 'benefit', 'change_names', 'print_stress', 'stress', 'stress_and_print', 'named_embedder',
+           'embed', 'probe', 'read_patients', 'note_ood', 'print_answer', 'words_of', 'with_patients', 'write_maps',
+           'predict', 'answer_records', 'print_json', 'print_csv', 'print_lines', 'print_answers', 'gradcam',
+           'print_fitted', 'fitted_sets', 'print_sets', 'calibrate', 'ensemble', 'combined', 'submit', 'export_onnx',
+           'quantize', 'print_int8', 'sign', 'verify', 'app', 'paper_runs', 'print_recipes', 'run_line', 'opened_pool',
+           'run_all', 'print_paper_table', 'run_options', 'paper', 'reproduce_bundle', 'print_reproduced',
+           'demo_recipe', 'demo', 'demo_sample', 'run_demo', 'predict_demo', 'argument_parser', 'shell_words',
+           'plain_warnings', 'main']
 
 # %% ../nbs/81_cli.ipynb #733f8970
 import argparse, ast, contextlib, glob, inspect, io, os, re, sys, textwrap, tokenize, warnings
@@ -378,6 +379,26 @@ def train(
                    workers=workers, device=device, weights=pretrained_weights, show=not quiet)
     return train_and_print(recipe, recipe_changes(set_), out, kwargs | dict(show=not quiet), options)
 
+# %% ../nbs/81_cli.ipynb #c81f0a11
+def check_run_folder(
+    out, # run folder to write
+    resume:bool, # go on with its training
+    overwrite:bool, # replace it
+):
+    "Raise for a folder that a training must not touch, before images are read"
+    there = [p.name for p in Path(out).iterdir() if p.name!='.lock'] if Path(out).is_dir() else []
+    if there and not resume and not overwrite:
+        raise FileExistsError(f"{out} exists and is not empty; choose another folder, add --resume to go on with "
+                              "the training in it, or --overwrite")
+
+def is_whole_run(
+    out, # run folder
+)->bool:
+    "Whether the training of a run folder is complete"
+    from skin_lesions.report import read_run
+    record = read_run(out)
+    return record is not None and bool(record.get('complete'))
+
 # %% ../nbs/81_cli.ipynb #3a3d0b3a
 def train_and_print(
     recipe, # name of a recipe
@@ -391,13 +412,16 @@ def train_and_print(
     recipe = with_changes(recipe, changes)
     check_source(images['data'], images['part'], images['csv'], {})
     check_collection(images)
+    check_run_folder(out, options['resume'], options['overwrite'])
     from skin_lesions.distributed import on_rank0, ranks
     from skin_lesions.train import train_run
     with ranks():
         meta = on_rank0(read_images, **images)
         if images.get('fold_col') or options['split']=='own':
             options = options | dict(split='own')
+        was_whole = options['resume'] and on_rank0(is_whole_run, out)
         folder = train_run(recipe, meta, out, **options)
+        if was_whole: on_rank0(note, f'{out} was complete before, nothing is left to train; its scores:')
         return on_rank0(print_run, folder)
 
 # %% ../nbs/81_cli.ipynb #5f5ff086
@@ -701,12 +725,17 @@ def print_stress(
     result, # of `skin_lesions.robustness.stress`
 ):
     "Print what flips and what the scores lose"
-    shown = result.loc[result.strength>0, ['change', 'strength', 'setting', 'flips', 'flips_low', 'flips_high',
-                                           'recall_difference', 'recall_low', 'recall_high', 'auc_difference', 'ood']]
-    first = result.iloc[0]
+    from skin_lesions.style import interval_text, number_text
+    first,rows = result.iloc[0],result[result.strength>0]
     scores = f'average recall {first.average_recall:.3f}, macro AUC {first.macro_auc:.3f}'
-    print(f'unchanged: {scores}, {first.images} images')
-    print(shown.dropna(axis=1, how='all').round(3).to_string(index=False))
+    print(f'unchanged: {scores}, {first.images} images; in brackets 95 % intervals over lesions')
+    shown = rows[['change', 'strength']].assign(setting=rows.setting.map('{:g}'.format))
+    for column,ends,sign in (('flips', 'flips', False), ('recall_difference', 'recall', True)):
+        values = zip(rows[column], rows[f'{ends}_low'], rows[f'{ends}_high'])
+        shown[column.replace('_', ' ')] = [interval_text(*value, sign=sign) for value in values]
+    shown['AUC difference'] = [number_text(d, sign=True) for d in rows.auc_difference]
+    shown['out-of-distribution'] = [number_text(n) for n in rows.ood]
+    print(shown.loc[:,shown.ne('–').any()].to_string(index=False))
 
 # %% ../nbs/81_cli.ipynb #9400555a
 @with_options_of(read_images, but=['show'])
@@ -1014,10 +1043,10 @@ def _calibration_line(calibration)->str:
 def _measured_lines(measured)->list:
     "What cross-fitting measured, in words"
     n = f"{measured['n_images']} images of {measured['n_lesions']} lesions"
-    lines = [f"before, {n}: {_score_line(measured['argmax'])}"]
+    lines = [f"uncalibrated, by the most probable class, {n}: {_score_line(measured['argmax'])}"]
     if measured.get('not_measured'): return [*lines, f"not cross-fitted: {measured['not_measured']}"]
     errors = f"{measured['error_of_probabilities']:.4f} -> {measured['error_of_calibrated']:.4f}"
-    return [*lines, f"cross-fitted over {measured['parts']} parts: {_score_line(measured['decided'])}",
+    return [*lines, f"decided, cross-fitted over {measured['parts']} parts: {_score_line(measured['decided'])}",
             f'expected calibration error {errors}']
 
 def _score_line(s)->str:
@@ -1031,12 +1060,13 @@ def print_fitted(
     sets=None, # `PredictionSets` that were fitted on it, or None
 ):
     "Print what was fitted, and what it does to lesions that it was not fitted on"
+    from skin_lesions.style import percent_text
     rule,referral = decisions.rule,decisions.referral
     print(_calibration_line(decisions.calibration))
     print(f'rule: {rule.name}' + ('' if rule.t is None else f', t = {rule.t:.2f}'))
     if referral is not None:
-        reached = f'{referral.reached:.1%} of the malignant validation images'
-        print(f'refer from a score of {referral.threshold:.4f}: {reached}')
+        reached = f'refers {percent_text(referral.reached)} of the malignant validation images'
+        print(f'referral: from a score of {referral.threshold:.4f} on; {reached}')
     for line in _measured_lines(decisions.measured): print(line)
     if sets is not None: print_sets(table, decisions.calibration, sets)
 
@@ -1065,7 +1095,8 @@ def print_sets(
     "Print what prediction sets do to lesions that they were not fitted on"
     from skin_lesions.conformal import calibrated_out_of_fold, crossfitted_sets, set_report
     k = int(min(5, table.groupby('dx').group.nunique().min()))
-    print(f'sets: alpha {sets.alpha:g}, in every set: {", ".join(sets.always) or "none"}')
+    always = ', '.join(sets.always) or 'no diagnosis'
+    print(f'prediction sets: may miss {100*sets.alpha:g} % of the lesions; in every set: {always}')
     if k<2: return
     options = dict(by_class=sets.by_class, at_most=sets.at_most, confidence=sets.confidence)
     found = crossfitted_sets(calibrated_out_of_fold(table, calibration), sets.alpha, k=k, **options)
@@ -1273,7 +1304,8 @@ def print_recipes(
 )->int: # exit status
     "Print what recipes are"
     from skin_lesions.recipes import RECIPES
-    for name in names: print(f'{name:30s} {RECIPES[name].about}')
+    width = max(map(len, names))
+    for name in names: print(f'{name:{width}} {RECIPES[name].about}')
     return 0
 
 # %% ../nbs/81_cli.ipynb #c9b84a99

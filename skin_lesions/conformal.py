@@ -192,7 +192,7 @@ def _with_sets(sets, table, overlap)->pd.DataFrame:
     if answered.any():
         some = table[answered]
         members,p = _members_of(sets, some)
-        check_overlap(sets, some, overlap, 'this prediction set')
+        check_overlap({'this prediction set': sets}, some, overlap)
         values[answered] = _joined(members, p, sets.codes)
     return with_set(table, values)
 
@@ -253,8 +253,8 @@ def _warn_of_few(table, found, lesions, alpha, by_class):
         raise ValueError(f"too few lesions for sets with alpha={alpha:g}, which take {needed}: {', '.join(few)}; "
                          "give more lesions, or a larger alpha")
     if few:
-        warnings.warn(f"too few lesions of {', '.join(few)} to exclude them: they are in every set; alpha={alpha:g} "
-                      f"takes {needed}, a bound with at_most more", stacklevel=3)
+        warnings.warn(f"too few lesions of {', '.join(few)} to exclude them: they are in every set; to miss "
+                      f"{100*alpha:g} % takes {needed}, a bound for a class more", stacklevel=3)
 
 # %% ../nbs/62_conformal.ipynb #570e8d71
 def fit_sets(

@@ -248,18 +248,20 @@ def _as_dict(kind, fitted, **changes)->dict:
 OVERLAP = ('raise', 'warn', 'ignore')
 
 def check_overlap(
-    fitted, # with `fitted_on`
+    parts:dict, # what has `fitted_on`, by its name in the message; None is left out
     table:pd.DataFrame, # predictions table
     overlap:str, # one of `OVERLAP`
-    object_name:str, # for the message
 ):
-    "Complain if a table shares lesions with what something was fitted on"
+    "Complain, once for all parts, if a table shares lesions with what they were fitted on"
     if overlap not in OVERLAP: raise ValueError(unknown_name('treatment of overlap', overlap, OVERLAP))
-    if fitted.fitted_on is None or overlap=='ignore': return
-    n = int(fitted.fitted_on.seen(table).sum())
-    if not n: return
-    message = (f"{n} of {len(table)} images are of lesions that {object_name} was fitted on: what is measured on them "
-               "is too good; report on other lesions, or cross-fit with crossfit")
+    if overlap=='ignore': return
+    known = {name: part.fitted_on for name,part in parts.items() if part is not None and part.fitted_on is not None}
+    seen = {name: n for name,fitted_on in known.items() if (n := int(fitted_on.seen(table).sum()))}
+    if not seen: return
+    *names,last = seen
+    fitted = f"{', '.join(names)} and {last} were fitted" if names else f'{last} was fitted'
+    message = (f"{max(seen.values())} of {len(table)} images are of lesions that {fitted} on: what is measured on them "
+               "is too good; measure on other lesions, or cross-fit")
     if overlap=='raise': raise ValueError(message + "; overlap='warn' goes on regardless")
     warnings.warn(message, stacklevel=3)
 
@@ -327,7 +329,7 @@ class Calibration:
     )->pd.DataFrame: # the same table with calibrated probabilities, without earlier decisions
         "Calibrate a table"
         p = np.exp(_calibrated(self, probabilities_for(self, table, 'this calibration')))
-        check_overlap(self, table, overlap, 'this calibration')
+        check_overlap({'this calibration': self}, table, overlap)
         return without_decisions(table).assign(**{c: p[:,i] for i,c in enumerate(self.codes)})
 
     def as_dict(self)->dict: # as JSON can hold it; `from_dict` reads it
@@ -397,7 +399,7 @@ def calibration_report(
     overlap:str='raise', # if the table shares lesions with the fit: 'raise', 'warn' or 'ignore'
 )->pd.DataFrame: # rows before and after: nll, brier, ece, those of malignancy; accuracy and average_recall
     "What a calibration does to a table"
-    check_overlap(calibration, table, overlap, 'this calibration')
+    check_overlap({'this calibration': calibration}, table, overlap)
     after = calibration.calibrate(table, overlap='ignore')
     return pd.DataFrame([_calibration_row(t, n_bins) for t in (table, after)], index=['before', 'after'])
 
@@ -537,7 +539,7 @@ class DecisionRule:
         "The diagnosis of each image; of equal ones the first in the order of the classes"
         codes = self.codes or classes_of(table).codes
         p = _probabilities(table) if self.codes is None else probabilities_for(self, table, 'this rule')
-        check_overlap(self, table, overlap, 'this rule')
+        check_overlap({'this rule': self}, table, overlap)
         return np.array(codes, dtype=object)[_rule_scores(self, p, codes).argmax(1)]
 
     def as_dict(self)->dict: return _as_dict('rule', self) # as JSON can hold it; `from_dict` reads it
@@ -775,7 +777,7 @@ def referral_report(
     overlap:str='raise', # if the table shares lesions with the fit: 'raise', 'warn' or 'ignore'
 )->pd.Series: # sensitivity with interval and by class, specificity, referred fraction, missed images, error of the rest
     "What a referral does to a table"
-    check_overlap(referral, table, overlap, 'this referral')
+    check_overlap({'this referral': referral}, table, overlap)
     p,y = _labelled(table, "the report counts what is referred")
     codes = classes_of(table).codes
     refer,malignant = referral.refer(table),np.isin(y, [codes.index(c) for c in referral.malignant])
@@ -865,6 +867,15 @@ def _with_columns(table, columns:dict)->pd.DataFrame:
     if 'problem' not in table: return table
     return table[[c for c in table if c!='problem']+['problem']]
 
+# %% ../nbs/61_decide.ipynb #p7338350
+def _decisions(table, decided, rule, referral)->dict:
+    "Columns decision and refer, None where nothing is decided"
+    some,nothing = table[decided],np.array([])
+    rule = rule or DecisionRule('argmax')
+    columns = dict(decision=_where(rule.decide(some, overlap='ignore') if len(some) else nothing, decided))
+    if referral is not None: columns['refer'] = _where(referral.refer(some) if len(some) else nothing, decided)
+    return columns
+
 # %% ../nbs/61_decide.ipynb #p7338351
 def decide_table(
     table:pd.DataFrame, # predictions table; may have `ood` and `problem`
@@ -873,22 +884,22 @@ def decide_table(
     referral:Referral=None, # None gives no column `refer`
     ood=None, # [n], which images do not look like dermatoscopic ones; None takes column `ood`, if any
     *,
+    sets=None, # `PredictionSets`; None gives no column `set`
     overlap:str='warn', # if the table shares lesions with a fit: 'warn', 'raise' or 'ignore'
-)->pd.DataFrame: # with calibrated probabilities, decision, refer, and reason where an image has no decision
-    "Calibrate, decide and refer"
+)->pd.DataFrame: # with calibrated probabilities, decision, refer, set, and reason where an image has no decision
+    "Calibrate, decide, refer, and say what is not excluded"
     table,reasons = table.copy(deep=False),_reasons(table, ood)
     readable = table[list(classes_of(table).codes)].notna().all(axis=1).to_numpy()
     decided = np.equal(reasons, None)
     if (readable | decided).any(): check_predictions(table[readable | decided])
+    parts = {'this calibration': calibration, 'this rule': rule, 'this prediction set': sets}
+    check_overlap(parts, table[decided], overlap)
     if calibration is not None and readable.any():
-        calibrated = calibration.calibrate(table[readable], overlap=overlap)
+        calibrated = calibration.calibrate(table[readable], overlap='ignore')
         for code in calibration.codes: table[code] = table[code].where(~readable, calibrated[code].reindex(table.index))
-    some = table[decided]
-    rule,nothing = rule or DecisionRule('argmax'),np.array([])
-    columns = dict(decision=_where(rule.decide(some, overlap=overlap) if len(some) else nothing, decided))
-    if referral is not None: columns['refer'] = _where(referral.refer(some) if len(some) else nothing, decided)
-    if not decided.all(): columns['reason'] = reasons
-    return _with_columns(table, columns)
+    columns = _decisions(table, decided, rule, referral) | ({} if decided.all() else dict(reason=reasons))
+    table = _with_columns(table, columns)
+    return table if sets is None else sets.sets(table, overlap='ignore')
 
 # %% ../nbs/61_decide.ipynb #63a00002
 class InWords(NamedTuple):

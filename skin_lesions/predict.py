@@ -227,8 +227,7 @@ def _table(predictor, images, names, problems, answers)->pd.DataFrame:
         beyond = ~(scores<=predictor.ood.threshold) # as `OODScore.is_ood`
         table['ood'],table['ood_score'] = beyond if good.all() else np.where(good, beyond, None),scores
     table['problem'] = pd.Series(problems, dtype=object)
-    table = decide_table(table, predictor.calibration, predictor.rule, predictor.referral)
-    return table if predictor.sets is None else predictor.sets.sets(table)
+    return decide_table(table, predictor.calibration, predictor.rule, predictor.referral, sets=predictor.sets)
 
 # %% ../nbs/66_predict.ipynb #0f08b484
 class Predictor:

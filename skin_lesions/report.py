@@ -410,7 +410,8 @@ def split_sentence(
     "A split in words"
     leak = split.get('valid_fraction_with_group_in_training')
     counts = f"{split['train_images']:,} images for training, {split['valid_images']:,} for validation"
-    leaked = '' if leak is None else f'; {leak:.1%} of these show a lesion that is in training'
+    some = f'{leak:.1%}' if leak else 'none'
+    leaked = '' if leak is None else f'; {some} of these show a lesion that is in training'
     return f"{split['rule']}, seed {split['seed']}; {counts}{leaked}"
 
 # %% ../nbs/64_report.ipynb #64a0de02

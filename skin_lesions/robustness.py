@@ -119,7 +119,7 @@ def change_image(
     if setting is None: return image
     # crc32 and not hash(): Python's hash of a string differs from process to process
     rng = np.random.default_rng([seed, zlib.crc32(change.encode()), zlib.crc32(str(image_id).encode())])
-    return Image.fromarray(np.ascontiguousarray(CHANGES[change].apply(np.asarray(image), setting, rng)))
+    return Image.fromarray(np.ascontiguousarray(CHANGES[change].apply(np.array(image), setting, rng)))
 
 # %% ../nbs/75_robustness.ipynb #1cf86c43
 class ChangedImage:

@@ -268,7 +268,8 @@ def _print_epoch(learn, name, epochs):
     "Let a learner print a line an epoch"
     def line(log):
         values = dict(zip(learn.recorder.metric_names[1:], log[1:]))
-        texts = [f'{k} {v}' if isinstance(v, str) else f'{k} {float(v):.4f}' for k,v in values.items() if v is not None]
+        pairs = [(k.replace('_', ' '), v) for k,v in values.items() if v is not None]
+        texts = [f'{k} {v}' if isinstance(v, str) else f'{k} {float(v):.4f}' for k,v in pairs]
         print(f"{name}: epoch {log[0]+1}/{epochs}, {', '.join(texts)}", flush=True)
     learn.logger = line
 
@@ -354,7 +355,7 @@ def _callbacks(training)->list:
 def _print_step(learn, training, i):
     size,epochs = training.recipe.steps[i]
     learn.logger = lambda log: None
-    if training.show: _print_epoch(learn, f'{training.recipe.name}, {size} px', epochs)
+    if training.show: _print_epoch(learn, f"{training.recipe.name.split(',')[0]}, {size} px", epochs)
 
 # %% ../nbs/70_train.ipynb #61099a3f
 def step_learner(
@@ -443,11 +444,16 @@ def run_state(
     if record is not None: return 'complete' if record.get('complete') else 'stopped'
     return 'unfinished' if (Path(out)/STATE_FOLDER).is_dir() else 'none'
 
+def _in_words(name, value)->str:
+    "A setting of a training for people"
+    if name!='steps' or not value: return str(value)
+    return ', then '.join(f'{epochs} epoch{"s"*(epochs!=1)} at {size} pixels' for size,epochs in value)
+
 def _differences(before, asked)->list:
     "What a resumed training is asked for that its beginning was not, in words"
     pairs = [(k, before.get(k), v) for k,v in asked.items() if k not in ('config', 'data')]
     pairs += [(k, (before.get('config') or {}).get(k), v) for k,v in asked['config'].items()]
-    different = [f'{k} was {a} and is {b}' for k,a,b in pairs if a!=b]
+    different = [f'{k} was {_in_words(k, a)} and is {_in_words(k, b)}' for k,a,b in pairs if a!=b]
     if (before.get('data') or {}).get('sha256')!=asked['data']['sha256']: different.append('the images are others')
     return different
 

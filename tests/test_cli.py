@@ -111,6 +111,8 @@ def test_paper_hands_its_runs_to_a_pool(call, tmp_path, monkeypatch):
 
 def test_the_paper_s_recipes_are_listed(call):
     status, listed, _ = call('paper', '--recipe', 'all', '--list')
+    from skin_lesions.recipes import RECIPES
+    assert len({line.index(RECIPES[line.split()[0]].about) for line in listed.splitlines()}) == 1, 'one column'
     assert status == 0 and 'two_stage_efficientnet_mixup' in listed and listed.splitlines()[0].startswith('best ')
 
 
@@ -321,15 +323,26 @@ def test_evaluate_shows_the_worst_errors_from_the_disk(given, sample, finished_r
     assert all(p.is_file() and p.resolve().is_relative_to(sample.resolve()) for p in shown)
 
 
-def test_train_answers_about_a_folder_before_it_imports_fastai(python, tmp_path):
-    (tmp_path/'empty').mkdir()
+def test_train_answers_about_a_folder_before_it_imports_fastai(python, sample, tmp_path):
+    for folder in ('empty', 'full'): (tmp_path/folder).mkdir()
+    (tmp_path/'full'/'thesis.txt').touch()
     done = python("""
 import sys
 from skin_lesions.cli import main
 assert main(['train', '--data', 'empty', '--out', 'run']) == 2
+assert main(['train', '--data', sys.argv[1], '--out', 'full']) == 2
 assert not {'fastai', 'torch'} & set(sys.modules)
-""", cwd=tmp_path)
+""", sample, cwd=tmp_path)
     assert done.returncode == 0 and 'no known collection in empty' in done.stderr, done.stderr
+    assert 'full exists and is not empty' in done.stderr and '--resume' in done.stderr and '--overwrite' in done.stderr
+
+
+def test_resume_says_where_nothing_is_left_and_what_differs(sample, finished_run, call, small, tmp_path):
+    run = Path(shutil.copytree(finished_run, tmp_path/'run'))
+    status, printed, error = call('train', '--data', sample, '--out', run, *small, '--set', 'epochs=2', '--resume')
+    assert status == 0 and 'nothing is left to train' in error and printed.startswith('accuracy'), error
+    status, _, error = call('train', '--data', sample, '--out', run, *small, '--set', 'epochs=3', '--resume')
+    assert status == 2 and re.search(r'was 2 epochs at \d+ pixels and is 3 epochs at', error), error
 
 
 def test_evaluate_after_calibrate_goes_by_the_rule(sample, finished_run, call, tmp_path):

@@ -340,7 +340,7 @@ def test_calibrate_fits_and_removes_sets(bundle, tmp_path, capsys):
     assert main([*ask, '--sets', '0.2', '--at-most', 'nv=0.1']) == 0
     printed = capsys.readouterr().out
     sets = load_predictor(tmp_path/'b', 'cpu').sets
-    assert (sets.alpha, sets.at_most) == (.2, dict(nv=.1)) and 'sets: alpha 0.2' in printed and 'sets cross-fitted over' in printed
+    assert (sets.alpha, sets.at_most) == (.2, dict(nv=.1)) and 'may miss 20 % of the lesions' in printed and 'sets cross-fitted over' in printed
     assert main(ask) == 0 and load_predictor(tmp_path/'b', 'cpu').sets is None
     for wrong, message in ((['--at-most', 'nv=0.1'], 'give --sets too'), (['--sets', '0.2', '--at-most', 'nv'], 'CODE=FRACTION'), (['--sets', '2'], 'alpha must be'), (['--sets', '.1', '--at-most', 'x=.1'], 'unknown code')):
         capsys.readouterr()

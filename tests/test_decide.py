@@ -1,5 +1,5 @@
 "Calibration, decision rules and referral: best fits, guards, JSON, and what is promised over seeds."
-import json
+import json, warnings
 
 import numpy as np
 import pandas as pd
@@ -247,3 +247,20 @@ def test_a_referral_of_all_of_few_is_not_sure():
         assert report.sensitivity == report.high == 1 and report.low < 1
         lows.append(report.low)
     assert lows[0] < .93 < lows[1]
+
+
+def test_one_warning_names_all_parts_that_saw_the_images():
+    from skin_lesions.conformal import fit_sets
+    t, other = draw(seed=1), draw(seed=2)
+    calibration, rule, sets = fit_calibration(t, 'temperature'), decision_rule('prior', t), fit_sets(t)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        decide_table(t, calibration, rule, sets=sets)
+    assert len(said) == 1, said
+    assert str(said[0].message).startswith(f'{len(t)} of {len(t)} images are of lesions that this calibration, this rule and this prediction set were fitted on')
+    fresh = other.assign(image_id='new '+other.image_id, group='new '+other.group)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        decided = decide_table(fresh, calibration, rule, sets=sets)
+    assert list(decided.set) == list(sets.sets(decide_table(fresh, calibration, rule)).set)
+    with pytest.raises(ValueError, match='this rule was fitted on'): decide_table(t, None, rule, overlap='raise')

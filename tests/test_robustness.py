@@ -1,5 +1,5 @@
 "Changed images: each change against another program, the same numbers for an image whatever the order, flips and intervals by hand."
-import io
+import io, re
 from types import SimpleNamespace
 
 import numpy as np
@@ -275,10 +275,22 @@ def test_the_command(meta, tmp_path, capsys, monkeypatch):
     predictor = PixelPredictor(); predictor.record = {}
     monkeypatch.setattr(cli, 'open_bundle', lambda run, device=None: predictor)
     monkeypatch.setattr(cli, 'images_to_judge', lambda *args: (meta, None))
-    status, printed, _ = command('ham10000', '--only', 'blur', 'jpeg', '--n', 20, '--out', tmp_path/'out', '--quiet')
+    status, printed, error = command('ham10000', '--only', 'blur', 'jpeg', '--n', 20, '--out', tmp_path/'out', '--quiet')
+    assert not error and re.search(r'^ *blur +1 +0\.\d+ +0\.\d{3} \(0\.\d{3} to ', printed, re.M), error+printed
     table = pd.read_csv(tmp_path/'out'/'stress.csv')
     assert status == 0 and len(table) == 11 and 'unchanged: average recall' in printed and 20 <= table.images[0] < 30
     assert (tmp_path/'out'/'stress.html').read_text().count('<tr') == 12
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_a_change_gets_pixels_of_its_own(change, monkeypatch):
+    "PyTorch warns of arrays that are not writable, and a change must not reach the image it was given"
+    own, apply = [], CHANGES[change].apply
+    monkeypatch.setitem(CHANGES, change, CHANGES[change]._replace(apply=lambda pixels, *args: own.append(pixels.flags.writeable) or apply(pixels, *args)))
+    image = Image.new('RGB', (40, 30), (200, 150, 120))
+    before = image.tobytes()
+    change_image(image, change, 3)
+    assert own == [True] and image.tobytes() == before
 
 
 @pytest.mark.parametrize('wrong', [dict(only=['blurr']), dict(strengths=(6,)), dict(strengths=()), dict(strengths=(1.5,)), dict(n=0), dict(n_draws=0)])
