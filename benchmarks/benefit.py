@@ -4,7 +4,7 @@
 
 HAM10000: predictions of benchmarks/results/experiments of three networks on the folds that they have not seen, with a
 cross-fitted calibration. MILK10k: the packaged network's predictions (benchmarks/results/conformal_tables.csv.gz) with
-its own calibration, lesions of the seven diagnoses. The prevalence is stated, not measured, and so are the reader's
+its own calibration, lesions of its diagnoses. The prevalence is stated, not measured, and so are the reader's
 rates. The result goes to benchmarks/results/benefit.json, for nbs/63_benefit.ipynb.
 """
 import datetime, json
@@ -12,20 +12,22 @@ import datetime, json
 import pandas as pd
 
 from conformal import RECIPE, RESULTS, TABLES, out_of_fold_table
+from cross_collection import packaged_classes
 
 PREVALENCE, THRESHOLD, READER = .03, .02, (.9, .7)
 THRESHOLDS = (.005, .01, .015, .02, .03, .04, .05, .07, .1, .15, .2)
 
 
 def milk10k_table():
-    "Lesions of MILK10k with one of the seven diagnoses, calibrated as the packaged bundle does"
+    "Lesions of MILK10k with a diagnosis of the packaged network, calibrated as its bundle does"
     from skin_lesions.bundle import decision_part, open_files, read_files
-    from skin_lesions.classes import HAM10000, with_classes
+    from skin_lesions.classes import with_classes
     from skin_lesions.core import named_bundle
-    table, codes = pd.read_csv(TABLES), list(HAM10000)
+    table, classes = pd.read_csv(TABLES), packaged_classes()
+    codes = list(classes)
     table = table[(table.collection == 'milk10k') & table.dx.isin(codes)].reset_index(drop=True)
     table[codes] = table[codes].div(table[codes].sum(axis=1), axis=0)
-    table = with_classes(table[['image_id', *codes, 'dx', 'group']], HAM10000)
+    table = with_classes(table[['image_id', *codes, 'dx', 'group']], classes)
     record, _ = open_files(*read_files(named_bundle('ham10000')))
     return decision_part(record, 'calibration').calibrate(table)
 

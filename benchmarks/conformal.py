@@ -3,8 +3,8 @@
     python benchmarks/conformal.py --data HAM10000 --milk10k MILK10K
     python benchmarks/conformal.py
 
-The first form asks the packaged network about the dermoscopic images of MILK10k and the 193 validation images of the
-ISIC 2018 challenge (20 minutes of a CPU core; it writes benchmarks/results/conformal_tables.csv.gz); the second reads
+The first form asks the packaged network about the dermoscopic images of MILK10k that it was not trained on and the 193
+validation images of the ISIC 2018 challenge (it writes benchmarks/results/conformal_tables.csv.gz); the second reads
 that table. The challenge's images serve to fit thresholds here: no score of them is reported. HAM10000: out-of-fold
 predictions of benchmarks/results/experiments, halves of the lesions drawn again and again. The result goes to
 benchmarks/results/conformal.json, for nbs/62_conformal.ipynb.
@@ -34,6 +34,7 @@ def predicted(args):
                                   group=truth.index, collection='challenge',
                                   path=[str(folder/f'{i}.jpg') for i in truth.index]))
     frame = pd.concat([milk, challenge], ignore_index=True)[['image_id', 'dx', 'group', 'collection', 'path']]
+    frame = frame[~predictor.trained_on(frame)].reset_index(drop=True)
     table = predictor.predict(frame[['image_id', 'path']], progress=False, workers=0)
     assert table.problem.isna().all()
     table = table[['image_id', *predictor.codes, 'ood']].round(6)
@@ -111,14 +112,16 @@ def report_rows(table, members):
 
 def elsewhere(n=50, seed=42):
     "Sets of the packaged network on MILK10k, fitted on HAM10000's challenge, on 100 images of MILK10k, and on half"
-    from skin_lesions.classes import HAM10000, with_classes
+    from cross_collection import packaged_classes
+    from skin_lesions.classes import with_classes
     from skin_lesions.conformal import fit_sets, set_members
-    tables, codes = pd.read_csv(TABLES), list(HAM10000)
+    tables, classes = pd.read_csv(TABLES), packaged_classes()
+    codes = list(classes)
     tables[codes] = tables[codes].div(tables[codes].sum(axis=1), axis=0)
     milk, challenge = (tables[tables.collection == c].reset_index(drop=True) for c in ('milk10k', 'challenge'))
     known, outside = (with_classes(milk[milk.dx.isin(codes) == yes].drop(columns='collection').reset_index(drop=True),
-                                   HAM10000) for yes in (True, False))
-    challenge = with_classes(challenge.drop(columns='collection'), HAM10000)
+                                   classes) for yes in (True, False))
+    challenge = with_classes(challenge.drop(columns='collection'), classes)
     rng, result = np.random.default_rng(seed), {}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')

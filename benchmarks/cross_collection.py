@@ -4,11 +4,11 @@
     HAM10000_DIR=... python benchmarks/cross_collection.py --milk10k MILK10K --kept
     HAM10000_DIR=... python benchmarks/cross_collection.py --train runs/sources --size 64 --epochs 4
 
-The first form asks the packaged network about MILK10k's dermoscopic images and writes
-benchmarks/results/milk10k_packaged.csv.gz (probabilities as the network gives them, not calibrated; 15 minutes of a
-CPU core). The second reads that table. Both take the four sources of HAM10000 from the out-of-fold predictions of a
-recipe in benchmarks/results/experiments, calibrated and decided cross-fitted. The third trains a network of the recipe
-`quick` without each source (hours) and adds its rows. Writes benchmarks/results/cross_collection.json, for
+The first form asks the packaged network about those of MILK10k's dermoscopic images that it was not trained on and
+writes benchmarks/results/milk10k_packaged.csv.gz (probabilities as the network gives them, not calibrated; minutes).
+The second reads that table. Both take the four sources of HAM10000, and MILK10k's lesions that were trained on, from
+the held-out predictions of the bundle's folds (packaged_held_out.csv.gz), calibrated and decided cross-fitted. The
+third trains a network of the recipe `quick` without each source (hours) and adds its rows. Writes benchmarks/results/cross_collection.json, for
 nbs/76_cross_collection.ipynb.
 """
 import argparse, json, os
@@ -19,7 +19,16 @@ import pandas as pd
 
 RESULTS = Path(__file__).resolve().parent/'results'
 MILK10K = RESULTS/'milk10k_packaged.csv.gz'
-RECIPE = 'two_stage_weighted'
+HELD_OUT = RESULTS/'packaged_held_out.csv.gz'
+ONE, ALL = 'one network of a fold', 'packaged network'
+
+
+def packaged_classes():
+    "The class set of the packaged network"
+    from skin_lesions.bundle import read_bundle
+    from skin_lesions.classes import ClassSet
+    from skin_lesions.core import named_bundle
+    return ClassSet.from_dict(read_bundle(named_bundle('ham10000'))['classes'])
 
 
 def ask(folder, threads=None):
@@ -29,6 +38,7 @@ def ask(folder, threads=None):
     from skin_lesions.readers import read_metadata
     if threads: torch.set_num_threads(threads)
     meta, predictor = read_metadata(folder), load_predictor('ham10000', 'cpu')
+    meta = meta[~predictor.trained_on(meta)].reset_index(drop=True)
     predictor.calibration = predictor.rule = predictor.referral = predictor.sets = None
     table = predictor.predict(meta.drop(columns='dx'), progress=False, workers=threads)
     bad = table.problem.dropna()
@@ -50,10 +60,10 @@ def packaged_on_milk10k():
     from skin_lesions.predict import load_predictor
     predictor = load_predictor('ham10000', 'cpu')
     table = pd.read_csv(MILK10K)
-    inside = table.dx.map(class_map('MILK10K', 'HAM10000')).astype(object)
+    inside = table.dx.map(class_map('MILK10K', predictor.classes)).astype(object)
     table = table.assign(outside=table.dx.where(inside.isna(), None), dx=inside.where(inside.notna(), None))
     parts = predictor.calibration, predictor.rule, predictor.referral
-    return with_decisions(with_classes(table, 'HAM10000'), *parts), predictor.record['sha256']
+    return with_decisions(with_classes(table, predictor.classes), *parts), predictor.record['sha256']
 
 
 def subgroups(table, folder):
@@ -62,7 +72,8 @@ def subgroups(table, folder):
     from skin_lesions.evaluate import scores_by
     from skin_lesions.readers import read_metadata
     if folder is None: return None
-    inside, meta = with_classes(table[table.dx.notna()].reset_index(drop=True), 'HAM10000'), read_metadata(folder)
+    meta = read_metadata(folder)
+    inside = with_classes(table[table.dx.notna()].reset_index(drop=True), packaged_classes())
     meta['skin_type'] = pd.Categorical(meta.skin_type, [*'012345', 'unknown'], ordered=True)
     columns = ('skin_type', 'age_band', 'sex', 'site')
     frames = {by: scores_by(inside, meta, by).reset_index(names='subgroup') for by in columns}
@@ -86,19 +97,14 @@ def sources():
     return pd.read_csv(Path(os.environ['HAM10000_DIR'])/'HAM10000_sources.csv').set_index('image_id').dataset
 
 
-def ham10000_tables():
-    "Out-of-fold predictions of a recipe by source"
-    from skin_lesions.classes import HAM10000, with_classes
-    table = pd.read_csv(RESULTS/'experiments'/f'{RECIPE}.csv.gz')
-    table = table[(table.split == 'lesion') & (table.scale == 'reduced') & table.views.isna()]
-    folds = sorted(map(int, table.fold.unique()))
-    table = with_classes(table[['image_id', 'dx', 'group', *HAM10000.codes]].reset_index(drop=True), HAM10000)
-    table, source = crossfitted(table), table.image_id.map(sources())
-    tables = {('HAM10000, other lesions', 'all four'): table}
-    for name in sorted(source.unique()):
-        part = with_classes(table[source == name].reset_index(drop=True), HAM10000)
-        tables['HAM10000, other lesions', name] = part
-    return tables, folds
+def held_out_tables():
+    "Held-out predictions of the networks of the folds, by source"
+    from skin_lesions.classes import with_classes
+    classes = packaged_classes()
+    table = with_classes(pd.read_csv(HELD_OUT, dtype=dict(group=str)), classes)
+    table, source = crossfitted(table), table.image_id.map(sources()).fillna('MILK10k')
+    parts = {'HAM10000': source != 'MILK10k'} | {name: source == name for name in sorted(source.unique())}
+    return {(ONE, name): with_classes(table[rows].reset_index(drop=True), classes) for name, rows in parts.items()}
 
 
 def left_out_tables(args):
@@ -109,7 +115,8 @@ def left_out_tables(args):
     from skin_lesions.recipes import with_changes
     from skin_lesions.split import split_by_lesion
     from skin_lesions.train import train_run
-    meta = read_metadata(os.environ['HAM10000_DIR'])
+    from skin_lesions.classes import map_classes
+    meta = map_classes(read_metadata(os.environ['HAM10000_DIR']), packaged_classes())
     source = meta.image_id.map(sources())
     if args.images: meta = meta[meta.image_id.isin(meta.sample(args.images, random_state=42).image_id)]
     tables = {}
@@ -126,13 +133,13 @@ def left_out_tables(args):
 def main(args):
     from skin_lesions.cross_collection import cross_table
     if args.milk10k and not args.kept: ask(args.milk10k, args.threads)
-    tables, folds = ham10000_tables()
+    tables = held_out_tables()
     milk, sha256 = packaged_on_milk10k()
-    tables['HAM10000, all images', 'MILK10k'] = milk
+    tables[ALL, 'MILK10k'] = milk
     if args.train: tables |= left_out_tables(args)
     frame = cross_table(tables, args.draws)
     about = dict(date=date.today().isoformat(), seed=42, interval=f'95 %, bootstrap over lesions, {args.draws} draws',
-                 sha256=sha256, recipe=RECIPE, folds=folds,
+                 sha256=sha256,
                  not_measured=None if args.train else 'networks trained without a source',
                  subgroups_of_milk10k=subgroups(milk, args.milk10k),
                  rows=json.loads(frame.round(5).to_json(orient='records')))

@@ -23,8 +23,12 @@ def run(script, *args):
 
 
 def put_in(bundle):
-    "The bundle's two files and its card"
+    "The bundle's two files and its card, and what its networks said of lesions held out from them"
+    import pandas as pd
     for name in ('bundle.json', 'model.safetensors', 'README.md'): shutil.copyfile(bundle/name, PACKAGED/name)
+    held_out = pd.read_csv(bundle/'held_out_predictions.csv')
+    packed = dict(index=False, float_format='%.5f', compression=dict(method='gzip', mtime=0))
+    held_out.to_csv(RESULTS/'packaged_held_out.csv.gz', **packed)
 
 
 def weights():
@@ -47,7 +51,7 @@ def onto_card():
               'calibration', 'outside_referred', 'outside_ood')
     keys = [f'{k}{end}' for k in wanted for end in ('', '_low', '_high')]
     def row(r): return dict(name=NAMES[r['tested']]) | {k: r[k] for k in keys if k in r}
-    others = [row(r) for r in rows if r['tested'] in NAMES]
+    others = [row(r) for r in rows if r['tested'] in NAMES and r['trained'] == 'packaged network']
     update_bundle(PACKAGED, scores=read_bundle(PACKAGED)['scores'] | dict(collections=others))
     (PACKAGED/'README.md').write_text(model_card(read_bundle(PACKAGED), dataset='HAM10000'), encoding='utf-8')
 

@@ -249,7 +249,8 @@ BEST_RECIPES = _named(
     _BEST,
     replace(_BEST, name='quick', about='two stages, cross-entropy, square-root sampling, 6 epochs at 128 pixels',
             steps=((128, 6),), lr_factor=1., views=None),
-    Recipe('ham10000', 'the network in the package: two stages, cross-entropy', stages=2, rule='prior'))
+    replace(_BEST, name='ham10000', about='a network of the package: best, for other cameras too, 10 and 6 epochs',
+            augment='camera', steps=((128, 10), (224, 6))))
 
 # %% ../nbs/33_recipes.ipynb #87511e17
 _PLAIN = Recipe('base', 'Lite0, one cycle, cross-entropy', base='flat')
