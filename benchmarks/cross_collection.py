@@ -8,8 +8,8 @@ The first form asks the packaged network about those of MILK10k's dermoscopic im
 writes benchmarks/results/milk10k_packaged.csv.gz (probabilities as the network gives them, not calibrated; minutes).
 The second reads that table. Both take the four sources of HAM10000, and MILK10k's lesions that were trained on, from
 the held-out predictions of the bundle's folds (packaged_held_out.csv.gz), calibrated and decided cross-fitted. The
-third trains a network of the recipe `quick` without each source (hours) and adds its rows. Writes benchmarks/results/cross_collection.json, for
-nbs/76_cross_collection.ipynb.
+third trains a network of the recipe `quick` without each source (hours) and adds its rows. Writes
+benchmarks/results/cross_collection.json, for nbs/76_cross_collection.ipynb.
 """
 import argparse, json, os
 from datetime import date
