@@ -215,15 +215,21 @@ def file_lock(
     # closing the file lets the lock go on every system
     with open(path, 'a+') as f: yield _try_lock(f, wait)
 
-# %% ../nbs/00_core.ipynb #00c8b9e0
+# %% ../nbs/00_core.ipynb #00c8b9df
 PACKAGE_SUFFIXES = {'.heic': 'pillow-heif', '.heif': 'pillow-heif', '.dcm': 'pydicom'} # read if the package is there
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', *PACKAGE_SUFFIXES)
 
-def _is_image_file(path)->bool:
-    "An image by its name; neither hidden nor one of HAM10000's lesion masks"
-    by_name = path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith('.')
-    return by_name and not path.stem.endswith('_segmentation') and path.is_file()
+def _is_dicom(path)->bool:
+    "Whether a file without a suffix, as hospitals write it, is DICOM; their index of files is no image"
+    if path.suffix or path.name=='DICOMDIR' or not path.is_file(): return False
+    with open(path, 'rb') as f: return f.read(132)[128:]==b'DICM'
 
+def _is_image_file(path)->bool:
+    "An image by its name, or DICOM; neither hidden nor one of HAM10000's lesion masks"
+    if path.name.startswith('.') or path.stem.endswith('_segmentation'): return False
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() or _is_dicom(path)
+
+# %% ../nbs/00_core.ipynb #00c8b9e0
 def image_files(
     path, # an image, or a folder; HAM10000's lesion masks (`*_segmentation.png`) in it are left out
 )->list: # `Path`s, sorted
@@ -233,7 +239,7 @@ def image_files(
     path,suffixes = Path(path),', '.join(IMAGE_SUFFIXES)
     if not path.exists(): raise FileNotFoundError(f"{path} does not exist; give an image file or a folder of images")
     if path.is_file():
-        if path.suffix.lower() in IMAGE_SUFFIXES: return [path]
+        if path.suffix.lower() in IMAGE_SUFFIXES or _is_dicom(path): return [path]
         raise ValueError(f"{path} is not an image by its name; expected one of {suffixes}")
     files = sorted(p for p in path.rglob('*') if _is_image_file(p))
     if not files: raise FileNotFoundError(f"no image in {path} or below it; looked for {suffixes}")

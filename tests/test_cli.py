@@ -491,6 +491,15 @@ def test_predict_names_unreadable_files_and_goes_on(sample, call, finished_run, 
     status, _, error = call('predict', tmp_path/'in', '--bundle', finished_run, '--out', tmp_path/'o.csv', '--quiet')
     assert status == 0 and '1 of 2 images left out: bad.jpg: not an image' in error, error
     assert len(pd.read_csv(tmp_path/'o.csv')) == 1
+    status, printed, error = call('predict', tmp_path/'in', '--bundle', finished_run, '--quiet')
+    lines = printed.splitlines()
+    bad, = [line for line in lines if line.startswith(str(tmp_path/'in'/'bad.jpg'))]
+    assert status == 0 and len(lines) == 2 and 'cannot be used' in bad, 'which of the two is said, though one is answered'
+
+
+def test_a_reason_is_said_once_for_all_its_files():
+    from skin_lesions.cli import reasons_by_file
+    assert reasons_by_file(['a.heic: needs a package: pip', 'b.dcm: empty', 'c.heic: needs a package: pip']) == 'a.heic, c.heic: needs a package: pip; b.dcm: empty'
 
 
 def test_predict_answers_for_programs_and_through_a_pipe(call, tmp_path, monkeypatch):
