@@ -25,7 +25,7 @@ import argparse, ast, contextlib, glob, inspect, io, os, re, sys, textwrap, toke
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from .core import BUNDLE_NAMES, NOTICE, first_few, image_files
+from .core import BUNDLE_NAMES, NOTICE, check_port, first_few, image_files
 
 # %% ../nbs/81_cli.ipynb #31711001
 class Repeated(list):
@@ -1289,6 +1289,8 @@ def app(
     no_browser:bool=False, # do not open the page in the browser of this machine
 )->int:
     "Serve the web demo until Ctrl-C: drop photographs, read the answer; needs Gradio (pip install gradio)"
+    check_bundle(bundle)
+    check_port(host, port)
     note('starting the web demo ...') # the imports take some seconds
     from skin_lesions.app import launch_app
     limits:dict = dict(max_mb=max_mb, max_images=max_images, per_minute=per_minute)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PACKAGE_SUFFIXES', 'IMAGE_SUFFIXES', 'IMAGE_FORMATS', 'MAX_PIXELS', 'NOTICE', 'REPOSITORY', 'BUNDLE_NAMES',
            'unknown_name', 'is_whole', 'first_few', 'check_columns', 'table_text', 'atomic_path', 'json_value',
-           'write_json', 'read_json', 'file_lock', 'image_files', 'without_copies', 'ImageError', 'read_image',
-           'why_unreadable', 'unreadable_files', 'progress', 'versions', 'named_bundle', 'reuse_memory']
+           'write_json', 'read_json', 'file_lock', 'check_port', 'image_files', 'without_copies', 'ImageError',
+           'read_image', 'why_unreadable', 'unreadable_files', 'progress', 'versions', 'named_bundle', 'reuse_memory']
 
 # %% ../nbs/00_core.ipynb #b4449989
 import contextlib, csv, ctypes, difflib, filecmp, importlib, io, json, math, os, platform, stat, sys, tempfile
@@ -214,6 +214,22 @@ def file_lock(
     "Hold a lock of the operating system, which ends with the process; yields whether it was had"
     # closing the file lets the lock go on every system
     with open(path, 'a+') as f: yield _try_lock(f, wait)
+
+# %% ../nbs/00_core.ipynb #00c8b9d2
+def check_port(
+    host:str, # address to listen at
+    port:int, # 0 takes a free one
+):
+    "Raise an `OSError` where nothing can listen"
+    import socket
+    try: found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as e: raise OSError(f"host {host!r} is no address of this machine: {e.strerror}") from None
+    with socket.socket(*found[:3]) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try: s.bind(found[4])
+        except OSError as e:
+            raise OSError(f"nothing can listen at {host}, port={port} ({e.strerror}): another web demo may be there; "
+                          "choose another port, or 0 for a free one") from None
 
 # %% ../nbs/00_core.ipynb #00c8b9df
 PACKAGE_SUFFIXES = {'.heic': 'pillow-heif', '.heif': 'pillow-heif', '.dcm': 'pydicom'} # read if the package is there
