@@ -21,7 +21,7 @@ from fastcore.xml import (H1, H2, A, B, Button, Details, Div, Figcaption, Figure
 from PIL import Image
 
 from .classes import ClassSet, classes_of
-from .core import IMAGE_SUFFIXES, NOTICE
+from .core import IMAGE_SUFFIXES, NOTICE, check_port
 from .decide import InWords, answer_in_words, answer_record, named_code
 from .gradcam import GradCAM, overlay_cam
 from .predict import Predictor, load_predictor
@@ -506,7 +506,7 @@ def _wait(app):
         while True: time.sleep(3600)
     except KeyboardInterrupt: pass
     finally:
-        app.close()
+        app.close(verbose=False)
         app.folder.cleanup()
 
 # %% ../nbs/80_app.ipynb #80a00010
@@ -522,6 +522,7 @@ def launch_app(
 ): # `gradio.Blocks`, with `local_url`; None after Ctrl-C
     "Serve the app"
     if not 0<max_mb<=1000: raise ValueError(f"max_mb must be over 0 and at most 1000, got {max_mb}")
+    check_port(host, port)
     gr = _gradio()
     folder = tempfile.TemporaryDirectory(prefix='skin-lesions-app-') # of uploads until they are answered
     os.environ['GRADIO_TEMP_DIR'] = folder.name # Gradio asks for it at each request

@@ -9,23 +9,23 @@ __all__ = ['Views', 'ViewsOrAuto', 'Rule', 'Calibration', 'Split', 'Engine', 'Sc
            'piped_images', 'named_images', 'files_alone', 'check_source', 'read_images', 'check_collection',
            'without_bad_images', 'run_predictions', 'print_scores', 'recipe_changes', 'print_run', 'train',
            'check_run_folder', 'is_whole_run', 'train_and_print', 'unseen_images', 'read_split', 'validation_images',
-           'known_images', 'readable_rows', 'map_entries', 'in_classes', 'images_to_judge', 'predict_labelled',
-           'write_report', 'check_evaluated', 'note_overlap', 'evaluate', 'print_pairs', 'audit_labels', 'audit',
-           'print_benefit', 'benefit', 'change_names', 'print_stress', 'stress', 'stress_and_print', 'named_embedder',
-           'embed', 'probe', 'read_patients', 'note_ood', 'print_answer', 'words_of', 'with_patients', 'write_maps',
-           'predict', 'answer_records', 'print_json', 'print_csv', 'print_lines', 'print_answers', 'gradcam',
-           'print_fitted', 'fitted_sets', 'print_sets', 'calibrate', 'ensemble', 'combined', 'submit', 'export_onnx',
-           'quantize', 'print_int8', 'sign', 'verify', 'app', 'paper_runs', 'print_recipes', 'run_line', 'opened_pool',
-           'run_all', 'print_paper_table', 'run_options', 'paper', 'reproduce_bundle', 'print_reproduced',
-           'demo_recipe', 'demo', 'demo_sample', 'run_demo', 'predict_demo', 'argument_parser', 'shell_words',
-           'plain_warnings', 'main']
+           'known_images', 'reasons_by_file', 'readable_rows', 'map_entries', 'in_classes', 'images_to_judge',
+           'predict_labelled', 'write_report', 'check_evaluated', 'note_overlap', 'evaluate', 'print_pairs',
+           'audit_labels', 'audit', 'print_benefit', 'benefit', 'change_names', 'print_stress', 'stress',
+           'stress_and_print', 'named_embedder', 'embed', 'probe', 'read_patients', 'note_ood', 'print_answer',
+           'words_of', 'with_patients', 'write_maps', 'predict', 'answer_records', 'print_json', 'print_csv',
+           'print_lines', 'print_answers', 'gradcam', 'print_fitted', 'fitted_sets', 'print_sets', 'calibrate',
+           'ensemble', 'combined', 'submit', 'export_onnx', 'quantize', 'print_int8', 'sign', 'verify', 'app',
+           'paper_runs', 'print_recipes', 'run_line', 'opened_pool', 'run_all', 'print_paper_table', 'run_options',
+           'paper', 'reproduce_bundle', 'print_reproduced', 'demo_recipe', 'demo', 'demo_sample', 'run_demo',
+           'predict_demo', 'argument_parser', 'shell_words', 'plain_warnings', 'main']
 
 # %% ../nbs/81_cli.ipynb #733f8970
 import argparse, ast, contextlib, glob, inspect, io, os, re, sys, textwrap, tokenize, warnings
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from .core import BUNDLE_NAMES, NOTICE, first_few, image_files
+from .core import BUNDLE_NAMES, NOTICE, check_port, first_few, image_files
 
 # %% ../nbs/81_cli.ipynb #31711001
 class Repeated(list):
@@ -469,14 +469,22 @@ def known_images(
     return validation_images(run) if (Path(run)/'split.csv').is_file() else None
 
 # %% ../nbs/81_cli.ipynb #c66943be
+def reasons_by_file(
+    problems, # texts FILE: REASON
+)->str:
+    "Each reason once, with the files that it is about"
+    files:dict = {}
+    for file,_,reason in (text.partition(': ') for text in problems): files.setdefault(reason, []).append(file)
+    return '; '.join(f'{first_few(names, 10)}: {reason}' for reason,names in files.items())
+
 def readable_rows(
     table, # predictions table with column problem
 ): # predictions table without it
     "The rows of a table that have probabilities; the others are named on the error stream"
     if 'problem' not in table: return table
     bad = table[table.problem.notna()]
-    if len(bad)==len(table): raise ValueError(f"no image can be read: {first_few(list(bad.problem), 5)}")
-    if len(bad): note(f"{len(bad)} of {len(table)} images left out: {'; '.join(bad.problem)}")
+    if len(bad)==len(table): raise ValueError(f"no image can be read: {reasons_by_file(bad.problem)}")
+    if len(bad): note(f"{len(bad)} of {len(table)} images left out: {reasons_by_file(bad.problem)}")
     return table[table.problem.isna()].drop(columns='problem').reset_index(drop=True)
 
 # %% ../nbs/81_cli.ipynb #3fd47589
@@ -1005,7 +1013,7 @@ def print_answers(
     records = answer_records(answers, predictor, files)
     if form=='json': print_json(records)
     elif form=='csv': print_csv(records)
-    elif len(table)==1: print_answer(table.iloc[0], predictor)
+    elif len(files)==1: print_answer(table.iloc[0], predictor)
     else: print_lines(records)
 
 # %% ../nbs/81_cli.ipynb #7140a175
@@ -1281,6 +1289,8 @@ def app(
     no_browser:bool=False, # do not open the page in the browser of this machine
 )->int:
     "Serve the web demo until Ctrl-C: drop photographs, read the answer; needs Gradio (pip install gradio)"
+    check_bundle(bundle)
+    check_port(host, port)
     note('starting the web demo ...') # the imports take some seconds
     from skin_lesions.app import launch_app
     limits:dict = dict(max_mb=max_mb, max_images=max_images, per_minute=per_minute)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PACKAGE_SUFFIXES', 'IMAGE_SUFFIXES', 'IMAGE_FORMATS', 'MAX_PIXELS', 'NOTICE', 'REPOSITORY', 'BUNDLE_NAMES',
            'unknown_name', 'is_whole', 'first_few', 'check_columns', 'table_text', 'atomic_path', 'json_value',
-           'write_json', 'read_json', 'file_lock', 'image_files', 'without_copies', 'ImageError', 'read_image',
-           'why_unreadable', 'unreadable_files', 'progress', 'versions', 'named_bundle', 'reuse_memory']
+           'write_json', 'read_json', 'file_lock', 'check_port', 'image_files', 'without_copies', 'ImageError',
+           'read_image', 'why_unreadable', 'unreadable_files', 'progress', 'versions', 'named_bundle', 'reuse_memory']
 
 # %% ../nbs/00_core.ipynb #b4449989
 import contextlib, csv, ctypes, difflib, filecmp, importlib, io, json, math, os, platform, stat, sys, tempfile
@@ -215,15 +215,37 @@ def file_lock(
     # closing the file lets the lock go on every system
     with open(path, 'a+') as f: yield _try_lock(f, wait)
 
-# %% ../nbs/00_core.ipynb #00c8b9e0
+# %% ../nbs/00_core.ipynb #00c8b9d2
+def check_port(
+    host:str, # address to listen at
+    port:int, # 0 takes a free one
+):
+    "Raise an `OSError` where nothing can listen"
+    import socket
+    try: found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as e: raise OSError(f"host {host!r} is no address of this machine: {e.strerror}") from None
+    with socket.socket(*found[:3]) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try: s.bind(found[4])
+        except OSError as e:
+            raise OSError(f"nothing can listen at {host}, port={port} ({e.strerror}): another web demo may be there; "
+                          "choose another port, or 0 for a free one") from None
+
+# %% ../nbs/00_core.ipynb #00c8b9df
 PACKAGE_SUFFIXES = {'.heic': 'pillow-heif', '.heif': 'pillow-heif', '.dcm': 'pydicom'} # read if the package is there
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', *PACKAGE_SUFFIXES)
 
-def _is_image_file(path)->bool:
-    "An image by its name; neither hidden nor one of HAM10000's lesion masks"
-    by_name = path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith('.')
-    return by_name and not path.stem.endswith('_segmentation') and path.is_file()
+def _is_dicom(path)->bool:
+    "Whether a file without a suffix, as hospitals write it, is DICOM; their index of files is no image"
+    if path.suffix or path.name=='DICOMDIR' or not path.is_file(): return False
+    with open(path, 'rb') as f: return f.read(132)[128:]==b'DICM'
 
+def _is_image_file(path)->bool:
+    "An image by its name, or DICOM; neither hidden nor one of HAM10000's lesion masks"
+    if path.name.startswith('.') or path.stem.endswith('_segmentation'): return False
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() or _is_dicom(path)
+
+# %% ../nbs/00_core.ipynb #00c8b9e0
 def image_files(
     path, # an image, or a folder; HAM10000's lesion masks (`*_segmentation.png`) in it are left out
 )->list: # `Path`s, sorted
@@ -233,7 +255,7 @@ def image_files(
     path,suffixes = Path(path),', '.join(IMAGE_SUFFIXES)
     if not path.exists(): raise FileNotFoundError(f"{path} does not exist; give an image file or a folder of images")
     if path.is_file():
-        if path.suffix.lower() in IMAGE_SUFFIXES: return [path]
+        if path.suffix.lower() in IMAGE_SUFFIXES or _is_dicom(path): return [path]
         raise ValueError(f"{path} is not an image by its name; expected one of {suffixes}")
     files = sorted(p for p in path.rglob('*') if _is_image_file(p))
     if not files: raise FileNotFoundError(f"no image in {path} or below it; looked for {suffixes}")

@@ -33,7 +33,7 @@ import contextlib, io, sys
 from skin_lesions.cli import COMMANDS, main
 commands = [func.__name__.replace('_', '-') for func in COMMANDS]
 calls = [['--help'], ['--version'], *([c, '--help'] for c in commands), ['trian'], ['train', '--out'], ['paper', '--list'], ['predict'],
-         ['predict', 'no.jpg'], ['predict', 'a.jpg', '--bundle', 'none'], ['train', '--out', 'run', '--csv', 'no.csv'],
+         ['predict', 'no.jpg'], ['predict', 'a.jpg', '--bundle', 'none'], ['app', '--bundle', 'none'], ['app', '--host', 'no host'], ['train', '--out', 'run', '--csv', 'no.csv'],
          ['train', '--out', 'run', '--recipe', 'bst'], ['train', '--out', 'run', '--set', 'size'], ['evaluate', 'table.csv', '--data', '.'],
          ['evaluate', 'table.csv', '--part', 'test'], ['ensemble', 'a', 'a', '--out', 'b'], ['ensemble', 'a', 'b', '--out', 'c', '--greedy', '--out-of-fold']]
 for call in calls:
@@ -491,6 +491,15 @@ def test_predict_names_unreadable_files_and_goes_on(sample, call, finished_run, 
     status, _, error = call('predict', tmp_path/'in', '--bundle', finished_run, '--out', tmp_path/'o.csv', '--quiet')
     assert status == 0 and '1 of 2 images left out: bad.jpg: not an image' in error, error
     assert len(pd.read_csv(tmp_path/'o.csv')) == 1
+    status, printed, error = call('predict', tmp_path/'in', '--bundle', finished_run, '--quiet')
+    lines = printed.splitlines()
+    bad, = [line for line in lines if line.startswith(str(tmp_path/'in'/'bad.jpg'))]
+    assert status == 0 and len(lines) == 2 and 'cannot be used' in bad, 'which of the two is said, though one is answered'
+
+
+def test_a_reason_is_said_once_for_all_its_files():
+    from skin_lesions.cli import reasons_by_file
+    assert reasons_by_file(['a.heic: needs a package: pip', 'b.dcm: empty', 'c.heic: needs a package: pip']) == 'a.heic, c.heic: needs a package: pip; b.dcm: empty'
 
 
 def test_predict_answers_for_programs_and_through_a_pipe(call, tmp_path, monkeypatch):
@@ -635,6 +644,14 @@ def test_gradcam_writes_images_and_a_gallery(sample, finished_run, call, tmp_pat
     assert status == 2 and '--overwrite' in error
     status, _, error = call('gradcam', images[0], '--bundle', finished_run, '--out', tmp_path/'other', '--target', 'mell', '--quiet')
     assert status == 2 and "did you mean 'mel'" in error
+
+
+def test_app_says_at_once_that_its_port_is_taken(call):
+    import socket
+    with socket.create_server(('127.0.0.1', 0)) as s:
+        port = s.getsockname()[1]
+        status, printed, error = call('app', '--port', port, '--no-browser')
+    assert (status, printed) == (2, '') and f'--port {port}' in error and '0 for a free one' in error and 'starting' not in error, error
 
 
 # ---- calibrate, ensemble, submit, ONNX

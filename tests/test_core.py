@@ -239,6 +239,16 @@ def test_heic_and_dicom_are_read_by_their_packages(tmp_path, monkeypatch):
     assert asked == [1]
 
 
+def test_dicom_without_a_suffix_is_an_image(tmp_path):
+    "As hospitals export it; their index of files, and other files without a suffix, are none"
+    from skin_lesions.core import image_files
+    for name in ('IM000001', 'DICOMDIR', 'IM000002.txt', '.IM000003'): (tmp_path/name).write_bytes(bytes(128) + b'DICM')
+    (tmp_path/'LICENSE').write_bytes(b'short'); (tmp_path/'folder').mkdir()
+    assert [f.name for f in image_files(tmp_path)] == ['IM000001'] and image_files(tmp_path/'IM000001') == [tmp_path/'IM000001']
+    for name in ('LICENSE', 'DICOMDIR'):
+        with pytest.raises(ValueError, match='not an image by its name'): image_files(tmp_path/name)
+
+
 @pytest.mark.parametrize('kind', ['heic', 'dicom'])
 def test_real_heic_and_dicom(kind, tmp_path):
     "With the packages themselves, where they are installed"
