@@ -42,12 +42,13 @@ def _with_interval(found, name='average_recall')->str:
     value,low,high = (found.get(key) for key in (name, 'low', 'high'))
     return _number(value) if None in (value, low, high) else interval_text(value, low, high)
 
+def _ends(found, name)->dict: return {name: found.get(name), **{k: found.get(f'{name}_{k}') for k in ('low', 'high')}}
+
 def _main_lines(scores, dataset)->str:
     "The main scores as a table"
     found = card_scores(scores)
     if found is None: return 'Not measured.'
-    ends = {k: dict(low=scores.get(f'{k}_low'), high=scores.get(f'{k}_high')) for k in found['values']}
-    rows = [(SCORE_NAMES[k], _with_interval(ends[k] | {k: v}, k)) for k,v in found['values'].items()
+    rows = [(SCORE_NAMES[k], _with_interval(_ends(scores, k) | {k: v}, k)) for k,v in found['values'].items()
             if k!='average_recall']
     recall = dict(zip(('low', 'high'), found['interval'] or (None, None))) | found['values']
     if 'average_recall' in recall: rows.insert(1, (SCORE_NAMES['average_recall'], _with_interval(recall)))
@@ -63,7 +64,7 @@ def _views_line(scores)->str:
     gain,decided = seen['gain'],seen.get('decided')
     text = (f"Averaged over the views `{seen['name']}`: average recall {_with_interval(seen, 'value')} by the most "
             f"probable class, {interval_text(gain['difference'], gain['low'], gain['high'])} more than one view "
-            f"(paired); macro AUC {_with_interval(seen, 'macro_auc')}")
+            f"(paired); macro AUC {_with_interval(_ends(seen, 'macro_auc'), 'macro_auc')}")
     if not decided: return text+'.'
     return (f"{text}; average recall {_with_interval(decided, 'value')} by the rule and calibration error "
             f"{_number(seen['error_of_calibrated'])}, calibration and rule fitted on single views of other lesions.")
@@ -120,7 +121,7 @@ def _glance_lines(scores, dataset)->str:
     if not scores.get('decided'): return ''
     rows = [_own_row(scores, dataset), *(scores.get('collections') or [])]
     columns = [k for k in _GLANCE if any(r.get(k) is not None for r in rows)]
-    def cell(r, k): return _with_interval({k: r.get(k), 'low': r.get(f'{k}_low'), 'high': r.get(f'{k}_high')}, k)
+    def cell(r, k): return _with_interval(_ends(r, k), k)
     table = _table(['', 'images', *(_GLANCE[k] for k in columns)],
                    [(r['name'], f"{r['images']:,}", *(cell(r, k) for k in columns)) for r in rows])
     return f"{table}\n\nIn brackets 95 % bootstrap intervals over lesions."
@@ -220,10 +221,18 @@ def _ood_lines(record)->str:
 
 # %% ../nbs/68_card.ipynb #97b397bd
 CARD_TAGS = ('dermatoscopy', 'skin-lesions', 'timm', 'safetensors')
-_HAM10000_NOTE = ("\nHAM10000 (ViDIR Group, Department of Dermatology, Medical University of Vienna; Tschandl, "
-                  "Rosendahl, Kittler 2018, doi:10.7910/DVN/DBW86T) is CC BY-NC 4.0: with attribution, not for "
-                  "commercial use. Weights made from it are given under the same licence. "
-                  "The code has its own licence.")
+_OWNERS = dict(
+    HAM10000='ViDIR Group, Department of Dermatology, Medical University of Vienna; Tschandl, Rosendahl, Kittler 2018, '
+             'doi:10.7910/DVN/DBW86T',
+    MILK10k='MILK study team; ISIC 2025')
+
+def _data_note(dataset)->str:
+    "Whose images the weights were made from, where that is known"
+    names = [name for name in _OWNERS if name in (dataset or '')]
+    if not names: return ''
+    owners = ' and '.join(f'{name} ({_OWNERS[name]})' for name in names)
+    return (f"\n{owners} {'is' if len(names)==1 else 'are'} CC BY-NC 4.0: with attribution, not for commercial use. "
+            "Weights made from such images are given under the same licence. The code has its own licence.")
 
 def _header(license)->str:
     "The YAML header that the hub reads"
@@ -265,18 +274,18 @@ def _score_lines(scores, classes, dataset)->str:
 def model_card(
     record:dict, # as from `read_bundle`
     *,
-    dataset:str=None, # what the data are called that the scores were measured on; None leaves it open
+    dataset:str=None, # what the data are called that the scores were measured on; None takes what the record says
     license:str='cc-by-nc-4.0', # of the weights, as the hub abbreviates it; the default is that of HAM10000
     name:str=None, # owner/name on the hub, for the example in the text; None shows how a folder is opened
 )->str: # Markdown with a YAML header
     "The model card of a bundle"
     classes,scores = ClassSet.from_dict(record['classes']),record.get('scores') or {}
-    note = _HAM10000_NOTE if dataset=='HAM10000' else ''
+    dataset = dataset or scores.get('dataset')
     sections = {
         'Use': _use_lines(name, classes), 'Network and training': _network_lines(record),
         'Data and split': _data_lines(record), 'Scores': _score_lines(scores, classes, dataset),
         'Decision rule and referral': _decision_lines(record), 'Out-of-distribution images': _ood_lines(record),
-        'Limits': _limit_lines(classes), 'Licence': f'{license}.{note}'}
+        'Limits': _limit_lines(classes), 'Licence': f'{license}.{_data_note(dataset)}'}
     top = [_header(license), _title(record, classes, scores), f"**{record.get('notice', NOTICE)}**"]
     if glance := _glance_lines(scores, dataset): top.append(f'## At a glance\n{glance}')
     return '\n\n'.join([*top, *(f'## {title}\n{text}' for title,text in sections.items())]) + '\n'

@@ -203,7 +203,9 @@ def measured_scores(
     which = f"fold{'s' if len(folds)>1 else ''} {', '.join(map(str, folds))} of {FOLDS}"
     if split=='own' and 'is_valid' in meta: which = "the data set's own split"
     on = f'held-out lesions of {which}, by networks that were not trained on them'
-    where = dict(measured_on=on, subgroups=subgroup_scores(table, meta), date=date.today().isoformat())
+    dataset = ' and '.join(sorted(meta.collection.unique())) if 'collection' in meta else 'HAM10000'
+    where = dict(measured_on=on, dataset=dataset, subgroups=subgroup_scores(table, meta))
+    where |= dict(date=date.today().isoformat())
     training = dict(config=training_config(recipe), data=data_fingerprint(meta), split_seed=SPLIT_SEED)
     return measured | where | training | about
 
@@ -254,7 +256,7 @@ def write_reproduced(
     save_bundle(predictor, out, scores=scores, overwrite=True, half=moved<=tolerance, **fitted)
     scores['megabytes'] = round(sum((out/f).stat().st_size for f in ('model.safetensors', 'bundle.json'))/1e6, 2)
     write_json(scores, out/'scores.json')
-    card = model_card(read_bundle(out), dataset='HAM10000')
+    card = model_card(read_bundle(out))
     with atomic_path(out/'README.md') as tmp: tmp.write_text(card, encoding='utf-8')
     return scores
 

@@ -16,7 +16,7 @@ def record(): return read_bundle(named_bundle('ham10000'))
 def test_every_decimal_in_the_card_is_in_the_record(record):
     "No figure is typed: each number with decimals comes from the record, rounded"
     numbers = [float(n) for n in re.findall(r'-?\d+\.\d+', json.dumps(record))]
-    text = model_card(record, dataset='HAM10000')
+    text = model_card(record)
     text = text[text.index('# '):text.index('## Licence')] # header and licence have numbers of their own
     for shown in re.findall(r'(?<![\d.])(\d+\.\d+)(%?)', text):
         value, digits = float(shown[0]), len(shown[0].split('.')[1])
@@ -25,7 +25,24 @@ def test_every_decimal_in_the_card_is_in_the_record(record):
 
 
 def test_the_packaged_card_is_that_of_its_record(record):
-    assert (named_bundle('ham10000')/'README.md').read_text(encoding='utf-8') == model_card(record, dataset='HAM10000')
+    assert (named_bundle('ham10000')/'README.md').read_text(encoding='utf-8') == model_card(record)
+
+
+def test_views_have_intervals_of_their_own(record):
+    ends = dict(macro_auc=.958, macro_auc_low=.951, macro_auc_high=.963)
+    seen = dict(name='dihedral', value=.67, low=.65, high=.69, gain=dict(difference=.01, low=-.01, high=.02), **ends)
+    text = model_card(record | dict(scores=record['scores'] | dict(views=seen)))
+    assert 'average recall 0.670 (0.650 to 0.690)' in text and 'macro AUC 0.958 (0.951 to 0.963)' in text
+
+
+def test_whose_images_they_were(record):
+    "The collections that the record names, with their owners"
+    scores = record['scores']
+    text = model_card(record | dict(scores=scores | dict(dataset='HAM10000 and MILK10k')))
+    assert '| HAM10000 and MILK10k |' in text and 'ViDIR Group' in text and 'MILK study team' in text
+    text = model_card(record | dict(scores=scores | dict(dataset='HAM10000')))
+    assert '| HAM10000 |' in text and 'ViDIR Group' in text and 'MILK study team' not in text
+    assert 'CC BY-NC' not in model_card(record | dict(scores=scores | dict(dataset='ours')), license='mit')
 
 
 @pytest.mark.parametrize('name', CLASS_SETS)
