@@ -13,8 +13,9 @@ if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS',
 os.environ['SKIN_LESIONS_CACHE'] = tempfile.mkdtemp(prefix='skin-lesions-cache-') # not the user's
 
 
-LONGEST = ('cli', 'package', 'distributed', 'experiments', 'learner', 'app', 'resume', 'cache', 'train', 'predict', 'split', 'patient', 'survival', 'onnx', 'engine',
-           'stored_tables', 'quantize', 'conformal', 'reproduce', 'pretext', 'gradcam', 'security')
+LONGEST = ('cli', 'experiments', 'distributed', 'train', 'app', 'stored_tables', 'onnx', 'survival', 'predict', 'resume', 'evaluate', 'learner', 'benchmarks',
+           'report', 'conformal', 'masking', 'package', 'patient', 'reproduce', 'fake_gpu', 'gradcam', 'security', 'cache', 'pretext', 'quantize', 'decide',
+           'split', 'engine')
 
 
 def pytest_configure(config):
