@@ -10,4 +10,6 @@ RUN useradd --create-home --home-dir /app app
 USER app
 WORKDIR /app
 EXPOSE 7860
+# the first process of a container ignores SIGTERM; the command ends with Ctrl-C
+STOPSIGNAL SIGINT
 CMD ["skin_lesions", "app", "--host", "0.0.0.0", "--no-browser"]

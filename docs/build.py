@@ -26,7 +26,8 @@ def with_math(text):
 
 def with_links(text):
     "Links between notebooks become links between pages; those to other files of the repository lead to it; a badge becomes its text"
-    text = re.sub(r'\[!\[([^\]]*)\]\(https?:[^)]*\)\]', r'[\1]', text)
+    badge = r'\[!\[([^\]]*)\]\(https?:[^)]*\)\]'
+    text = re.sub(badge, r'[\1]', re.sub(rf'(?<=\))\n(?={badge})', ' · ', text))
     text = re.sub(r'\]\((?:nbs/)?(\d\d_\w+)\.ipynb', r'](\1.md', text)
     text = re.sub(r'\]\((?:nbs/)?README\.md', '](pages.md', text)
     # Jupyter keeps the capitals of a heading in its anchor, MkDocs does not
@@ -95,16 +96,33 @@ def usage_pages():
     about = {a.dest: a.help.replace('%%', '%') for a in commands._choices_actions}
     pages = {'index': '# Command line\n\nAfter the [installation](../index.md#install), `skin_lesions COMMAND`; `skin_lesions --version` and `skin_lesions --debug COMMAND`, '
                       'which shows the traceback of an error. What the commands read and write: [81 Command line](../81_cli.md).\n\n| command | what it does |\n|---|---|\n'
-                      + ''.join(f'| [`{name}`]({name}.md) | {text} |\n' for name,text in about.items())}
+                      + ''.join(f'| [`{name}`]({name}.md) | {with_options_as_code(text)} |\n' for name,text in about.items())}
     for name,command in commands.choices.items():
-        pages[name] = f'# skin_lesions {name}\n\n{about[name]}.\n\n```text\n{command.format_usage()}```\n\n'+option_tables(command)
+        pages[name] = f'# skin_lesions {name}\n\n{with_options_as_code(about[name])}.\n\n```text\n{synopsis(name, command)}\n```\n\n'+option_tables(command)
     return pages
+
+
+def with_options_as_code(text): return re.sub(r'(?<![\w`-])--[a-z][\w-]*', r'`\g<0>`', text)
+
+
+def synopsis(name, command):
+    "How a command is typed: its arguments and the options that it needs; the tables have the others"
+    arguments = [typed(a) for a in command._actions if not a.option_strings]
+    needed = [typed(a) for a in command._actions if a.option_strings and a.required]
+    return ' '.join(['skin_lesions', name, *arguments, *needed, '[options]'])
+
+
+def typed(action):
+    "An argument or option with the values that it takes"
+    value = '' if action.nargs==0 else action.metavar or (action.dest.rstrip('_').upper() if action.option_strings else action.dest)
+    if action.nargs=='+': value = f'{value} [{value} ...]'
+    return ' '.join([*action.option_strings[:1], value]).strip()
 
 
 def option_tables(command):
     "The arguments and options of a parser as tables"
-    def cell(text): return text.replace('%%', '%').replace('|', '\\|').replace('<', '&lt;')
-    def row(a): return f"| `{', '.join(a.option_strings) or a.dest}` | {cell(a.help)}{'; one of '+', '.join(f'`{c}`' for c in a.choices) if a.choices else ''} |\n"
+    def cell(text): return with_options_as_code(text.replace('%%', '%').replace('|', '\\|').replace('<', '&lt;'))
+    def row(a): return f"| `{typed(a)}` | {cell(a.help)}{'; one of '+', '.join(f'`{c}`' for c in a.choices) if a.choices else ''} |\n"
     shown = [a for a in command._actions if a.dest!='help']
     tables = ''
     for title,actions in (('Arguments', [a for a in shown if not a.option_strings]), ('Options', [a for a in shown if a.option_strings])):

@@ -1462,11 +1462,8 @@ def print_reproduced(
     out, # folder of the bundle
 ):
     "Print the scores of the reproduced bundle"
-    for name in ('argmax', 'decided'):
-        s = record[name]
-        if not s: continue
-        between = f"{s['low']:.3f} to {s['high']:.3f}"
-        print(f"{name}: accuracy {s['accuracy']:.3f}, average recall {s['average_recall']:.3f} ({between})")
+    for name,text in (('argmax', 'by the most probable class'), ('decided', 'calibrated and decided')):
+        if record[name]: print(f'{text}: {_score_line(record[name])}')
     bits = 16 if record['half']['used'] else 32
     print(f"{out}: {record['megabytes']} MB, {bits}-bit weights, {record['measured_on']}")
 

@@ -412,7 +412,8 @@ def split_sentence(
     counts = f"{split['train_images']:,} images for training, {split['valid_images']:,} for validation"
     some = f'{leak:.1%}' if leak else 'none'
     leaked = '' if leak is None else f'; {some} of these show a lesion that is in training'
-    return f"{split['rule']}, seed {split['seed']}; {counts}{leaked}"
+    seed = '' if split['seed'] is None else f", seed {split['seed']}"
+    return f"{split['rule']}{seed}; {counts}{leaked}"
 
 # %% ../nbs/64_report.ipynb #64a0de02
 def run_for_report(

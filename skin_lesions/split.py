@@ -217,8 +217,9 @@ def warn_if_leaking(
     stacklevel:int=2, # as for `warnings.warn`
 ):
     "Warn when a split that the user brought puts images of one group on both sides"
+    # those who ask for these rules know
     rule = meta.attrs.get('split', {}).get('rule', '')
-    if 'group' not in meta or meta.group.isna().any() or rule.startswith('by image'): return
+    if 'group' not in meta or meta.group.isna().any() or rule.startswith(('by image', 'all images')): return
     leaked = leaked_images(meta)
     if not leaked.any(): return
     unit,examples = _unit(meta),first_few(meta.image_id[leaked.index[leaked]])

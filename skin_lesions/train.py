@@ -62,7 +62,7 @@ def all_for_training(
     meta:pd.DataFrame, # of all images
 )->pd.DataFrame: # each image for training, and an image of each class once more with `is_valid`
     "The frame of a network that learns from all images"
-    attrs = {k: v for k,v in meta.attrs.items() if k!='split'}
+    attrs = meta.attrs | dict(split=dict(rule='all images', seed=None))
     one_of_each = meta.drop_duplicates('dx').assign(is_valid=True)
     frame = pd.concat([meta.assign(is_valid=False), one_of_each], ignore_index=True)
     frame.attrs = attrs

@@ -428,7 +428,7 @@ def test_the_container_starts_what_exists(repo, cli, tmp_path):
     assert name == 'skin_lesions' and all(o in help_text for o in options if o.startswith('--'))
     kept = [l[1:] for l in (repo/'.dockerignore').read_text().splitlines() if l.startswith('!')]
     assert all((repo/k).exists() for k in kept) and {'skin_lesions', 'settings.ini', 'setup.py', 'pyproject.toml', 'README.md'} <= set(kept)
-    assert "'/src[app]'" in text and 'USER app' in text
+    assert "'/src[app]'" in text and 'USER app' in text and 'STOPSIGNAL SIGINT' in text
 
 
 def test_the_command_and_the_space(bundle, repo, processes, tmp_path, monkeypatch):

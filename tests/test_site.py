@@ -63,8 +63,21 @@ def test_usage_has_each_command_with_each_option(build):
     for name, command in commands.items():
         assert f']({name}.md)' in pages['index'] and f'# skin_lesions {name}\n' in pages[name]
         for action in command._actions:
-            shown = re.search(rf"^\| `{re.escape(', '.join(action.option_strings) or action.dest)}` \| \S.* \|$", pages[name], re.M)
+            shown = re.search(rf"^\| `{re.escape((action.option_strings or [action.dest])[0])}( [^`]+)?` \| \S.* \|$", pages[name], re.M)
             assert shown or action.dest == 'help', (name, action.dest)
+
+
+def test_usage_says_what_must_be_typed(build):
+    pages = build.usage_pages()
+    assert '```text\nskin_lesions predict images [images ...] [options]\n```' in pages['predict']
+    assert '```text\nskin_lesions train --out OUT [options]\n```' in pages['train']
+    assert '| `--json` |' in pages['predict'] and '| `--device DEVICE` |' in pages['predict'] and '`--images IMAGES [IMAGES ...]`' in pages['quantize']
+    for text in pages.values():
+        assert not re.search(r'(?<![\w`-])--[a-z]', re.sub(r'```.*?```|`[^`\n]*`', '', text, flags=re.S)), 'an option that a browser may break after its hyphens'
+
+
+def test_badges_are_apart(build):
+    assert build.with_links('[![A](https://x/y)](#a)\n[![B](https://x/z)](#b)\n\ntext') == '[A](#a) · [B](#b)\n\ntext'
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)

@@ -155,3 +155,18 @@ def test_factors_alone_are_the_weights(meta):
     dls = recipe_dataloaders(recipe, meta, 32, num_workers=0, device='cpu')
     learn = lesion_learner(dls, 'test_efficientnet', pretrained=False, **recipe_loss(recipe, meta))
     assert dict(zip(dls.vocab, learn.loss_func.alpha.tolist())) == expected
+
+
+def test_all_images_is_a_rule_and_no_mistake(meta):
+    "Who trains on everything is not warned that validation images are in training; who brings such a split is"
+    import warnings
+    from skin_lesions.report import split_sentence
+    from skin_lesions.split import describe_split, warn_if_leaking
+    from skin_lesions.train import split_images
+    everything = split_images(meta, fold=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        warn_if_leaking(everything)
+    assert split_sentence(describe_split(everything)).startswith(f'all images; {len(meta)} images for training, ')
+    everything.attrs.pop('split')
+    with pytest.warns(UserWarning, match='also in training'): warn_if_leaking(everything)
