@@ -50,8 +50,8 @@ def onto_card():
     from skin_lesions.bundle import read_bundle, update_bundle
     from skin_lesions.card import model_card
     rows = json.loads((RESULTS/'cross_collection.json').read_text())['rows']
-    wanted = ('images', 'lesions', 'outside', 'average_recall', 'macro_auc', 'malignant_referred', 'benign_kept',
-              'calibration', 'outside_referred', 'outside_ood')
+    wanted = ('images', 'lesions', 'outside', 'accuracy', 'average_recall', 'macro_auc', 'malignant_referred',
+              'benign_kept', 'calibration', 'outside_referred', 'outside_ood')
     keys = [f'{k}{end}' for k in wanted for end in ('', '_low', '_high')]
     def row(r): return dict(name=NAMES[r['trained'], r['tested']]) | {k: r[k] for k in keys if k in r}
     others = [row(r) for r in rows if (r['trained'], r['tested']) in NAMES]
