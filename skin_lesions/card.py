@@ -44,6 +44,7 @@ def _with_interval(found, name='average_recall')->str:
 
 def _ends(found, name)->dict: return {name: found.get(name), **{k: found.get(f'{name}_{k}') for k in ('low', 'high')}}
 
+# %% ../nbs/68_card.ipynb #pc3db589
 def _main_lines(scores, dataset)->str:
     "The main scores as a table"
     found = card_scores(scores)
