@@ -517,15 +517,17 @@ def test_predict_answers_for_programs_and_through_a_pipe(call, tmp_path, monkeyp
     found = json.loads(printed)
     assert status == 0 and [Path(r['file']).name for r in found] == ['0.png', '1.png', 'phone.HEIC', 'scan.dcm']
     assert '2 of 4 images left out' in error and 'pip install pillow-heif' in found[2]['note'] and 'pip install pydicom' in found[3]['note']
-    expected = load_predictor('ham10000', 'cpu').predict(folder/'1.png')
-    p = expected.loc[0, CODES].astype(float)
-    assert found[1]['probabilities'] == {HAM10000.full_name(c): round(p[c], 4) for c in CODES}
-    words = answer_in_words(expected.iloc[0], HAM10000, referral=load_predictor('ham10000', 'cpu').referral)
+    packaged = load_predictor('ham10000', 'cpu')
+    expected, classes = packaged.predict(folder/'1.png'), packaged.classes
+    p = expected.loc[0, list(classes)].astype(float)
+    assert found[1]['probabilities'] == {classes.full_name(c): round(p[c], 4) for c in classes}
+    views = packaged.predict(folder/'1.png', views=packaged.recipe_views)
+    words, alone = (answer_in_words(table.iloc[0], classes, referral=packaged.referral) for table in (expected, views))
     assert (found[1]['finding'], found[1]['advice']) == (words.finding, words.advice), 'the words of the web demo'
-    assert call('predict', folder/'1.png')[1].startswith(f'{words}\n\n')
+    assert call('predict', folder/'1.png')[1].startswith(f'{alone}\n\n'), 'a single image is looked at in several views'
     lines = call('predict', folder, '--device', 'cpu')[1].splitlines()
     assert [l.split('  ')[-1].strip() for l in lines] == [r['finding'] or r['advice'] for r in found]
-    assert found[1]['malignant'] == round(p[['mel', 'bcc', 'akiec']].sum(), 4) and found[1]['decision'] == expected.decision[0]
+    assert found[1]['malignant'] == round(p[list(classes.malignant)].sum(), 4) and found[1]['decision'] == expected.decision[0]
     status, printed, _ = call('predict', folder/'*.png', '--as-csv')
     table = pd.read_csv(io.StringIO(printed))
     assert table.file.tolist() == [r['file'] for r in found[:2]] and table.melanoma.tolist() == [r['probabilities']['melanoma'] for r in found[:2]]
