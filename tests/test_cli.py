@@ -522,7 +522,7 @@ def test_predict_answers_for_programs_and_through_a_pipe(call, tmp_path, monkeyp
     p = expected.loc[0, list(classes)].astype(float)
     assert found[1]['probabilities'] == {classes.full_name(c): round(p[c], 4) for c in classes}
     views = packaged.predict(folder/'1.png', views=packaged.recipe_views)
-    words, alone = (answer_in_words(table.iloc[0], classes, referral=packaged.referral) for table in (expected, views))
+    words, alone = (answer_in_words(table.iloc[0], classes, referral=packaged.referral, sets=packaged.sets) for table in (expected, views))
     assert (found[1]['finding'], found[1]['advice']) == (words.finding, words.advice), 'the words of the web demo'
     assert call('predict', folder/'1.png')[1].startswith(f'{alone}\n\n'), 'a single image is looked at in several views'
     lines = call('predict', folder, '--device', 'cpu')[1].splitlines()
