@@ -13,6 +13,7 @@ __all__ = ['NETWORKS', 'FORMAT', 'FORMAT_VERSION', 'BUNDLE_FILES', 'MOST_BYTES',
 import copy, hashlib, json, math, os, re, shutil, tempfile, time, zipfile, zlib
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +228,9 @@ def _holders(record)->list:
 def _id_tensor(hashes)->Tensor: # uint8 [n, 6]
     return torch.tensor([list(bytes.fromhex(h)) for h in hashes], dtype=torch.uint8).reshape(-1, 6)
 
+def _hashes_of(ids)->list: # of `_id_tensor`
+    return [bytes(row).hex() for row in ids.numpy()]
+
 # %% ../nbs/65_bundle.ipynb #04c0ec40
 def pack_ids(
     record:dict, # with hashed ids
@@ -247,9 +251,11 @@ def unpack_ids(
 )->dict:
     "Put hashed ids back into a record"
     record = copy.deepcopy(record)
+    @cache # several parts name the same lists
+    def hashes(number, name): return _hashes_of(tensors[f'ids/{number}/{name}'])
     for holder,key in _holders(record):
         number = holder[key]['ids']
-        holder[key] = {name: [bytes(row).hex() for row in tensors[f'ids/{number}/{name}'].tolist()] for name in _IDS}
+        holder[key] = {name: list(hashes(number, name)) for name in _IDS}
     return record
 
 # %% ../nbs/65_bundle.ipynb #e43de621
@@ -639,6 +645,11 @@ class _NoNumbers(TorchFunctionMode):
             return args[0] if args else kwargs['tensor']
         return func(*args, **(kwargs or {}))
 
+def _lacks_memory(net)->bool:
+    "Whether a network has a tensor on the device 'meta', also one that it does not count among its own"
+    found = (v for m in net.modules() for held in (m._parameters, m._buffers, vars(m)) for v in held.values())
+    return any(isinstance(v, Tensor) and v.is_meta for v in found)
+
 def network_of(
     record:dict, # as from `open_files`
     tensors:dict, # likewise
@@ -648,12 +659,14 @@ def network_of(
     state = {k: v for k,v in tensors.items() if '/' not in k}
     if record['dtype']=='float16': state = {k: v.float() if v.dtype==torch.float16 else v for k,v in state.items()}
     # without memory at first: a configuration that asks for more than the file holds costs nothing
-    with torch.device('meta'), _NoNumbers(): shapes = network_from_dict(record['network']).state_dict()
+    with torch.device('meta'), _NoNumbers(): net = network_from_dict(record['network'])
     file = where.replace('bundle.json', BUNDLE_FILES[0])
-    check_tensors(state, shapes, f"{file} does not fit the network in bundle.json", dtypes=True)
+    check_tensors(state, net.state_dict(), f"{file} does not fit the network in bundle.json", dtypes=True)
     _check_outputs(record['network'], ClassSet.from_dict(record['classes']), where)
-    net = network_from_dict(record['network'])
-    net.load_state_dict(state)
+    net.load_state_dict(state, assign=True)
+    if _lacks_memory(net): # tensors that are not saved, made while it is built
+        net = network_from_dict(record['network'])
+        net.load_state_dict(state)
     return net.to(memory_format=torch.channels_last).eval() if record['channels_last'] else net.eval()
 
 # %% ../nbs/65_bundle.ipynb #71848a27

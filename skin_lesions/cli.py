@@ -1447,7 +1447,7 @@ def reproduce_bundle(
     device:str=None, # cpu, cuda, ...; without it, the default device
     quiet:bool=False, # no progress
 )->int:
-    "Train the network of the package, calibrate it, write bundle and model card; the same command goes on after a stop"
+    "Train a network as the package's, calibrate it, write bundle and model card; the same command goes on after a stop"
     from skin_lesions.recipes import with_changes
     changed = with_changes(recipe, recipe_changes(set_))
     from skin_lesions import reproduce

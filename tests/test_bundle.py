@@ -290,6 +290,19 @@ def test_a_plain_network_of_any_class_set(classes, tmp_path):
     with torch.no_grad(): torch.testing.assert_close(torch.tensor(p).float(), net.eval()((pixels - mean) / std).softmax(1))
 
 
+def test_tensors_that_are_not_saved_are_there_after_loading(tmp_path):
+    "Swin makes a table of positions while it is built, which no file holds"
+    from skin_lesions.networks import LesionNet, create_body
+    small = dict(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), img_size=64, window_size=2)
+    net = LesionNet(create_body('swin_tiny_patch4_window7_224', pretrained=False, **small), 2).eval()
+    unsaved = set(dict(net.named_buffers())) - set(net.state_dict())
+    assert unsaved, 'the premise'
+    folder = save_bundle(net, tmp_path/'b', classes=MELANOMA, view=image_view(64, arch='swin_tiny_patch4_window7_224'))
+    loaded, x = load_predictor(folder, 'cpu').model, torch.randn(2, 3, 64, 64)
+    assert not any(v.is_meta for v in loaded.state_dict().values())
+    with torch.no_grad(): torch.testing.assert_close(loaded(x), net(x))
+
+
 def test_the_packaged_network_holds_nothing_twice():
     from skin_lesions.core import named_bundle
     record = read_bundle(named_bundle('ham10000'))
