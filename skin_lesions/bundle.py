@@ -245,6 +245,7 @@ def pack_ids(
     named = {f'ids/{i}/{name}': hashes for i,lists in enumerate(kept) for name,hashes in zip(_IDS, lists)}
     return record,{name: _id_tensor(hashes) for name,hashes in named.items()}
 
+# %% ../nbs/65_bundle.ipynb #p1ffc8e8
 def unpack_ids(
     record:dict, # as from `pack_ids`
     tensors:dict, # likewise; others may be among them
@@ -650,6 +651,7 @@ def _lacks_memory(net)->bool:
     found = (v for m in net.modules() for held in (m._parameters, m._buffers, vars(m)) for v in held.values())
     return any(isinstance(v, Tensor) and v.is_meta for v in found)
 
+# %% ../nbs/65_bundle.ipynb #p37e7742
 def network_of(
     record:dict, # as from `open_files`
     tensors:dict, # likewise
