@@ -13,7 +13,6 @@ __all__ = ['NETWORKS', 'FORMAT', 'FORMAT_VERSION', 'BUNDLE_FILES', 'MOST_BYTES',
 import copy, hashlib, json, math, os, re, shutil, tempfile, time, zipfile, zlib
 from dataclasses import replace
 from datetime import datetime, timezone
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -252,11 +251,11 @@ def unpack_ids(
 )->dict:
     "Put hashed ids back into a record"
     record = copy.deepcopy(record)
-    @cache # several parts name the same lists
-    def hashes(number, name): return _hashes_of(tensors[f'ids/{number}/{name}'])
+    # each list once, since several parts name the same
+    hashes = {name: _hashes_of(ids) for name,ids in tensors.items() if name.startswith('ids/')}
     for holder,key in _holders(record):
         number = holder[key]['ids']
-        holder[key] = {name: list(hashes(number, name)) for name in _IDS}
+        holder[key] = {name: list(hashes[f'ids/{number}/{name}']) for name in _IDS}
     return record
 
 # %% ../nbs/65_bundle.ipynb #e43de621
