@@ -232,9 +232,9 @@ def wider_level(
     level:float=.95, # fraction that is asked for
 )->float: # the fraction of plain draws to be between the ends
     "The level of plain draws that makes up for few units: Student's t, and the spread that drawing n of n lacks"
-    from scipy.stats import norm, t # for small numbers alone
+    from scipy.special import ndtr, stdtrit # not scipy.stats, which takes a second to import
     n = max(2, n_units)
-    return 1-2*float(norm.sf(np.sqrt(n/(n-1))*t.isf((1-level)/2, n-1)))
+    return 1-2*float(ndtr(np.sqrt(n/(n-1))*stdtrit(n-1, (1-level)/2)))
 
 # %% ../nbs/59_bootstrap.ipynb #22smalle
 def wider_ends(
