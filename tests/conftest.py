@@ -1,5 +1,6 @@
 "Fixtures: the repository, a synthetic sample, the real data if there is any, and the command line as a process of its own."
 import os, shutil, subprocess, sys, tempfile
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -134,3 +135,19 @@ def engine_files(once, sample):
     pytest.importorskip('onnxscript', reason='needs onnx, onnxscript and onnxruntime')
     from serving import write_engine_files
     return once('engine', partial(write_engine_files, sample))
+
+
+def caption_only(draw, size, alt, caption):
+    from fastcore.xml import Figcaption, Figure, Img
+    return Figure(Img(alt=alt), Figcaption(caption))
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    "Within it, reports have what is said of their figures only: drawing them takes longer than a training here"
+    @contextmanager
+    def within():
+        with monkeypatch.context() as m:
+            m.setattr('skin_lesions.report.html_figure', caption_only)
+            yield
+    return within
