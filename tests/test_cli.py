@@ -323,6 +323,13 @@ def test_evaluate_shows_the_worst_errors_from_the_disk(given, sample, finished_r
     assert all(p.is_file() and p.resolve().is_relative_to(sample.resolve()) for p in shown)
 
 
+def test_evaluate_states_the_prevalence_of_net_benefit(finished_run, call, tmp_path):
+    status, _, error = call('evaluate', finished_run, '--out', tmp_path/'r.html', '--prevalence', '.08', '--quiet')
+    assert status == 0 and 'Per 1,000 lesions, 80 of them malignant' in (tmp_path/'r.html').read_text(), error
+    status, _, error = call('evaluate', finished_run, '--out', tmp_path/'r.html', '--prevalence', '8', '--quiet')
+    assert status == 2 and '--prevalence must be above 0 and below 1, got 8' in error
+
+
 def test_train_answers_about_a_folder_before_it_imports_fastai(python, sample, tmp_path):
     for folder in ('empty', 'full'): (tmp_path/folder).mkdir()
     (tmp_path/'full'/'thesis.txt').touch()
