@@ -243,6 +243,7 @@ IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.png', '.bmp', '.ti
 OTHER_SUFFIXES = ('.jp2', '.j2k', '.jxl', '.dng', '.cr2', '.cr3', '.nef', '.arw', '.raf', '.orf', '.rw2', '.psd',
                   '.ppm', '.pgm', '.tga', '.svg')
 
+# %% ../nbs/00_core.ipynb #00c8b9dd
 def _is_dicom(path)->bool:
     "Whether a file without a suffix, as hospitals write it, is DICOM; their index of files is no image"
     if path.suffix or path.name=='DICOMDIR' or not path.is_file(): return False
