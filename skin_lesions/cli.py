@@ -558,6 +558,7 @@ def write_report(
     from skin_lesions.report import html_report, read_run, run_for_report
     folder = Path('.') if is_registered(run) else Path(run).parent if Path(run).is_file() else Path(run)
     out,history = Path(out or folder/'report.html'),folder/'history.csv'
+    sys.stdout.flush() # scores were printed, and figures take longer
     html_report(table, out, history=history if history.is_file() else None, run=run_for_report(read_run(folder), data),
                 meta=meta, prevalence=prevalence, title=f'Evaluation of {Path(run).name}')
     return out
@@ -617,7 +618,6 @@ def evaluate(
     else: table,meta,source = run_predictions(run),known_images(run),None
     print_scores(table)
     if audit: note_overlap(table, run, kwargs | dict(show=not quiet), audit)
-    sys.stdout.flush() # the figures of the report take longer
     print(f'report: {write_report(table, run, out, source, meta, prevalence)}')
     return 0
 
