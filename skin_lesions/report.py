@@ -497,7 +497,8 @@ def html_report(
     check_rate('prevalence', prevalence)
     if history is not None: history = read_history(history)
     path = Path(path)
-    with matplotlib.style.context('default'): sections = report_sections(table, prevalence, history, run, meta, path.parent)
+    with matplotlib.style.context('default'):
+        sections = report_sections(table, prevalence, history, run, meta, path.parent)
     page = html_page(title, H1(title), P(NOTICE, cls='notice'), *sections, files=bool(_image_paths(meta)))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as tmp: tmp.write_text(page, encoding='utf-8')
