@@ -1,5 +1,5 @@
 "The web demo in a real browser: what a person sees and does, and what is left behind."
-import io, json, os, re, shutil, subprocess, sys, time, urllib.error, urllib.request, webbrowser
+import importlib.util, io, json, os, re, shutil, subprocess, sys, time, urllib.error, urllib.request, webbrowser
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -463,3 +463,22 @@ def test_the_command_and_the_space(bundle, repo, processes, tmp_path, monkeypatc
         finally: process.send_signal(signal.SIGINT)
         assert process.wait(60) in (0, 130)
         if start is start_command: assert errors.read_text().startswith('starting the web demo'), 'said before the slow imports'
+
+
+NUMBERS = {7: 'seven', 8: 'eight', 9: 'nine', 10: 'ten', 11: 'eleven'}
+
+
+def test_the_image_of_the_app_is_of_the_network_in_the_package(repo, tmp_path):
+    "What the page and the README show has the diagnoses that are answered, and the texts beside it say how many"
+    spec = importlib.util.spec_from_file_location('app_image', repo/'tools'/'app_image.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    classes = load_predictor('ham10000', 'cpu').classes
+    assert list(tool.problems(classes)) == []
+    assert len(list(tool.problems(HAM10000))) == 1, 'it can fail'
+    Image.open(tool.APP_IMAGE).save(tmp_path/'coarse.jpg', quality=20, dpi=(72, 72), comment='')
+    assert len(list(tool.problems(classes, tmp_path/'coarse.jpg'))) == 2
+    for page in ('nbs/80_app.ipynb', 'nbs/index.ipynb', 'README.md'):
+        alt, = re.findall(r'!\[([^\]]+)\]\([^)]*images/app\.jpg\)', (repo/page).read_text())
+        assert NUMBERS[len(classes)] in alt and not [w for n, w in NUMBERS.items() if n != len(classes) and w in alt], page
+    assert f'{NUMBERS[len(classes)]} diagnoses from' in (repo/'spaces'/'README.md').read_text().lower()

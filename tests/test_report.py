@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from skin_lesions.classes import ISIC2019, MELANOMA, map_classes
+from skin_lesions.benefit import decision_curve, per_thousand
+from skin_lesions.classes import HAM10000, ISIC2019, MELANOMA, map_classes, with_classes
 from skin_lesions.evaluate import scores
 from skin_lesions.report import html_report
 from tables import synthetic_table
@@ -70,7 +71,6 @@ def test_worst_errors_show_the_images_of_this_disk(tmp_path, no_figures):
     "Malignant called benign first; images stay in their files, none is in the page, and a browser shows them"
     import shutil
     from PIL import Image
-    from skin_lesions.classes import HAM10000
     from skin_lesions.report import worst_errors
     table = synthetic_table(60, skill=.8)
     worst, shown = worst_errors(table, 100), worst_errors(table)
@@ -117,3 +117,44 @@ def test_subgroups_by_skin_are_in_the_report(tmp_path, no_figures):
         without = html_report(table, tmp_path/'b.html', meta=meta[['image_id']].assign(sex='male')).read_text()
     assert '>Skin type<' in page and '>Skin tone, estimated<' in page and '>tan<' in page
     assert 'Skin t' not in without
+
+
+def cells(text, heading):
+    "The rows of the first table after a heading"
+    body = text[text.index(heading):].split('<tbody>')[1].split('</tbody>')[0]
+    return [[re.sub('<[^>]*>', '', c).strip() for c in re.findall(r'<t[hd].*?</t[hd]>', row, re.S)] for row in body.split('<tr>')[1:]]
+
+
+def test_the_counts_of_1000_lesions_are_those_of_benefit(tmp_path):
+    "Row by row, with intervals, at the prevalence that is asked; what is found and what is missed are all malignant lesions"
+    table = synthetic_table(120)
+    text = page(table.assign(refer=table.mel > .1), tmp_path, prevalence=.05)
+    rows = cells(text, 'Per 1,000 lesions, 50 of them malignant')
+    assert [r[0] for r in rows] == ['everybody', '1 %', '2 %', '5 %', '10 %', 'its referral'] and rows[0][1:] == ['1,000', '50.0', '0']
+    for row, threshold in zip(rows[1:], (.01, .02, .05, .1, None)):
+        counts = per_thousand(table.assign(refer=table.mel > .1), .05, threshold).loc['network']
+        for text, name, digits in zip(row[1:], ('referred', 'found', 'missed'), (0, 1, 1)):
+            assert text == '{:.{d}f} ({:.{d}f} to {:.{d}f})'.format(*counts.loc[name], d=digits)
+        assert counts.value['found']+counts.value['missed'] == pytest.approx(50)
+
+
+@pytest.mark.parametrize('skill, helps', [(3., True), (0., False)])
+def test_the_report_says_where_the_network_helps(skill, helps, tmp_path):
+    "The thresholds are those at which the gain of the decision curve has an interval above nothing; guesses have none"
+    table = synthetic_table(400, skill=skill)
+    if not skill: table[list(HAM10000)] = 1/7
+    text = page(table, tmp_path)
+    curve = decision_curve(table, .03, np.linspace(.01, .15, 20).tolist())
+    t = curve.threshold[curve.gain_low > 0]
+    assert bool(len(t)) == helps
+    assert (f'from a threshold of {100*t.min():.2g} % to one of {100*t.max():.2g} %' if helps else 'At no threshold shown') in text
+
+
+def test_no_benefit_without_malignancy(tmp_path):
+    "A set that knows none, and a table of benign lesions; lesions that are unknown do no harm"
+    own = with_classes(synthetic_table(40, classes=MELANOMA).rename(columns=dict(mel='dark', other='light')).replace(dict(dx=dict(mel='dark', other='light'))), ['dark', 'light'])
+    table = synthetic_table(60)
+    bad = table.dx.isin(HAM10000.malignant)
+    for other in (own, table[~bad]): assert 'Net benefit' not in page(other, tmp_path)
+    assert 'Net benefit' in page(table.drop(columns='group'), tmp_path)
+    with pytest.raises(ValueError, match='prevalence must be above 0 and below 1, got 0'): html_report(table, tmp_path/'r.html', prevalence=0)
