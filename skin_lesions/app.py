@@ -194,7 +194,8 @@ def example_images(
     "Synthetic images to click"
     benign = classes.first or next((c for c in classes if c not in classes.malignant), classes.codes[0])
     codes = [benign, *classes.malignant[len(classes.malignant)//2:][:1]]
-    images = {f'Synthetic {classes.full_name(c)}': draw_image(c, 0, 0, classes=classes)[0] for c in codes}
+    numbers = (0, 0),(18, 2) # of the lesion and of the image; see above
+    images = {f'Synthetic {classes.full_name(c)}': draw_image(c, *n, classes=classes)[0] for c,n in zip(codes, numbers)}
     return images | {'Page of text': draw_non_lesion('text', 0)}
 
 # %% ../nbs/80_app.ipynb #6a6b2b9b

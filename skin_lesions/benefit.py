@@ -168,7 +168,7 @@ def plot_decision_curve(
     for (name,c),color,line in zip(curves.items(), colors, ('-', '-.', (0, (3, 1)))):
         ax.fill_between(c.threshold, c.low, c.high, color=color, alpha=.18, linewidth=0)
         ax.plot(c.threshold, c.net_benefit, color=color, linestyle=line, linewidth=1.6, label=name)
-    top = max(float(c.high.max()) for c in curves.values())
+    top = max(1e-3, *(float(c.high.max()) for c in curves.values())) # a network may have no benefit anywhere
     ax.set(xlabel='probability from which on one would treat', ylabel='net benefit per lesion',
            ylim=(-.15*top, 1.08*top))
     ax.set_title(f"malignant: {100*first.attrs['prevalence']:.3g} % of the lesions", fontsize=10)

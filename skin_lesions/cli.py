@@ -552,18 +552,22 @@ def write_report(
     out=None, # HTML file; None takes report.html beside a table or in a run folder, else in the current folder
     data=None, # where images other than the run's own come from
     meta=None, # metadata frame of the images: subgroups, and the worst errors as images from this disk
+    prevalence:float=.03, # that net benefit and the counts of 1,000 lesions are stated for
 )->Path:
     "Write the report of an evaluation, with what is known of the run"
     from skin_lesions.report import html_report, read_run, run_for_report
     folder = Path('.') if is_registered(run) else Path(run).parent if Path(run).is_file() else Path(run)
     out,history = Path(out or folder/'report.html'),folder/'history.csv'
+    sys.stdout.flush() # scores were printed, and figures take longer
     html_report(table, out, history=history if history.is_file() else None, run=run_for_report(read_run(folder), data),
-                meta=meta, title=f'Evaluation of {Path(run).name}')
+                meta=meta, prevalence=prevalence, title=f'Evaluation of {Path(run).name}')
     return out
 
 # %% ../nbs/81_cli.ipynb #ed070fa4
-def check_evaluated(run, named, views, entries, audit=None):
-    "Raise where options of `evaluate` do not go together"
+def check_evaluated(run, named, views, entries, prevalence=.03, audit=None):
+    "Raise where options of `evaluate` mean nothing or do not go together"
+    from skin_lesions.benefit import check_rate
+    check_rate('--prevalence', prevalence)
     if audit and not Path(audit).exists():
         raise FileNotFoundError(f'--audit {audit} does not exist; give the folder of the training images')
     is_table = Path(run).is_file() and Path(run).suffix!='.zip'
@@ -600,21 +604,21 @@ def evaluate(
     map_:Repeated=None, # read a diagnosis as one of the network's, e.g. --map scc=akiec, or inf=none to leave it out
     views:Views=None, # views of each image to average over; recipe: those of the run's recipe; without it, one
     audit:str=None, # folder of training images: say which scored images show one of their photographs
+    prevalence:float=.03, # fraction of malignant lesions that the report's net benefit and 1,000 lesions are stated for
     device:str=None, # cpu, cuda, ...; without it, the default device
     quiet:bool=False, # no progress bars
     **kwargs, # for `read_images`
 )->int:
     "Score a run or a predictions table, on its own validation images or on new ones"
     named,entries = kwargs['data'] or kwargs['csv'],map_entries(map_)
-    check_evaluated(run, named, views, entries, audit)
+    check_evaluated(run, named, views, entries, prevalence, audit)
     check_source(kwargs['data'], kwargs['part'], kwargs['csv'], {})
     if named or views:
         table,meta,source = predict_labelled(run, kwargs | dict(show=not quiet), views, device, entries)
     else: table,meta,source = run_predictions(run),known_images(run),None
     print_scores(table)
     if audit: note_overlap(table, run, kwargs | dict(show=not quiet), audit)
-    sys.stdout.flush() # the figures of the report take longer
-    print(f'report: {write_report(table, run, out, source, meta)}')
+    print(f'report: {write_report(table, run, out, source, meta, prevalence)}')
     return 0
 
 # %% ../nbs/81_cli.ipynb #c8392c48

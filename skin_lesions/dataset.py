@@ -256,9 +256,11 @@ def image_paths(
             stem = without_suffix(name)
             # a name without an image's suffix is no image
             if stem==name or stem not in ids: continue
-            key = (not named, len(below), folder, name)
+            # a phone may keep an image as JPEG and as HEIC
+            kind = IMAGE_SUFFIXES.index(name[len(stem):].lower())
+            key = (not named, len(below), folder, kind, name)
             if stem not in best or key<best[stem]: best[stem] = key
-    return {stem: os.path.join(folder, name) for stem,(_,_,folder,name) in best.items()}
+    return {stem: os.path.join(folder, name) for stem,(_,_,folder,_,name) in best.items()}
 
 # %% ../nbs/10_dataset.ipynb #cc9be88a
 def with_paths(

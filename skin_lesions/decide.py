@@ -946,10 +946,10 @@ def malignancy_risk(
     return min(1., sum(float(row[c]) for c in classes.malignant)) if classes.knows_malignancy else None
 
 # %% ../nbs/61_decide.ipynb #63a00003
-_NO_CLEAR = ("Below the threshold of referral. This is no all-clear: have a lesion that grows, changes or bleeds seen "
-             "by a doctor.")
-_ADVICE = {True: "Have this lesion seen by a dermatologist.", False: _NO_CLEAR,
-           None: "No advice: this network comes without a threshold of referral."}
+# the finding says on which side of the threshold a lesion is, so the advice does not say it again
+_ADVICE = {True: "Have this lesion seen by a dermatologist.",
+           False: "This is no all-clear: have a lesion that grows, changes or bleeds seen by a doctor.",
+           None: "This network comes without a threshold of referral."}
 _REFER = {True: 'refer', False: 'below the threshold of referral', None: 'no advice on referral'}
 _NO_LESION = ("The network was trained on photographs through a dermatoscope and knows nothing else. "
               "Its probabilities mean nothing for this image.")

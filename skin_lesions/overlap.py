@@ -247,12 +247,10 @@ _BLOCK = 128 # images of A at a time
 class _Index:
     "Words of the images of B, and which of them are most like others"
     def __init__(self, paths, words, store, pool):
-        self.words,parts = words,[]
-        for i in range(0, len(paths), _BLOCK):
-            features = list(pool.map(store.features, paths[i:i+_BLOCK]))
-            parts.append(words_of_images(features, words))
         from scipy.sparse import vstack
-        has = vstack(parts).tocsr()
+        self.words = words
+        def block(i): return words_of_images([store.features(p) for p in paths[i:i+_BLOCK]], words)
+        has = vstack(list(pool.map(block, range(0, len(paths), _BLOCK)))).tocsr()
         frequency = np.asarray(has.sum(0)).ravel()
         self.weight = np.log((len(paths)+1)/(frequency+1))+1e-3
         self.images = weigh_words(has, self.weight).T.tocsc()
@@ -260,9 +258,9 @@ class _Index:
         return (weigh_words(words_of_images(features, self.words), self.weight)@self.images).toarray()
 
 # %% ../nbs/17_overlap.ipynb #f5743ce8
-def _candidates(index, features, first, n, within)->list:
+def _candidates(index, features, first, pool, n, within)->list:
     "The most similar images of B for a block of A: number in the block, number in B, whether mirrored"
-    plain,mirror = index.likeness(features),index.likeness([mirrored_features(f) for f in features])
+    plain,mirror = pool.map(index.likeness, (features, [mirrored_features(f) for f in features]))
     likeness = np.maximum(plain, mirror)
     # within one collection each pair is looked at once, and no image with itself
     if within: likeness[np.arange(len(features)),first+np.arange(len(features))] = -1
@@ -276,7 +274,7 @@ def _candidates(index, features, first, n, within)->list:
 
 def _block_pairs(index, features, first, paths_b, store, pool, n, within)->list:
     "The checked pairs of a block of A"
-    chosen = _candidates(index, features, first, n, within)
+    chosen = _candidates(index, features, first, pool, n, within)
     def check(pair):
         i,j,mirrored = pair
         return first+i,j,align(features[i], store.features(paths_b[j]), mirrored)

@@ -22,6 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .benefit import check_rate, decision_curve, per_thousand, plot_decision_curve
 from .bootstrap import labelled, units_of
 from .classes import classes_of
 from .core import NOTICE, atomic_path, check_columns, read_json
@@ -131,6 +132,12 @@ _POINTS_NOTE = (
 _ERRORS_NOTE = (
     'Malignant lesions that were called benign first, then those whose true class got the least probability. '
     'Images stay in their files on this disk; the page shows them as long as it lies where it was written.')
+_BENEFIT_NOTE = (
+    'Malignant: {names}. The prevalence of {prevalence} is stated, not measured: with another one all numbers here are '
+    'others, and that of a collection is not that of a clinic. Probabilities are moved to it and compared with the '
+    'threshold; that needs calibrated ones, and lesions like these. Found: malignant and referred; missed: malignant '
+    'and not referred. A person who reads what is referred overlooks some more (skin_lesions benefit, '
+    '--reader-sensitivity). Arithmetic for planning a study, not a rule for patients.')
 _SUBGROUPS_NOTE = (
     'Average recall over the classes that the subgroup has. Fewest: lesions of its rarest class; '
     'with few of them the interval is wide. Subgroups with different classes are different tasks.')
@@ -143,6 +150,9 @@ _CAPTIONS = dict(
     roc='Each class against the rest, over all thresholds of its probability.',
     reliability='Over the predicted probability, the fraction that came true; on the diagonal both agree. '
                 'Below it the network is too sure of itself. Vertical lines are 95 % intervals, images independent.',
+    benefit='Malignant lesions found per lesion, less what needless treatments are worth to somebody who would treat '
+            'from that probability on. A network helps where its line is above both others. The band is the 95 % '
+            'interval over lesions.',
     coverage='If the images that the network is least sure of are referred instead: errors among those that are kept, '
              'by the fraction that is kept; the diagnosis is the most probable class.',
     losses='Training loss is a running mean in training mode (with augmentation, and mixUp where used), '
@@ -153,6 +163,7 @@ _ALTERNATIVES = dict( # for people who do not see the figures
     confusion='Confusion matrix; the same numbers are in the table below it',
     roc='ROC curves of each class against the rest; the AUCs are in the table of classes',
     reliability='Reliability diagrams: observed fractions over predicted probabilities',
+    benefit='Decision curve: net benefit of the network over the threshold, against treating all and none',
     coverage='Errors among the kept images over the fraction that is kept',
     losses='Training and validation loss by epoch',
     recall='Average recall by epoch')
@@ -304,6 +315,48 @@ def _trust_section(table)->list:
     text = f'Expected calibration error of {names}: {errors}.'
     return [H2('Reliability'), reliability, P(text), H2('Risk and coverage'), coverage]
 
+# %% ../nbs/64_report.ipynb #64a0be01
+_REFERRED_FROM = .01,.02,.05,.1 # probabilities at the stated prevalence
+
+def _count_rows(table, prevalence)->list:
+    "What becomes of 1,000 lesions, by the probability from which on one is referred"
+    asked = {f'{100*t:.3g} %': t for t in _REFERRED_FROM}
+    if 'refer' in table and table.refer.notna().all(): asked['its referral'] = None
+    rows:list[tuple] = [('everybody', '1,000', f'{1000*prevalence:.1f}', '0')]
+    for name,threshold in asked.items():
+        counts = per_thousand(table, prevalence, threshold).loc['network']
+        texts = [f'{r.value:.{d}f} ({r.low:.{d}f} to {r.high:.{d}f})' for r,d in
+                 ((counts.loc['referred'], 0), (counts.loc['found'], 1), (counts.loc['missed'], 1))]
+        rows.append((name, *texts))
+    return rows
+
+def _where_it_helps(curve)->str:
+    "The thresholds at which the interval of the gain is above nothing, in words"
+    helps = curve.threshold[curve.gain_low>0]
+    if not len(helps): return 'At no threshold shown is the network surely better than treating all or none.'
+    gaps = '' if len(helps)==helps.index[-1]-helps.index[0]+1 else ', with gaps'
+    return (f'Surely better than treating all and none from a threshold of {100*helps.iloc[0]:.2g} % '
+            f'to one of {100*helps.iloc[-1]:.2g} %{gaps}, of those shown.')
+
+# %% ../nbs/64_report.ipynb #64a0be02
+def _benefit_section(table, prevalence)->list:
+    "Decision curve, and what becomes of 1,000 lesions; [] without malignant and benign images"
+    classes = classes_of(table)
+    malignant = table.dx.isin(classes.malignant) if classes.knows_malignancy else np.zeros(1, bool)
+    if malignant.all() or not malignant.any(): return []
+    # without known lesions each image is its own; the report has said so above
+    if units_of(table)[1]=='images': table = table.assign(group=np.arange(len(table)).astype(str))
+    thresholds = np.linspace(prevalence/3, min(.5, max(.1, 5*prevalence)), 20)
+    curve = decision_curve(table, prevalence, thresholds.tolist())
+    figure = _named_figure('benefit', lambda fig: plot_decision_curve(curve, ax=fig.subplots()), (4.8, 3.6))
+    stated = f'{100*prevalence:.3g} %'
+    names = ', '.join(classes.full_name(c) for c in classes.malignant)
+    head = ['referred from', 'referred', 'found', 'missed']
+    counts = html_table(_count_rows(table, prevalence), head, 'num')
+    return [H2('Net benefit'), figure, P(_where_it_helps(curve)),
+            H3(f'Per 1,000 lesions, {1000*prevalence:.3g} of them malignant'), counts,
+            P(_BENEFIT_NOTE.format(names=names, prevalence=stated), cls='small')]
+
 # %% ../nbs/64_report.ipynb #64a00003
 def worst_errors(
     table:pd.DataFrame, # predictions table with dx
@@ -382,6 +435,7 @@ def _run_section(run)->list:
 # %% ../nbs/64_report.ipynb #d0d91476
 def report_sections(
     table:pd.DataFrame, # predictions table with dx
+    prevalence:float, # see `html_report`
     history:pd.DataFrame=None, # as from `read_history`; None leaves it out
     run:dict=None, # see `html_report`
     meta:pd.DataFrame=None, # see `html_report`
@@ -393,6 +447,7 @@ def report_sections(
     sections += _class_section(table, intervals) + _point_section(table)
     if meta is not None: sections += _subgroup_section(table, meta)
     sections += _confusion_section(table) + _error_section(table, meta, folder) + _trust_section(table)
+    sections += _benefit_section(table, prevalence)
     sections += _history_section(history) + _definition_section() + _run_section(run)
     return [section for section in sections if section is not None]
 
@@ -434,13 +489,16 @@ def html_report(
     history=None, # CSV file of `CSVLogger` or DataFrame: training and validation losses; None leaves them out
     run:dict=None, # arguments, versions, split, seed...; a dict in it gets a heading; None leaves them out
     meta:pd.DataFrame=None, # with age, sex, site, source, skin_type: scores by subgroup; path: the worst errors
+    prevalence:float=.03, # fraction of malignant lesions that 1,000 lesions and the decision curve are stated for
     title:str='Evaluation of a skin lesion classifier', # heading
 )->Path: # where the file is
     "Write scores, class table, figures and the run's arguments into one HTML file that needs nothing else"
     labelled(table)
+    check_rate('prevalence', prevalence)
     if history is not None: history = read_history(history)
     path = Path(path)
-    with matplotlib.style.context('default'): sections = report_sections(table, history, run, meta, path.parent)
+    with matplotlib.style.context('default'):
+        sections = report_sections(table, prevalence, history, run, meta, path.parent)
     page = html_page(title, H1(title), P(NOTICE, cls='notice'), *sections, files=bool(_image_paths(meta)))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as tmp: tmp.write_text(page, encoding='utf-8')

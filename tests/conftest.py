@@ -1,5 +1,6 @@
 "Fixtures: the repository, a synthetic sample, the real data if there is any, and the command line as a process of its own."
-import os, subprocess, sys, tempfile
+import os, shutil, subprocess, sys, tempfile
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -33,10 +34,32 @@ def repo(): return REPO
 
 
 @pytest.fixture(scope='session')
-def sample(tmp_path_factory):
+def together(tmp_path_factory):
+    "The folder of all test processes of this run; where they cannot lock files, of this one"
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if 'PYTEST_XDIST_WORKER' in os.environ and warm.fcntl else folder
+
+
+@pytest.fixture(scope='session')
+def once(together):
+    "Make a folder in the first test process that asks for it, for all of them: `once(name, make)` calls `make(folder)`"
+    def get(name, make):
+        with warm.locked(together/f'{name}.lock'):
+            made = together/f'{name}.made'
+            if not made.exists():
+                shutil.rmtree(together/name, ignore_errors=True) # of another that failed
+                (together/name).mkdir()
+                make(together/name)
+                made.touch()
+        return together/name
+    return get
+
+
+@pytest.fixture(scope='session')
+def sample(once):
     "A synthetic data set; not to be changed"
     from skin_lesions.synthetic import synthetic_ham10000
-    return synthetic_ham10000(tmp_path_factory.mktemp('sample')/'ham', n_images=160, seed=7, size=(300, 225))
+    return once('sample', lambda folder: synthetic_ham10000(folder/'ham', n_images=160, seed=7, size=(300, 225)))/'ham'
 
 
 @pytest.fixture(scope='session')
@@ -66,9 +89,9 @@ class Cold:
 
 
 @pytest.fixture(scope='session')
-def processes():
+def processes(together):
     "Processes of their own that have torch and fastai imported, and nothing of skin_lesions"
-    server = warm.Server() if hasattr(os, 'fork') else Cold()
+    server = warm.Server(together/'warm.sock') if hasattr(os, 'fork') else Cold()
     yield server
     server.close()
 
@@ -98,9 +121,33 @@ def small():
 
 
 @pytest.fixture(scope='session')
-def finished_run(tmp_path_factory, sample, cli):
+def finished_run(once, sample, cli):
     "A run folder as `skin_lesions train` leaves it; not to be changed"
-    folder = tmp_path_factory.mktemp('train')
-    done = cli('train', '--data', sample, '--out', 'run', *SMALL, *settings(epochs=2), cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder/'run'
+    def train(folder):
+        done = cli('train', '--data', sample, '--out', 'run', *SMALL, *settings(epochs=2), cwd=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return once('finished_run', train)/'run'
+
+
+@pytest.fixture(scope='session')
+def engine_files(once, sample):
+    "A bundle `b` and its graph `net.onnx`; exporting one takes seconds"
+    pytest.importorskip('onnxscript', reason='needs onnx, onnxscript and onnxruntime')
+    from serving import write_engine_files
+    return once('engine', partial(write_engine_files, sample))
+
+
+def caption_only(draw, size, alt, caption):
+    from fastcore.xml import Figcaption, Figure, Img
+    return Figure(Img(alt=alt), Figcaption(caption))
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    "Within it, reports have what is said of their figures only: drawing them takes longer than a training here"
+    @contextmanager
+    def within():
+        with monkeypatch.context() as m:
+            m.setattr('skin_lesions.report.html_figure', caption_only)
+            yield
+    return within

@@ -28,3 +28,23 @@ def make(meta, kind='two', size=64, crop='random', arch='test_efficientnet', dat
     learn = (two_stage_learner if kind == 'two' else lesion_learner)(dls, arch, pretrained=False, **kwargs)
     spread(learn)
     return learn
+
+
+def each_fifth_valid(meta):
+    "Each fifth image of a class for validation"
+    return meta.assign(is_valid=meta.groupby('dx').cumcount() % 5 == 0)
+
+
+def write_engine_files(sample, folder):
+    "A calibrated bundle of two stages with patient data and an out-of-distribution score, and its graph"
+    from skin_lesions.bundle import save_bundle
+    from skin_lesions.decide import fit_calibration
+    from skin_lesions.engine import write_engine
+    from skin_lesions.ood import fit_ood
+    from skin_lesions.predict import load_predictor
+    from skin_lesions.predictions import get_predictions
+    from skin_lesions.readers import read_metadata
+    learn = make(each_fifth_valid(read_metadata(sample)), 'two', data=dict(patient=True))
+    calibration = fit_calibration(get_predictions(learn), 'stages_vector', first='nv')
+    save_bundle(learn, folder/'b', calibration=calibration, ood=fit_ood(learn))
+    write_engine(load_predictor(folder/'b', device='cpu'), folder/'net.onnx')

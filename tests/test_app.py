@@ -1,5 +1,5 @@
 "The web demo in a real browser: what a person sees and does, and what is left behind."
-import io, json, os, re, shutil, subprocess, sys, time, urllib.error, urllib.request, webbrowser
+import importlib.util, io, json, os, re, shutil, subprocess, sys, time, urllib.error, urllib.request, webbrowser
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,15 +59,20 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture(params=[(1280, 900), (390, 844)], ids=['desktop', 'phone'])
+SCREENS = dict(desktop=(1280, 900), phone=(390, 844))
+each_screen = pytest.mark.parametrize('page', SCREENS, indirect=True)
+
+
+@pytest.fixture
 def page(request, chromium, app):
     "A visit; in the end, nothing was asked of another machine and nothing lies about"
-    context = chromium.new_context(viewport=dict(zip(('width', 'height'), request.param)), accept_downloads=True)
+    size = dict(zip(('width', 'height'), SCREENS[getattr(request, 'param', 'desktop')]))
+    context = chromium.new_context(viewport=size, accept_downloads=True)
     page, asked = context.new_page(), []
     page.on('request', lambda r: asked.append(r.url))
     page.goto(app.local_url)
     page.locator('#files input[type=file]').wait_for(state='attached', timeout=60_000)
-    page.width, page.name = request.param[0], request.node.callspec.id
+    page.size = size
     yield page
     assert asked and not [u for u in asked if not u.startswith((app.local_url, 'data:', 'blob:'))], 'only this machine is asked'
     context.close()
@@ -82,12 +87,15 @@ def ask(page, *files):
     "Drop files and wait for the answer"
     page.locator('#files input[type=file]').set_input_files([str(f) for f in files])
     page.locator('#result .answer').wait_for(timeout=60_000)
-    assert page.evaluate('document.documentElement.scrollWidth') <= page.width, 'nothing hangs over the edge'
+    for width, height in SCREENS.values():
+        page.set_viewport_size(dict(width=width, height=height))
+        assert page.evaluate('document.documentElement.scrollWidth') <= width, 'nothing hangs over the edge'
+    page.set_viewport_size(page.size)
     return page.locator('#result').inner_text()
 
 
 def shot(page, name):
-    if SHOTS: page.screenshot(path=f'{SHOTS}/{name}-{page.width}.png', full_page=True)
+    if SHOTS: page.screenshot(path=f"{SHOTS}/{name}-{page.viewport_size['width']}.png", full_page=True)
 
 
 def photograph(sample, path, i=0):
@@ -99,6 +107,7 @@ def photograph(sample, path, i=0):
     return path
 
 
+@each_screen
 def test_a_photograph(page, sample, bundle, tmp_path):
     file = photograph(sample, tmp_path/'mole <b>.jpg')
     assert b'SECRETPHONE' in file.read_bytes()
@@ -161,6 +170,7 @@ def test_no_answer_stays_when_other_files_are_given(page, sample, tmp_path, how)
         assert '%' not in page.locator('#result').inner_text()
 
 
+@each_screen
 def test_several_images_and_their_table(page, sample, bundle, tmp_path):
     files = [photograph(sample, tmp_path/f'{name}.jpg', i) for i, name in enumerate(('one', '=two'))] + [tmp_path/'bad.jpg']
     files[-1].write_text('no')
@@ -222,7 +232,6 @@ def test_for_people_with_other_eyes_and_hands(chromium, app, sample, tmp_path, s
         assert page.evaluate(FADING) == [], 'who asks for less motion gets none'
         found = [(v['id'], n['target'], n['html'][:200]) for v in axe.run(page).response['violations'] for n in v['nodes']]
         assert not found, (name, found)
-        page.width = width
         shot(page, f'{name}-{scheme}')
     page.goto(app.local_url)
     page.locator('#files input[type=file]').wait_for(state='attached', timeout=60_000)
@@ -251,6 +260,7 @@ def test_axe_can_find_something(chromium):
     page.close()
 
 
+@each_screen
 def test_the_answer_as_one_file(page, chromium, sample, tmp_path):
     "It opens without the app, looks the same, runs nothing and asks for nothing"
     shown = ask(page, photograph(sample, tmp_path/'mole.jpg'))
@@ -259,7 +269,7 @@ def test_the_answer_as_one_file(page, chromium, sample, tmp_path):
     download.value.save_as(file)
     text, asked = file.read_text(encoding='utf-8'), []
     assert '<script' not in text and "default-src 'none'" in text and '@@' not in text
-    context = chromium.new_context(viewport=dict(width=page.width, height=844))
+    context = chromium.new_context(viewport=dict(width=page.size['width'], height=844))
     other = context.new_page()
     other.on('request', lambda r: asked.append(r.url))
     other.goto(file.as_uri())
@@ -268,8 +278,8 @@ def test_the_answer_as_one_file(page, chromium, sample, tmp_path):
     assert NOTICE.split(':')[0] in saved and not other.locator('button').count()
     images = other.locator('img')
     assert images.count() == 2 and all(images.nth(i).evaluate('e => e.naturalWidth > 0') for i in range(2))
-    assert other.evaluate('document.documentElement.scrollWidth') <= page.width and not [u for u in asked if not u.startswith(('file:', 'data:'))]
-    shot_name = f'{SHOTS}/saved-{page.width}.png'
+    assert other.evaluate('document.documentElement.scrollWidth') <= page.size['width'] and not [u for u in asked if not u.startswith(('file:', 'data:'))]
+    shot_name = f"{SHOTS}/saved-{page.size['width']}.png"
     if SHOTS: other.screenshot(path=shot_name, full_page=True)
     context.close()
 
@@ -453,3 +463,22 @@ def test_the_command_and_the_space(bundle, repo, processes, tmp_path, monkeypatc
         finally: process.send_signal(signal.SIGINT)
         assert process.wait(60) in (0, 130)
         if start is start_command: assert errors.read_text().startswith('starting the web demo'), 'said before the slow imports'
+
+
+NUMBERS = {7: 'seven', 8: 'eight', 9: 'nine', 10: 'ten', 11: 'eleven'}
+
+
+def test_the_image_of_the_app_is_of_the_network_in_the_package(repo, tmp_path):
+    "What the page and the README show has the diagnoses that are answered, and the texts beside it say how many"
+    spec = importlib.util.spec_from_file_location('app_image', repo/'tools'/'app_image.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    classes = load_predictor('ham10000', 'cpu').classes
+    assert list(tool.problems(classes)) == []
+    assert len(list(tool.problems(HAM10000))) == 1, 'it can fail'
+    Image.open(tool.APP_IMAGE).save(tmp_path/'coarse.jpg', quality=20, dpi=(72, 72), comment='')
+    assert len(list(tool.problems(classes, tmp_path/'coarse.jpg'))) == 2
+    for page in ('nbs/80_app.ipynb', 'nbs/index.ipynb', 'README.md'):
+        alt, = re.findall(r'!\[([^\]]+)\]\([^)]*images/app\.jpg\)', (repo/page).read_text())
+        assert NUMBERS[len(classes)] in alt and not [w for n, w in NUMBERS.items() if n != len(classes) and w in alt], page
+    assert f'{NUMBERS[len(classes)]} diagnoses from' in (repo/'spaces'/'README.md').read_text().lower()

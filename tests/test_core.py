@@ -249,6 +249,42 @@ def test_dicom_without_a_suffix_is_an_image(tmp_path):
         with pytest.raises(ValueError, match='not an image by its name'): image_files(tmp_path/name)
 
 
+def test_what_pillow_reads_is_found_and_read(tmp_path, monkeypatch):
+    "JPEG by its other names, a GIF of one frame, AVIF; an animation and a Pillow without AVIF have a reason, other kinds of images are counted"
+    import sys
+    from PIL import Image
+    from skin_lesions.core import ImageError, image_files, read_image
+    y, x = np.mgrid[:32, :48]
+    image = Image.fromarray(np.stack([4*x, 6*y, 200 - 2*x], -1).astype(np.uint8))
+    for name in ('a.jfif', 'a.JPE', 'a.gif', 'a.png'): image.save(tmp_path/name, {'.gif': 'GIF', '.png': 'PNG'}.get(Path(name).suffix, 'JPEG'))
+    image.save(tmp_path/'moving.gif', save_all=True, append_images=[image.rotate(90)])
+    (tmp_path/'raw.CR2').touch(); (tmp_path/'scan.jp2').touch(); (tmp_path/'notes.txt').touch()
+    with pytest.warns(UserWarning, match='2 of a kind that is not read are left out.*raw.CR2, scan.jp2'): files = image_files(tmp_path)
+    assert [f.name for f in files] == ['a.JPE', 'a.gif', 'a.jfif', 'a.png', 'moving.gif']
+    for f in files[:4]: assert np.abs(np.asarray(read_image(f), float) - np.asarray(image, float)).mean() < 6, f.name
+    with pytest.raises(ImageError, match='moving.gif: several images in one file'): read_image(files[4])
+    other = tmp_path/'other'; other.mkdir(); (other/'a.NEF').touch()
+    with pytest.raises(FileNotFoundError, match='1 of a kind that is not read.*a.NEF'): image_files(other)
+    for brands in (b'avif\0\0\0\0avifmif1', b'mif1\0\0\0\0mif1avif'):
+        (tmp_path/'b.avif').write_bytes(b'\0\0\0\x18ftyp' + brands)
+        monkeypatch.setitem(sys.modules, 'PIL._avif', None)
+        with pytest.raises(ImageError, match='AVIF.* pip install --upgrade pillow'): read_image(tmp_path/'b.avif')
+        monkeypatch.undo()
+
+
+def test_real_avif(tmp_path):
+    "Where this Pillow has it; a sequence is refused"
+    from PIL import Image, features
+    from skin_lesions.core import ImageError, image_files, read_image
+    if not features.check('avif'): pytest.skip('this Pillow has no AVIF')
+    image = Image.new('RGB', (48, 32), (200, 120, 40))
+    image.save(tmp_path/'a.AVIF', 'AVIF'); image.save(tmp_path/'b.avif', save_all=True, append_images=[image.rotate(90)])
+    still, moving = image_files(tmp_path)
+    assert read_image(still).size == (48, 32) and np.abs(np.asarray(read_image(still), float) - (200, 120, 40)).max() <= 8
+    assert np.array_equal(read_image(still.read_bytes()), read_image(still))
+    with pytest.raises(ImageError, match='several images'): read_image(moving)
+
+
 @pytest.mark.parametrize('kind', ['heic', 'dicom'])
 def test_real_heic_and_dicom(kind, tmp_path):
     "With the packages themselves, where they are installed"

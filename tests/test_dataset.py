@@ -19,6 +19,11 @@ def test_an_image_is_found_whatever_its_suffix(tmp_path, suffix):
     assert image_paths(tmp_path, ['a', 'b']) == {'a': str(tmp_path/'deep'/'er'/f'a{suffix}')}
 
 
+def test_of_two_files_of_an_image_the_usual_kind_is_taken(tmp_path):
+    for name in ('a.heic', 'a.jpg', 'a.gif', 'b.gif', 'b.png'): (tmp_path/name).touch()
+    assert image_paths(tmp_path, ['a', 'b']) == {'a': str(tmp_path/'a.jpg'), 'b': str(tmp_path/'b.png')}
+
+
 def test_a_folder_that_links_to_itself_ends(tmp_path):
     Image.new('RGB', (4, 4)).save(tmp_path/'a.png')
     os.symlink(tmp_path, tmp_path/'again')

@@ -227,6 +227,7 @@ def test_words_agree_with_the_row():
         said = answer_in_words(r, HAM10000, referral=referral)
         assert said == answer_in_words(row, HAM10000, referral=referral), 'a dict is a row too'
         seen.add((said.warn, bool(said.finding)))
+        for one in (said, answer_in_words(r, HAM10000)): assert str(one).count('threshold of referral') <= 1, 'said once'
         if not said.finding: assert said.risk is None and 'all-clear' not in str(said) and 'Suggests' not in str(said)
         else:
             assert abs(said.risk-sum(row[c] for c in HAM10000.malignant)) < 1e-12

@@ -291,12 +291,29 @@ def test_one_process_of_several_asked_for_is_refused(monkeypatch):
 def train_arguments(data, small, *more): return ['train', '--data', data, '--out', 'run', *small, *more]
 
 
-def test_accelerate_launch_makes_a_run(lesions, tmp_path, small, processes, monkeypatch):
-    "The folder is that of any run: complete, written once, and `predict` opens it"
+LAUNCH = """
+import sys
+from accelerate.commands import launch
+from torch.distributed import run
+was = run.config_from_args
+def rank(*args):
+    from skin_lesions.cli import main
+    assert main(list(args)) == 0
+def forks(args):
+    config, python, command = was(args)
+    assert python == sys.executable and command[:3] == ['-u', '-m', 'skin_lesions.cli']
+    config.start_method = 'fork'
+    return config, rank, command[3:]
+run.config_from_args = forks
+launch.main()
+"""
+
+
+def test_accelerate_launch_makes_a_run(lesions, tmp_path, small, warm_python, monkeypatch):
+    "The folder is that of any run: complete, written once, and `predict` opens it; ranks that wait for no imports"
     for name, value in dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore').items(): monkeypatch.setenv(name, value)
     flags = ['--multi_gpu', '--num_processes', '2', '--main_process_port', '0', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no']
-    command = ['-m', 'accelerate.commands.launch', *flags, '-m', 'skin_lesions.cli', *train_arguments(lesions[0], small, '--set', 'epochs=2')] # it starts new interpreters
-    done = processes.run(*command, cwd=tmp_path)
+    done = warm_python(LAUNCH, *flags, '-m', 'skin_lesions.cli', *train_arguments(lesions[0], small, '--set', 'epochs=2'), cwd=tmp_path)
     assert done.returncode == 0, done.stdout+done.stderr
     assert done.stdout.count('report: ') == 1 and done.stdout.count('images for training') == 1
     run = tmp_path/'run'

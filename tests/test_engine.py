@@ -5,16 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from serving import make
+from serving import each_fifth_valid
 from skin_lesions import engine
-from skin_lesions.bundle import save_bundle
 from skin_lesions.classes import HAM10000
-from skin_lesions.decide import fit_calibration
-from skin_lesions.engine import engine_difference, engine_file, with_engine, write_engine
-from skin_lesions.onnx import ONNX_PACKAGES, export_onnx
-from skin_lesions.ood import fit_ood, keep_features
+from skin_lesions.engine import engine_difference, engine_file, with_engine
+from skin_lesions.onnx import ONNX_PACKAGES
+from skin_lesions.ood import keep_features
 from skin_lesions.predict import half_difference, load_predictor
-from skin_lesions.predictions import get_predictions
 from skin_lesions.readers import read_metadata
 
 CODES = list(HAM10000)
@@ -22,23 +19,17 @@ needs_onnx = pytest.mark.skipif(not all(importlib.util.find_spec(p) for p in ONN
 
 
 @pytest.fixture(scope='module')
-def meta(sample):
-    meta = read_metadata(sample)
-    return meta.assign(is_valid=meta.groupby('dx').cumcount() % 5 == 0)
+def meta(sample): return each_fifth_valid(read_metadata(sample))
 
 
 @pytest.fixture(scope='module')
-def bundle(meta, tmp_path_factory):
-    learn = make(meta, 'two', data=dict(patient=True))
-    calibration = fit_calibration(get_predictions(learn), 'stages_vector', first='nv')
-    return save_bundle(learn, tmp_path_factory.mktemp('bundle')/'b', calibration=calibration, ood=fit_ood(learn))
+def bundle(engine_files): return engine_files/'b'
 
 
 @pytest.fixture(scope='module')
-def pair(bundle, tmp_path_factory):
+def pair(bundle, engine_files):
     "A predictor, the same with an engine, and the engine's file"
-    plain = load_predictor(bundle, device='cpu')
-    file = write_engine(plain, tmp_path_factory.mktemp('engine')/'net.onnx')
+    plain, file = load_predictor(bundle, device='cpu'), engine_files/'net.onnx'
     return plain, with_engine(plain, file=file), file
 
 

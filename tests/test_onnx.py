@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from serving import make
+from serving import each_fifth_valid, make
 from skin_lesions.bundle import save_bundle
 from skin_lesions.classes import HAM10000
 from skin_lesions.onnx import ONNX_PACKAGES, export_onnx
@@ -17,9 +17,7 @@ CODES = list(HAM10000)
 
 
 @pytest.fixture(scope='module')
-def meta(sample):
-    meta = read_metadata(sample)
-    return meta.assign(is_valid=meta.groupby('dx').cumcount() % 5 == 0)
+def meta(sample): return each_fifth_valid(read_metadata(sample))
 
 
 @pytest.fixture(scope='module')
@@ -55,11 +53,30 @@ def test_onnx_gives_the_probabilities_of_the_predictor(kind, more, meta, tmp_pat
     assert json.loads(facts['classes']) == CODES and 'not a medical device' in facts['notice'] and json.loads(facts['crop'])['size'] == [64, 64]
 
 
+def write_uniform(onnx, predictor, file):
+    "A graph that gives every class the same probability"
+    from onnx import TensorProto, helper, numpy_helper
+    names = ['pixels'] + ['patient']*(predictor.patient is not None)
+    value = numpy_helper.from_array(np.array([1/7], dtype=np.float32))
+    nodes = [helper.make_node('Shape', ['pixels'], ['n'], start=0, end=1), helper.make_node('Constant', [], ['classes'], value_ints=[7]),
+             helper.make_node('Concat', ['n', 'classes'], ['shape'], axis=0), helper.make_node('ConstantOfShape', ['shape'], ['probabilities'], value=value)]
+    given = [helper.make_tensor_value_info(name, *kind) for name, kind in zip(names, [(TensorProto.UINT8, ['n', *predictor.size, 3]), (TensorProto.FLOAT, ['n', None])])]
+    graph = helper.make_graph(nodes, 'uniform', given, [helper.make_tensor_value_info('probabilities', TensorProto.FLOAT, ['n', 7])])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid('', 18)], ir_version=10), str(file))
+
+
 @needs_onnx
-def test_onnx_that_differs_is_not_written(bundle, tmp_path):
+def test_onnx_that_differs_is_not_written(bundle, tmp_path, monkeypatch):
+    from skin_lesions import onnx
     predictor = load_predictor(bundle, device='cpu')
-    with pytest.raises(ValueError, match='differ from PyTorch'): export_onnx(predictor, tmp_path/'net.onnx', tol=0)
+    monkeypatch.setattr(onnx, '_write_onnx', write_uniform) # quicker than an export
+    with pytest.raises(ValueError, match='differ from PyTorch'): export_onnx(predictor, tmp_path/'net.onnx')
     assert not list(tmp_path.iterdir())
+    worst = export_onnx(predictor, tmp_path/'net.onnx', tol=1)
+    assert .05 < worst < 1 and [p.name for p in tmp_path.iterdir()] == ['net.onnx']
+    with pytest.raises(ValueError, match='differ from PyTorch'): export_onnx(predictor, tmp_path/'net.onnx', overwrite=True, tol=worst/2)
+    with pytest.raises(FileExistsError, match='overwrite=True'): export_onnx(predictor, tmp_path/'net.onnx')
+    assert (tmp_path/'net.onnx').stat().st_size
 
 
 def test_without_the_onnx_packages_one_line(bundle, tmp_path, monkeypatch):

@@ -1,16 +1,14 @@
 "Int8: what is written has scores that hold, says that it is int8, and is used; all else is refused."
-import importlib.util, json, logging
+import importlib.util, json, logging, shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from serving import make
-from skin_lesions.bundle import save_bundle
+from serving import each_fifth_valid
 from skin_lesions.classes import HAM10000
-from skin_lesions.engine import with_engine
+from skin_lesions.engine import engine_file, with_engine
 from skin_lesions.onnx import ONNX_PACKAGES
-from skin_lesions.ood import fit_ood
 from skin_lesions.predict import load_predictor
 from skin_lesions.quantize import LIMITS, CalibrationReader, calibration_inputs, check_limits, quantize, write_int8
 from skin_lesions.readers import read_metadata
@@ -21,23 +19,21 @@ pytestmark = pytest.mark.skipif(not all(importlib.util.find_spec(p) for p in ONN
 
 
 @pytest.fixture(scope='module')
-def meta(sample):
-    meta = read_metadata(sample)
-    return meta.assign(is_valid=meta.groupby('dx').cumcount() % 5 == 0)
+def meta(sample): return each_fifth_valid(read_metadata(sample))
 
 
 @pytest.fixture(scope='module')
-def plain(meta, tmp_path_factory):
-    learn = make(meta, 'two', data=dict(patient=True))
-    return load_predictor(save_bundle(learn, tmp_path_factory.mktemp('bundle')/'b', ood=fit_ood(learn)), device='cpu')
+def plain(engine_files): return load_predictor(engine_files/'b', device='cpu')
 
 
 @pytest.fixture(scope='module')
-def written(plain, meta, tmp_path_factory):
-    "A file that was let through, and its record; graphs lie in a cache of the module's own"
+def written(plain, meta, engine_files, tmp_path_factory):
+    "A file that was let through, and its record; the graph of float32 lies in a cache of the module's own"
     folder = tmp_path_factory.mktemp('int8')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('SKIN_LESIONS_CACHE', str(folder/'cache'))
+        engine_file(plain).parent.mkdir(parents=True)
+        shutil.copy(engine_files/'net.onnx', engine_file(plain))
         yield folder/'net.onnx', quantize(plain, meta[~meta.is_valid][:24], meta[meta.is_valid], folder/'net.onnx', limits=WIDE)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from skin_lesions.classes import ISIC2019, MELANOMA, map_classes
+from skin_lesions.benefit import decision_curve, per_thousand
+from skin_lesions.classes import HAM10000, ISIC2019, MELANOMA, map_classes, with_classes
 from skin_lesions.evaluate import scores
 from skin_lesions.report import html_report
 from tables import synthetic_table
@@ -37,11 +38,11 @@ def page(table, tmp_path, **kwargs):
 
 
 @pytest.mark.parametrize('evil', ['"><script>alert(1)</script>', "'><img src=x onerror=alert(1)>", '</style><script>x</script>', '&lt;b&gt; & "'])
-def test_names_from_outside_do_no_harm(evil, tmp_path):
+def test_names_from_outside_do_no_harm(evil, tmp_path, no_figures):
     table = synthetic_table(30)
     table = table.assign(group=table.group.where(table.index > 0, evil), image_id=table.image_id.where(table.index > 0, evil))
     meta = table[['image_id']].assign(sex=np.where(table.index % 2, evil, 'female'), age=50.)
-    text = page(table, tmp_path, run={evil: evil, 'split': evil, 'arguments': {evil: [evil]}}, meta=meta, title=evil)
+    with no_figures(): text = page(table, tmp_path, run={evil: evil, 'split': evil, 'arguments': {evil: [evil]}}, meta=meta, title=evil)
     assert '<script' not in text and '<img src=x' not in text
 
 
@@ -53,23 +54,23 @@ def test_any_class_set_and_its_decision(classes, tmp_path):
     for c in classes: assert classes.full_name(c) in text
 
 
-def test_a_mapping_is_named(tmp_path):
-    assert 'Diagnoses mapped: ISIC2019 to HAM10000' in page(map_classes(synthetic_table(40, classes=ISIC2019), 'HAM10000'), tmp_path)
+def test_a_mapping_is_named(tmp_path, no_figures):
+    with no_figures(): text = page(map_classes(synthetic_table(40, classes=ISIC2019), 'HAM10000'), tmp_path)
+    assert 'Diagnoses mapped: ISIC2019 to HAM10000' in text
 
 
-def test_a_report_that_fails_leaves_the_old_one(tmp_path):
+def test_a_report_that_fails_leaves_the_old_one(tmp_path, no_figures):
     table = synthetic_table(30)
-    before = html_report(table, tmp_path/'r.html').read_bytes()
+    with no_figures(): before = html_report(table, tmp_path/'r.html').read_bytes()
     with pytest.raises(ValueError, match='sum to'): html_report(table.assign(nv=.9), tmp_path/'r.html')
     with pytest.raises(ValueError, match='history lacks'): html_report(table, tmp_path/'r.html', history=pd.DataFrame({'epoch': [0]}))
     assert (tmp_path/'r.html').read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ['r.html']
 
 
-def test_worst_errors_show_the_images_of_this_disk(tmp_path):
+def test_worst_errors_show_the_images_of_this_disk(tmp_path, no_figures):
     "Malignant called benign first; images stay in their files, none is in the page, and a browser shows them"
     import shutil
     from PIL import Image
-    from skin_lesions.classes import HAM10000
     from skin_lesions.report import worst_errors
     table = synthetic_table(60, skill=.8)
     worst, shown = worst_errors(table, 100), worst_errors(table)
@@ -86,7 +87,7 @@ def test_worst_errors_show_the_images_of_this_disk(tmp_path):
     assert 'image/jpeg' not in text and str(tmp_path) not in text, 'no photograph, and no path of this machine'
     found = re.findall(r'src="(?!data:)([^"]*)"', text)
     assert len(found) == len(shown) and all(f.startswith('../data') for f in found)
-    assert 'file:' not in html_report(table, tmp_path/'run'/'plain.html').read_text(encoding='utf-8')
+    with no_figures(): assert 'file:' not in html_report(table, tmp_path/'run'/'plain.html').read_text(encoding='utf-8')
     browser = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
     if browser is None: pytest.skip('no Chromium on this machine')
     api = pytest.importorskip('playwright.sync_api')
@@ -102,16 +103,58 @@ def test_worst_errors_show_the_images_of_this_disk(tmp_path):
         chromium.close()
 
 
-def test_a_table_without_an_error_has_no_section_of_errors(tmp_path):
+def test_a_table_without_an_error_has_no_section_of_errors(tmp_path, no_figures):
     table = synthetic_table(40)
-    text = page(table.assign(decision=table.dx), tmp_path)
+    with no_figures(): text = page(table.assign(decision=table.dx), tmp_path)
     assert 'Worst errors' not in text and 'Reliability' in text and 'Risk and coverage' in text
 
 
-def test_subgroups_by_skin_are_in_the_report(tmp_path):
+def test_subgroups_by_skin_are_in_the_report(tmp_path, no_figures):
     table = synthetic_table(40)
     meta = table[['image_id']].assign(skin_type=['2', '4']*(len(table)//2)+['2']*(len(table) % 2), skin_tone='tan')
-    page = html_report(table, tmp_path/'a.html', meta=meta).read_text()
-    without = html_report(table, tmp_path/'b.html', meta=meta[['image_id']].assign(sex='male')).read_text()
+    with no_figures():
+        page = html_report(table, tmp_path/'a.html', meta=meta).read_text()
+        without = html_report(table, tmp_path/'b.html', meta=meta[['image_id']].assign(sex='male')).read_text()
     assert '>Skin type<' in page and '>Skin tone, estimated<' in page and '>tan<' in page
     assert 'Skin t' not in without
+
+
+def cells(text, heading):
+    "The rows of the first table after a heading"
+    body = text[text.index(heading):].split('<tbody>')[1].split('</tbody>')[0]
+    return [[re.sub('<[^>]*>', '', c).strip() for c in re.findall(r'<t[hd].*?</t[hd]>', row, re.S)] for row in body.split('<tr>')[1:]]
+
+
+def test_the_counts_of_1000_lesions_are_those_of_benefit(tmp_path):
+    "Row by row, with intervals, at the prevalence that is asked; what is found and what is missed are all malignant lesions"
+    table = synthetic_table(120)
+    text = page(table.assign(refer=table.mel > .1), tmp_path, prevalence=.05)
+    rows = cells(text, 'Per 1,000 lesions, 50 of them malignant')
+    assert [r[0] for r in rows] == ['everybody', '1 %', '2 %', '5 %', '10 %', 'its referral'] and rows[0][1:] == ['1,000', '50.0', '0']
+    for row, threshold in zip(rows[1:], (.01, .02, .05, .1, None)):
+        counts = per_thousand(table.assign(refer=table.mel > .1), .05, threshold).loc['network']
+        for text, name, digits in zip(row[1:], ('referred', 'found', 'missed'), (0, 1, 1)):
+            assert text == '{:.{d}f} ({:.{d}f} to {:.{d}f})'.format(*counts.loc[name], d=digits)
+        assert counts.value['found']+counts.value['missed'] == pytest.approx(50)
+
+
+@pytest.mark.parametrize('skill, helps', [(3., True), (0., False)])
+def test_the_report_says_where_the_network_helps(skill, helps, tmp_path):
+    "The thresholds are those at which the gain of the decision curve has an interval above nothing; guesses have none"
+    table = synthetic_table(400, skill=skill)
+    if not skill: table[list(HAM10000)] = 1/7
+    text = page(table, tmp_path)
+    curve = decision_curve(table, .03, np.linspace(.01, .15, 20).tolist())
+    t = curve.threshold[curve.gain_low > 0]
+    assert bool(len(t)) == helps
+    assert (f'from a threshold of {100*t.min():.2g} % to one of {100*t.max():.2g} %' if helps else 'At no threshold shown') in text
+
+
+def test_no_benefit_without_malignancy(tmp_path):
+    "A set that knows none, and a table of benign lesions; lesions that are unknown do no harm"
+    own = with_classes(synthetic_table(40, classes=MELANOMA).rename(columns=dict(mel='dark', other='light')).replace(dict(dx=dict(mel='dark', other='light'))), ['dark', 'light'])
+    table = synthetic_table(60)
+    bad = table.dx.isin(HAM10000.malignant)
+    for other in (own, table[~bad]): assert 'Net benefit' not in page(other, tmp_path)
+    assert 'Net benefit' in page(table.drop(columns='group'), tmp_path)
+    with pytest.raises(ValueError, match='prevalence must be above 0 and below 1, got 0'): html_report(table, tmp_path/'r.html', prevalence=0)

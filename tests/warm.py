@@ -1,30 +1,55 @@
-"""Processes that wait for no imports: a server imports the libraries once and forks for each command.
+"""Processes that wait for no imports: a server imports the libraries once, for all test processes, and forks for each command.
 
 A fork has its own arguments, folder, environment, output, exit status and signals, and imports skin_lesions itself. What a first import promises
 (which libraries it waits for, what it changes) needs the `python` of `conftest.py`, a new interpreter."""
 import json, os, signal, socket, subprocess, sys, tempfile, time
+from contextlib import contextmanager
+from pathlib import Path
+
+try: import fcntl
+except ModuleNotFoundError: fcntl = None
+
+@contextmanager
+def locked(path):
+    "One test process at a time; on Windows, where there is no such lock, none waits"
+    with open(path, 'w') as lock:
+        if fcntl: fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
 
 SERVER = r'''
-import gc, json, os, runpy, signal, socket, sys, tempfile, types
+import gc, json, os, runpy, select, selectors, signal, socket, sys, tempfile, types
 import fastai.vision.all, matplotlib.pyplot, numpy, pandas, scipy.stats, sklearn.metrics, timm, torch, torchvision
 assert not any(n.split('.')[0] == 'skin_lesions' for n in sys.modules)
 gc.freeze() # or the collector writes to every page of memory that a fork shares
 
-def serve(sock):
+def serve(listener):
     "Answer until a command comes, whose fork returns with it"
+    clients = selectors.DefaultSelector()
+    clients.register(listener, selectors.EVENT_READ)
     while True:
-        text, outputs, _, _ = socket.recv_fds(sock, 2**20, 2)
-        if not text: os._exit(0) # the tests have ended
-        request = json.loads(text)
-        if 'poll' in request:
-            pid, status = os.waitpid(request['poll'], os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if pid else None
-        else: answer = os.fork()
-        if answer == 0 and 'args' in request:
-            sock.close()
-            return request, outputs
-        for output in outputs: os.close(output)
-        sock.send(json.dumps(answer).encode())
+        for key, _ in clients.select():
+            sock = key.fileobj
+            if sock is listener:
+                clients.register(sock.accept()[0], selectors.EVENT_READ)
+                continue
+            text, outputs, _, _ = socket.recv_fds(sock, 2**20, 2)
+            if not text: # these tests have ended
+                clients.unregister(sock)
+                sock.close()
+                if len(clients.get_map()) == 1 and not select.select([listener], [], [], 0)[0]: os._exit(0)
+                continue
+            request = json.loads(text)
+            if 'poll' in request:
+                pid, status = os.waitpid(request['poll'], os.WNOHANG)
+                answer = os.waitstatus_to_exitcode(status) if pid else None
+            else: answer = os.fork()
+            if answer == 0 and 'args' in request:
+                for other in [key.fileobj for key in clients.get_map().values()]: other.close()
+                clients.close()
+                return request, outputs
+            for output in outputs: os.close(output)
+            sock.send(json.dumps(answer).encode())
 
 request, outputs = serve(socket.socket(fileno=int(sys.argv[1])))
 signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background job ignores Ctrl-C and hands that on
@@ -66,8 +91,20 @@ class Child:
 
 
 class Server:
-    "Starts with the first command"
-    def __init__(self): self.sock = None
+    "Starts with the first command of any test process, and ends with the last of them"
+    def __init__(self, address): self.address, self.sock = Path(address), None # a file; beside it, a lock
+
+    def connect(self):
+        with locked(self.address.with_suffix('.lock')): # only one starts it
+            self.sock = socket.socket(socket.AF_UNIX)
+            try: self.sock.connect(str(self.address))
+            except OSError: # not started, or ended
+                self.address.unlink(missing_ok=True)
+                with socket.socket(socket.AF_UNIX) as listener:
+                    listener.bind(str(self.address))
+                    listener.listen()
+                    self.process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', SERVER, str(listener.fileno())], pass_fds=[listener.fileno()])
+                self.sock.connect(str(self.address))
 
     def ask(self, request, outputs=()):
         socket.send_fds(self.sock, [json.dumps(request).encode()], outputs)
@@ -75,10 +112,7 @@ class Server:
 
     def start(self, *args, cwd, out, err):
         "Run `python ARGS` (-c CODE ... or -m MODULE ...) in a folder, its outputs into open files"
-        if self.sock is None:
-            self.sock, other = socket.socketpair()
-            self.process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', SERVER, str(other.fileno())], pass_fds=[other.fileno()])
-            other.close()
+        if self.sock is None: self.connect()
         request = dict(args=list(map(str, args)), cwd=str(cwd), env=dict(os.environ))
         return Child(self, self.ask(request, [out.fileno(), err.fileno()]))
 
@@ -91,6 +125,4 @@ class Server:
             return subprocess.CompletedProcess(args, child.returncode, out.read(), err.read())
 
     def close(self):
-        if self.sock is None: return
-        self.sock.close()
-        self.process.wait(60)
+        if self.sock is not None: self.sock.close()
