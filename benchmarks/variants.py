@@ -4,12 +4,12 @@
     python benchmarks/variants.py
 
 Trainings on the table of `joined.py`, fold 0 held out. Each is the recipe `ham10000` with its first step alone (10
-epochs at 128 pixels) and one thing changed: the random seed, the augmentation, one stage, averaged weights, patient data, or
-the images: without one source, from one source only, without a second fold. `soup` and `mean` are of the networks
-without a second fold, of which none has seen fold 0. `full` has the whole recipe. The lesions held out are the same for
-all; networks without a source also answer for all of its images. The first form trains what is not finished in --out
-(on a GPU a minute or two each; --only takes some of them) and packs the predictions; the second reads variants.csv.gz.
-Differences from `base` are paired over lesions. Nothing is chosen on MILK10k's lesions for judging.
+epochs at 128 pixels) and one thing changed: the random seed, the augmentation, one stage, averaged weights, patient
+data, or the images: without one source, from one source only, without a second fold. `soup` and `mean` are of the
+networks without a second fold, of which none has seen fold 0. `full` has the whole recipe. The lesions held out are the
+same for all; networks without a source also answer for all of its images. The first form trains what is not finished in
+--out (on a GPU a minute or two each; --only takes some of them) and packs the predictions; the second reads
+variants.csv.gz. Differences from `base` are paired over lesions. Nothing is chosen on MILK10k's lesions for judging.
 """
 import argparse, os
 from dataclasses import replace

@@ -281,6 +281,7 @@ def _class_score(answer, target, codes)->tuple:
     numbers = answer.out.argmax(1) if target is None else class_numbers(target, n, bs, codes).to(answer.out.device)
     return numbers,answer.joined.gather(1, numbers[:,None])[:,0]
 
+# %% ../nbs/50_gradcam.ipynb #p3b10d83
 def _stage_one_score(s, target, first, n, codes)->tuple:
     "Side explained [bs], the first class or -1 for the rest, and stage one's score for it [bs]"
     if target is None: is_first = s>=0
