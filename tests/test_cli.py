@@ -1,5 +1,5 @@
 "The command line as a user meets it: a process, files, exit codes, errors."
-import io, json, os, re, shutil, signal, subprocess, sys, time, warnings
+import functools, io, json, os, re, shutil, signal, subprocess, sys, time, warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -515,9 +515,11 @@ def test_predict_answers_for_programs_and_through_a_pipe(call, tmp_path, monkeyp
     "JSON and CSV with file, full names and rounded numbers; patterns, names and an image through standard input; no file is skipped silently"
     from PIL import Image
     from skin_lesions.classes import HAM10000
+    from skin_lesions import cli
     from skin_lesions.decide import answer_in_words
     from skin_lesions.predict import load_predictor
     from skin_lesions.synthetic import draw_image
+    monkeypatch.setattr(cli, 'open_bundle', functools.cache(cli.open_bundle)) # four networks, read once for all calls
     for name in ('pillow_heif', 'pydicom'): monkeypatch.setitem(sys.modules, name, None) # not installed
     folder = tmp_path/'in'; folder.mkdir()
     for i in range(2): Image.fromarray(draw_image('nv', i, i, size=(300, 225))[0]).save(folder/f'{i}.png')
