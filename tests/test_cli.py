@@ -540,7 +540,8 @@ def test_predict_answers_for_programs_and_through_a_pipe(call, tmp_path, monkeyp
     views = packaged.predict(folder/'1.png', views=packaged.recipe_views)
     words, alone = (answer_in_words(table.iloc[0], classes, referral=packaged.referral, sets=packaged.sets) for table in (expected, views))
     assert (found[1]['finding'], found[1]['advice']) == (words.finding, words.advice), 'the words of the web demo'
-    assert call('predict', folder/'1.png')[1].startswith(f'{alone}\n\n'), 'a single image is looked at in several views'
+    single = call('predict', folder/'1.png')[1]
+    assert single.startswith(f'{alone}\n\n'), 'a single image is looked at in several views'
     lines = call('predict', folder, '--device', 'cpu')[1].splitlines()
     assert [l.split('  ')[-1].strip() for l in lines if 'moving.gif' not in l] == [r['finding'] or r['advice'] for r in found]
     assert found[1]['malignant'] == round(p[list(classes.malignant)].sum(), 4) and found[1]['decision'] == expected.decision[0]
@@ -551,7 +552,7 @@ def test_predict_answers_for_programs_and_through_a_pipe(call, tmp_path, monkeyp
     through(''.join(f"{r['file']}\n" for r in found[:2]).encode())
     assert call('predict', '-', '--as-csv')[1] == printed
     through((folder/'1.png').read_bytes())
-    assert call('predict', '-')[1] == call('predict', folder/'1.png')[1]
+    assert call('predict', '-')[1] == single
     through(b'')
     assert call('predict', '-')[0] == 2
     through((folder/'1.png').read_bytes())
