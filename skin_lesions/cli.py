@@ -14,7 +14,7 @@ __all__ = ['Views', 'ViewsOrAuto', 'Rule', 'Calibration', 'Split', 'Engine', 'Sc
            'audit_labels', 'audit', 'print_benefit', 'benefit', 'change_names', 'print_stress', 'stress',
            'stress_and_print', 'named_embedder', 'embed', 'probe', 'read_patients', 'note_ood', 'print_answer',
            'words_of', 'with_patients', 'write_maps', 'predict', 'answer_records', 'print_json', 'print_csv',
-           'print_lines', 'print_answers', 'gradcam', 'print_fitted', 'sets_request', 'print_sets', 'calibrate',
+           'print_lines', 'print_answers', 'gradcam', 'print_fitted', 'sets_asked_for', 'print_sets', 'calibrate',
            'ensemble', 'combined', 'submit', 'export_onnx', 'quantize', 'print_int8', 'sign', 'verify', 'app',
            'paper_runs', 'print_recipes', 'run_line', 'opened_pool', 'run_all', 'print_paper_table', 'run_options',
            'paper', 'reproduce_bundle', 'print_reproduced', 'demo_recipe', 'demo', 'demo_sample', 'run_demo',
@@ -1083,15 +1083,15 @@ def print_fitted(
     if sets is not None: print_sets(table, decisions.calibration, sets)
 
 # %% ../nbs/81_cli.ipynb #62000021
-def sets_request(
+def sets_asked_for(
     table, # predictions table
     alpha, # fraction of lesions that may be outside; None for no sets
     at_most=None, # texts CODE=FRACTION; None for none
-)->dict: # for `calibrated_sets`; None for no sets
-    "The prediction sets that a user asks for, or why there are none, which is said before decisions are fitted"
+): # function of table and calibration, or None for no sets
+    "How to fit the prediction sets that a user asks for; what is wrong is said before decisions are fitted"
     if alpha is None and at_most: raise ValueError('--at-most bounds prediction sets; give --sets too')
     if alpha is None: return None
-    from skin_lesions.conformal import fit_sets
+    from skin_lesions.conformal import calibrated_sets, fit_sets
     try: bounds = {code: float(fraction) for code,fraction in (text.split('=') for text in at_most or ())}
     except ValueError:
         raise ValueError(f"--at-most takes CODE=FRACTION, e.g. mel=0.05, got {' '.join(at_most)}") from None
@@ -1099,7 +1099,7 @@ def sets_request(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # the sets that are kept warn
         fit_sets(table, **asked)
-    return asked
+    return lambda table,calibration: calibrated_sets(table, calibration, **asked)
 
 # %% ../nbs/81_cli.ipynb #62000022
 def print_sets(
@@ -1133,13 +1133,12 @@ def calibrate(
     "Fit calibration, decision rule, referral and prediction sets, and put them into the bundle"
     folder = bundle_folder(bundle)
     from skin_lesions.bundle import first_diagnosis, read_bundle, update_bundle
-    from skin_lesions.conformal import calibrated_sets
     from skin_lesions.decide import fit_decisions
     table,record = run_predictions(predictions or folder),read_bundle(folder)
-    asked = sets_request(table, sets, at_most)
+    asked = sets_asked_for(table, sets, at_most)
     fitted = fit_decisions(table, first=first_diagnosis(record), method=calibration, sensitivity=refer,
                            rule=rule or recipe_of(record).get('rule', 'prior'))
-    chosen = asked and calibrated_sets(table, fitted.calibration, **asked)
+    chosen = asked and asked(table, fitted.calibration)
     parts = dict(calibration=fitted.calibration, rule=fitted.rule, referral=fitted.referral, sets=chosen)
     update_bundle(folder, **{name: part or False for name,part in parts.items()}) # False takes out what was there
     print_fitted(fitted, table, chosen)
