@@ -1069,7 +1069,8 @@ def _score_line(s)->str:
 def print_fitted(
     decisions, # as from `fit_decisions`
     table, # predictions table that it was fitted on
-    sets=None, # `PredictionSets` that were fitted on it, or None
+    sets, # `PredictionSets` that were fitted on it, or None
+    folder, # of the bundle that it is in
 ):
     "Print what was fitted, and what it does to lesions that it was not fitted on"
     from skin_lesions.style import percent_text
@@ -1081,6 +1082,7 @@ def print_fitted(
         print(f'referral: from a score of {referral.threshold:.4f} on; {reached}')
     for line in _measured_lines(decisions.measured): print(line)
     if sets is not None: print_sets(table, decisions.calibration, sets)
+    print(f'bundle: {folder}')
 
 # %% ../nbs/81_cli.ipynb #62000021
 def sets_asked_for(
@@ -1141,8 +1143,7 @@ def calibrate(
     chosen = asked and asked(table, fitted.calibration)
     parts = dict(calibration=fitted.calibration, rule=fitted.rule, referral=fitted.referral, sets=chosen)
     update_bundle(folder, **{name: part or False for name,part in parts.items()}) # False takes out what was there
-    print_fitted(fitted, table, chosen)
-    print(f'bundle: {folder}')
+    print_fitted(fitted, table, chosen, folder)
     note(NOTICE)
     return 0
 
