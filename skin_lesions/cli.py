@@ -442,8 +442,10 @@ def check_training(
     "Raise where a training would have no fold, no cache or no weights to begin with"
     if options['split']=='lesion' and not images['fold_col']: check_fold(options['fold'], options['folds'])
     if options['cache'] not in ('auto', 'none'): check_out(options['cache'], 'cache', folder=True)
+    weights = Path(options['weights'] or '')
     # a package of weights has no suffix
-    if Path(options['weights'] or '').suffix: check_given(pretrained_weights=options['weights'])
+    if weights.suffix and not weights.is_file():
+        raise FileNotFoundError(f'no weights at {weights}; give a .pth or .safetensors file, or a package of weights')
 
 # %% ../nbs/81_cli.ipynb #c81f0a11
 def is_whole_run(

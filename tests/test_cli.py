@@ -53,7 +53,7 @@ for call in calls:
 # what is wrong with a command, and a part of what is said; nothing is imported for the first ones, pandas for the others
 KNOWN_AT_ONCE = [
     ('train --csv ok.csv --out run --fold 7', '--fold must be 0 to 4'), ('train --csv ok.csv --out run --fold 2 --n-folds 1', '--n-folds must be 2'),
-    ('train --csv ok.csv --out run --pretrained-weights no.pth', '--pretrained-weights no.pth'), ('train --csv ok.csv --out run --cache file', '--cache file is a file'),
+    ('train --csv ok.csv --out run --pretrained-weights no.pth', 'no weights at no.pth'), ('train --csv ok.csv --out run --cache file', '--cache file is a file'),
     ('train --out run --label-col dx', 'give --csv too'), ('evaluate ham10000 --csv ok.csv --out folder', 'is a folder'), ('evaluate ham10000 --audit no --csv ok.csv', '--audit no'),
     ('evaluate ham10000 --prevalence 3', '--prevalence must be'), ('embed --csv ok.csv --out f.npz --arch resnet18 --bundle ham10000', '--arch and --bundle'), ('probe no.npz', 'no features at no.npz'),
     ('predict a.jpg --patients no.csv', '--patients no.csv'), ('predict a.jpg --out file/x.csv', 'nothing can be written'), ('predict a.jpg --gradcam file', '--gradcam file is a file'),
