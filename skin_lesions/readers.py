@@ -23,7 +23,7 @@ from .classes import (CLASS_SETS, HAM10000, ISIC2019, MALIGNANT, MELANOMA, MILK1
 from .core import check_columns, first_few, unknown_name
 from .dataset import (HOW_TO_GET, META_COLUMNS, NEAR_DUPLICATES, age_column, challenge_tables,
     find_ham10000, first_folder, folder_entries, ham10000_table, merge_groups, named_folder, number_column,
-    raise_lines, read_table, with_paths, without_suffix)
+    raise_lines, read_table, site_name, with_paths, without_suffix)
 
 # %% ../nbs/11_readers.ipynb #74f9f2bd
 def _codes_of_labels(df, file, classes)->pd.Series:
@@ -75,6 +75,7 @@ def _checked_columns(df, file, classes)->pd.DataFrame:
     for column in ('patient_id', 'lesion_id'): df[column] = df[column] if column in df else ''
     df['age'] = age_column(df.age, file) if 'age' in df else float('nan')
     for column in ('sex', 'site'): df[column] = _words(df, column)
+    df['site'] = df.site.map(site_name)
     return df
 
 def _in_order(df, classes, unit)->pd.DataFrame:
