@@ -328,7 +328,7 @@ def test_evaluate_says_which_images_were_trained_on(call, finished_run, tmp_path
     status, _, error = call('evaluate', finished_run/'predictions.csv', '--audit', tmp_path/'training')
     assert status == 2 and 'has no images that --audit could compare' in error
     status, _, error = call('evaluate', finished_run, '--audit', tmp_path/'nowhere')
-    assert status == 2 and 'nowhere does not exist' in error
+    assert status == 2 and 'nowhere: no such file' in error
 
 
 # ---- evaluate
@@ -471,7 +471,7 @@ def test_predict_gives_the_run_s_own_probabilities(sample, finished_run, call, t
     assert (tmp_path/'files.csv').read_text() == (tmp_path/'out.csv').read_text()
 
 
-def test_predict_takes_an_engine(call, finished_run, sample, monkeypatch):
+def test_predict_takes_an_engine(call, finished_run, sample, tmp_path, monkeypatch):
     from skin_lesions import engine
     given, file = [], next(sample.rglob('*.jpg'))
     record = dict(n_images=50, float32=dict(macro_auc=.9), int8=dict(macro_auc=.899))
@@ -480,14 +480,15 @@ def test_predict_takes_an_engine(call, finished_run, sample, monkeypatch):
         predictor.network.int8 = record if file else None
         return predictor
     monkeypatch.setattr(engine, 'with_engine', with_engine)
-    run = ('predict', file, '--bundle', finished_run)
+    run, graph = ('predict', file, '--bundle', finished_run), tmp_path/'net.onnx'
+    graph.touch()
     status, _, error = call(*run, '--engine', 'onnxruntime')
     assert status == 0 and 'int8' not in error and given == [('cpu', None)]
-    status, _, error = call(*run, '--engine', 'onnxruntime', '--graph', 'net.onnx')
-    assert status == 0 and given[1:] == [('cpu', 'net.onnx')]
+    status, _, error = call(*run, '--engine', 'onnxruntime', '--graph', graph)
+    assert status == 0 and given[1:] == [('cpu', str(graph))]
     assert 'int8: against float32 on 50 labelled images, macro auc 0.900 -> 0.899' in error
     assert call(*run)[0] == 0 and len(given) == 2
-    status, _, error = call(*run, '--graph', 'net.onnx')
+    status, _, error = call(*run, '--graph', graph)
     assert status == 2 and '--engine onnxruntime' in error
 
 
