@@ -58,6 +58,14 @@ def against_baselines(table, n=1000, seed=42):
     return rows
 
 
+def paired(table, against, n=1000, seed=42):
+    "The energy of the contrast's maps minus that of the classes' maps, over images where both have one"
+    units = pd.factorize(table.group)[0]
+    k = units.max() + 1
+    draws = np.random.default_rng(seed).multinomial(k, np.full(k, 1/k), size=n)
+    return mean_over_lesions((against.energy - table.energy).to_numpy(float), units, draws)
+
+
 def sanity(predictor, meta, n):
     "Cascading randomisation and deletion and insertion on the first `n` images, one class after another"
     from skin_lesions.cam_checks import curve_areas, deletion_insertion, randomization_check
@@ -99,9 +107,13 @@ def measure(predictor, meta, record, masks, args):
         first = record['recipe']['first'] or predictor.classes.first
         stages = {'stage one': all_of(meta, stage='one'),
                   'stage two, no nevi': all_of(meta[meta.dx != first].reset_index(drop=True), stage='two')}
+    against = overlap_table(predictor, meta, masks, show=not args.quiet, target='contrast')
+    contrast = {code: overlap_summary(part).loc['all'].to_dict() for code, part in against.groupby('explained')}
+    contrast = {'all': overlap_summary(against).loc['all'].to_dict()} | contrast
     layers = {layer: all_of(meta, layer=layer) for layer in args.layers}
     explained = {code: overlap_summary(part).loc['all'].to_dict() for code, part in table.groupby('explained')}
-    return table, dict(by_class_explained=explained, stages=stages, other_layers=layers)
+    return table, dict(by_class_explained=explained, contrast=contrast, contrast_minus_class=paired(table, against),
+                       stages=stages, other_layers=layers)
 
 
 def print_result(result):

@@ -60,8 +60,16 @@ def held_out_subgroups(milk10k):
     return subgroup_scores(table, meta.drop_duplicates('image_id'))
 
 
+def left_out():
+    "What `variants.py` measured of networks without a source"
+    found = json.loads((RESULTS/'variants.json').read_text())['left_out']
+    rows = [dict(name=source, images=r['images'], macro_auc=r['macro_auc'], difference=r['difference']['macro_auc'])
+            for source, r in found.items()]
+    return dict(about='other networks of the same recipe after its first step, one random seed', rows=rows)
+
+
 def onto_card(milk10k):
-    "Other collections' rows and the subgroups onto the card"
+    "Rows of other collections, of sources left out and of subgroups onto the card"
     from skin_lesions.bundle import read_bundle, update_bundle
     from skin_lesions.card import model_card
     rows = json.loads((RESULTS/'cross_collection.json').read_text())['rows']
@@ -70,7 +78,8 @@ def onto_card(milk10k):
     keys = [f'{k}{end}' for k in wanted for end in ('', '_low', '_high')]
     def row(r): return dict(name=NAMES[r['trained'], r['tested']]) | {k: r[k] for k in keys if k in r}
     others = [row(r) for r in rows if (r['trained'], r['tested']) in NAMES]
-    update_bundle(PACKAGED, scores=read_bundle(PACKAGED)['scores'] | dict(collections=others, subgroups=held_out_subgroups(milk10k)))
+    measured = dict(collections=others, left_out=left_out(), subgroups=held_out_subgroups(milk10k))
+    update_bundle(PACKAGED, scores=read_bundle(PACKAGED)['scores'] | measured)
     (PACKAGED/'README.md').write_text(model_card(read_bundle(PACKAGED)), encoding='utf-8')
 
 

@@ -99,6 +99,16 @@ def _group_lines(scores)->str:
     if not tables: return ''
     return '\n\n'.join(['By subgroup (most probable class; average over the classes that are there):', *tables])
 
+def _left_out_lines(scores)->str:
+    "What networks that were trained without a source answer on its lesions"
+    found = scores.get('left_out')
+    if not found: return ''
+    def ends(values): return interval_text(*values)
+    rows = [(r['name'], f"{r['images']:,}", ends(r['macro_auc']), ends(r['difference'])) for r in found['rows']]
+    table = _table(('source', 'images', 'macro AUC without it in the training', 'difference from with it'), rows)
+    return f"New sources: {found['about']}, each trained without one source and judged on its lesions.\n\n{table}"
+
+
 # %% ../nbs/68_card.ipynb #5001a002
 _GLANCE = dict(average_recall='average recall by the rule', macro_auc='macro AUC',
                malignant_referred='malignant referred', benign_kept='benign not referred',
@@ -268,7 +278,7 @@ def _title(record, classes, scores)->str:
 def _score_lines(scores, classes, dataset)->str:
     "All that was measured"
     lines = [_main_lines(scores, dataset), _decided_line(scores), _views_line(scores), _class_lines(scores, classes),
-             _group_lines(scores)]
+             _group_lines(scores), _left_out_lines(scores)]
     return '\n\n'.join(line for line in lines if line)
 
 # %% ../nbs/68_card.ipynb #e3f689ae

@@ -10,7 +10,7 @@ __all__ = ['METHODS', 'STAGES', 'weighted_map', 'normalize_cams', 'resize_cams',
            'true_probabilities', 'plot_top_losses_gradcam', 'gradcam_folder']
 
 # %% ../nbs/50_gradcam.ipynb #b57e345d
-import base64, io, re
+import base64, io, math, re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,12 +266,22 @@ def _answer(net, x, patient)->_Answer:
     return _Answer(route_stages(s, z, net.first) if net.combine=='paper' else joined, joined, s, z)
 
 # %% ../nbs/50_gradcam.ipynb #175332e3
+def _two_most_probable(answer)->Tensor: # [bs, 2]
+    "The numbers of the class that the network answers and of the most probable one among the others"
+    first = answer.out.argmax(1, keepdim=True)
+    return torch.cat([first, answer.joined.scatter(1, first, -math.inf).argmax(1, keepdim=True)], 1)
+
 def _class_score(answer, target, codes)->tuple:
     "Classes explained [bs] and their scores [bs]"
     bs,n = answer.out.shape
+    if isinstance(target, str) and target=='contrast': target = _two_most_probable(answer)
+    if isinstance(target, Tensor) and target.ndim==2: # one class rather than another
+        scores = answer.joined.gather(1, target)
+        return target[:,0],scores[:,0]-scores[:,1]
     numbers = answer.out.argmax(1) if target is None else class_numbers(target, n, bs, codes).to(answer.out.device)
     return numbers,answer.joined.gather(1, numbers[:,None])[:,0]
 
+# %% ../nbs/50_gradcam.ipynb #p3b10d83
 def _stage_one_score(s, target, first, n, codes)->tuple:
     "Side explained [bs], the first class or -1 for the rest, and stage one's score for it [bs]"
     if target is None: is_first = s>=0
@@ -335,12 +345,14 @@ def _gradient(score, activation, name, stage)->Tensor:
 # %% ../nbs/50_gradcam.ipynb #ce02e9fe
 STAGES = ('one', 'two')
 
-def _check_batch(xb, net, stage):
+def _check_batch(xb, net, stage, target):
     "Raise where there is nothing to explain"
     if not isinstance(xb, Tensor) or xb.ndim!=4:
         raise ValueError(f"xb must be a batch of images [bs, 3, h, w], got {_shape(xb)}")
     if stage is None: return
     if stage not in STAGES: raise ValueError(unknown_name('stage', stage, STAGES))
+    if isinstance(target, str) and target=='contrast':
+        raise ValueError("target='contrast' sets one class against another, which stages do not; use stage=None")
     without = [type(member).__name__ for member in members_of(net) if not isinstance(member, TwoStageNet)]
     if without: raise ValueError(f"{without[0]} has no stages; use stage=None")
 
@@ -375,9 +387,10 @@ def _stage_score(answer, target, stage, first, codes)->tuple:
     return _stage_two_score(answer.z, target, first, n, codes)
 
 # %% ../nbs/50_gradcam.ipynb #p8802002
-def _joint_target(explain, x, target, stage, patient)->list:
-    "One target for each image, the same for all members of an ensemble"
+def _joint_target(explain, x, target, stage, patient):
+    "One target for each image, the same for all members of an ensemble; a pair of classes for a contrast"
     answer = _joint_answer([_answer(net, x, patient) for net in explain.members])
+    if isinstance(target, str) and target=='contrast': return _two_most_probable(answer)
     first = getattr(explain.members[0], 'first', None)
     numbers,_ = _stage_score(answer, target, stage, first, explain.codes)
     return ['rest' if number<0 else number for number in numbers.tolist()]
@@ -447,7 +460,7 @@ class GradCAM:
 
     def cam(self,
         xb:Tensor, # [bs, 3, h, w], normalised as in training
-        target=None, # class by code or number, one for each image, 'true', or None, see above
+        target=None, # class by code or number, one for each image, 'true', 'contrast', or None, see above
         *,
         stage:str=None, # 'one' or 'two' of a two-stage network; None explains the class
         yb=None, # true classes [bs], for target='true'
@@ -456,7 +469,7 @@ class GradCAM:
         resize:bool=True, # to the size of the images; False keeps the layer's size
     )->Tensor: # [bs, h, w], >= 0, float32 at least; a map without anything positive is all 0
         "The maps of a batch; `output` and `target` then hold the network's answer and the classes explained"
-        _check_batch(xb, self.net, stage)
+        _check_batch(xb, self.net, stage, target)
         target = _explained_classes(target, yb)
         with torch.inference_mode(False), torch.no_grad(), evaluating(self.whole):
             x = prepare_batch(self.whole, xb)
@@ -578,7 +591,7 @@ def stream_cams(
     source, # trained `Learner`, or a `Predictor`
     items, # meta frame (path, and where known image_id, dx, group), image file, folder or list of files
     *,
-    target=None, # class for all images, 'true' for the frame's dx, or None for the decided one
+    target=None, # class for all images, 'true' for the frame's dx, 'contrast', or None for the decided one
     stage:str=None, # 'one' or 'two' of a two-stage network
     method:str='gradcam', # one of `METHODS`
     layer=None, # layer by name; None takes the last spatial one
@@ -754,7 +767,9 @@ def _gallery_text(n_figures, n, target, stage, method)->str:
     "What the gallery shows, in words"
     count = f"{n:,} images."
     if n>n_figures: count = f"The first {n_figures:,} of {n:,} images; the PNG files beside this page show all of them."
-    what = {None: 'the predicted class', 'true': 'the true class'}.get(target, f'class {target}')
+    words = {None: 'the predicted class', 'true': 'the true class',
+             'contrast': 'the predicted class against the next one'}
+    what = words.get(target, f'class {target}')
     if stage is not None: what += f', stage {stage}'
     return (f"{count} Left: the image as the network sees it. "
             f"Right: the map of {what} ({method}) over it, yellow where it is largest.")
