@@ -2,14 +2,13 @@
 
     HAM10000_DIR=... python benchmarks/cross_collection.py --milk10k MILK10K
     HAM10000_DIR=... python benchmarks/cross_collection.py --milk10k MILK10K --kept
-    HAM10000_DIR=... python benchmarks/cross_collection.py --train runs/sources --size 64 --epochs 4
 
 The first form asks the packaged network about those of MILK10k's dermoscopic images that it was not trained on and
 writes benchmarks/results/milk10k_packaged.csv.gz (probabilities as the network gives them, not calibrated; minutes).
 The second reads that table. Both take the four sources of HAM10000, and MILK10k's lesions that were trained on, from
-the held-out predictions of the bundle's folds (packaged_held_out.csv.gz), calibrated and decided cross-fitted. The
-third trains a network of the recipe `quick` without each source (hours) and adds its rows. Writes
-benchmarks/results/cross_collection.json, for nbs/76_cross_collection.ipynb.
+the held-out predictions of the bundle's folds (packaged_held_out.csv.gz), calibrated and decided cross-fitted.
+Networks without a source are in variants.py. Writes benchmarks/results/cross_collection.json, for
+nbs/76_cross_collection.ipynb.
 """
 import argparse, json, os
 from datetime import date
@@ -107,40 +106,15 @@ def held_out_tables():
     return {(ONE, name): with_classes(table[rows].reset_index(drop=True), classes) for name, rows in parts.items()}
 
 
-def left_out_tables(args):
-    "Networks trained without a source, on that source; a finished training is kept"
-    from skin_lesions.cross_collection import predict_collection
-    from skin_lesions.predict import load_predictor
-    from skin_lesions.readers import read_metadata
-    from skin_lesions.recipes import with_changes
-    from skin_lesions.split import split_by_lesion
-    from skin_lesions.train import train_run
-    from skin_lesions.classes import map_classes
-    meta = map_classes(read_metadata(os.environ['HAM10000_DIR']), packaged_classes())
-    source = meta.image_id.map(sources())
-    if args.images: meta = meta[meta.image_id.isin(meta.sample(args.images, random_state=42).image_id)]
-    tables = {}
-    for name in sorted(source.unique()):
-        here = meta[source[meta.index] == name]
-        others = split_by_lesion(meta[~meta.group.isin(here.group)].reset_index(drop=True))
-        recipe, folder = with_changes('quick', dict(size=args.size, epochs=args.epochs)), Path(args.train)/name
-        run = train_run(recipe, others, folder, split='own', resume=True, workers=args.threads or 2, report=False)
-        table = predict_collection(load_predictor(run, 'cpu'), here.reset_index(drop=True))
-        tables[f'HAM10000 without {name}', name] = table
-    return tables
-
-
 def main(args):
     from skin_lesions.cross_collection import cross_table
     if args.milk10k and not args.kept: ask(args.milk10k, args.threads)
     tables = held_out_tables()
     milk, sha256 = packaged_on_milk10k()
     tables[ALL, 'MILK10k'] = milk
-    if args.train: tables |= left_out_tables(args)
     frame = cross_table(tables, args.draws)
     about = dict(date=date.today().isoformat(), seed=42, interval=f'95 %, bootstrap over lesions, {args.draws} draws',
                  sha256=sha256,
-                 not_measured=None if args.train else 'networks trained without a source',
                  subgroups_of_milk10k=subgroups(milk, args.milk10k),
                  rows=json.loads(frame.round(5).to_json(orient='records')))
     Path(args.result).write_text(json.dumps(about, indent=1)+'\n')
@@ -151,10 +125,6 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--milk10k', help='folder of MILK10k; without it, the last run is read, without subgroups')
     parser.add_argument('--kept', action='store_true', help='read the predictions of the last run')
-    parser.add_argument('--train', help='folder of trainings, each without one source of HAM10000; without it, none')
-    parser.add_argument('--size', type=int, default=64, help='pixels, of the trainings')
-    parser.add_argument('--epochs', type=int, default=4, help='of the trainings')
-    parser.add_argument('--images', type=int, help='images of HAM10000 to train and test on; without it, all')
     parser.add_argument('--draws', type=int, default=1000, help='of the intervals')
     parser.add_argument('--threads', type=int, help='of PyTorch; without it, all')
     parser.add_argument('--result', default=str(RESULTS/'cross_collection.json'), help='JSON to write')

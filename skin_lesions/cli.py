@@ -15,7 +15,7 @@ __all__ = ['Views', 'ViewsOrAuto', 'Rule', 'Calibration', 'Split', 'Engine', 'Sc
            'benefit', 'change_names', 'print_stress', 'stress', 'stress_and_print', 'named_embedder', 'embed',
            'check_probed', 'probe', 'read_patients', 'note_ood', 'print_answer', 'words_of', 'with_patients',
            'open_maps', 'write_maps', 'predict', 'answer_records', 'print_json', 'print_csv', 'print_lines',
-           'print_answers', 'gradcam', 'print_fitted', 'set_bounds', 'fitted_sets', 'print_sets', 'calibrate',
+           'print_answers', 'gradcam', 'print_fitted', 'set_bounds', 'sets_asked_for', 'print_sets', 'calibrate',
            'ensemble', 'combined', 'submit', 'check_graph', 'export_onnx', 'check_quantize', 'quantize', 'print_int8',
            'check_signed', 'sign', 'verify', 'app', 'check_experiments', 'paper_runs', 'print_recipes', 'run_line',
            'opened_pool', 'run_all', 'print_paper_table', 'run_options', 'paper', 'reproduce_bundle',
@@ -1153,7 +1153,8 @@ def _score_line(s)->str:
 def print_fitted(
     decisions, # as from `fit_decisions`
     table, # predictions table that it was fitted on
-    sets=None, # `PredictionSets` that were fitted on it, or None
+    sets, # `PredictionSets` that were fitted on it, or None
+    folder, # of the bundle that it is in
 ):
     "Print what was fitted, and what it does to lesions that it was not fitted on"
     from skin_lesions.style import percent_text
@@ -1165,10 +1166,11 @@ def print_fitted(
         print(f'referral: from a score of {referral.threshold:.4f} on; {reached}')
     for line in _measured_lines(decisions.measured): print(line)
     if sets is not None: print_sets(table, decisions.calibration, sets)
+    print(f'bundle: {folder}')
 
 # %% ../nbs/81_cli.ipynb #62000021
 def set_bounds(
-    alpha, # see `calibrate`
+    alpha, # fraction of lesions that may be outside; None for no sets
     at_most, # texts CODE=FRACTION; None for none
 )->dict: # fraction by code
     "What `--at-most` says"
@@ -1177,16 +1179,19 @@ def set_bounds(
     except ValueError:
         raise ValueError(f"--at-most takes CODE=FRACTION, e.g. mel=0.05, got {' '.join(at_most)}") from None
 
-def fitted_sets(
-    table, # predictions table, not calibrated
-    calibration, # fitted on it, or None
-    alpha, # fraction of lesions that may be outside; None for no sets
-    bounds:dict=None, # as from `set_bounds`
-): # `PredictionSets`, or None
-    "The prediction sets that a user asks for"
+def sets_asked_for(
+    table, # predictions table
+    alpha, # as for `set_bounds`
+    bounds:dict, # as from `set_bounds`
+): # function of table and calibration, or None for no sets
+    "How to fit the prediction sets that a user asks for; what is wrong is said before decisions are fitted"
     if alpha is None: return None
-    from skin_lesions.conformal import calibrated_sets
-    return calibrated_sets(table, calibration, alpha, at_most=bounds or None)
+    from skin_lesions.conformal import calibrated_sets, fit_sets
+    asked = dict(alpha=alpha, at_most=bounds or None)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # the sets that are kept warn
+        fit_sets(table, **asked)
+    return lambda table,calibration: calibrated_sets(table, calibration, **asked)
 
 # %% ../nbs/81_cli.ipynb #62000022
 def print_sets(
@@ -1221,14 +1226,13 @@ def calibrate(
     folder,bounds,table = bundle_folder(bundle),set_bounds(sets, at_most),run_predictions(predictions or bundle)
     from skin_lesions.bundle import first_diagnosis, read_bundle, update_bundle
     from skin_lesions.decide import fit_decisions
-    record = read_bundle(folder)
+    record,asked = read_bundle(folder),sets_asked_for(table, sets, bounds)
     fitted = fit_decisions(table, first=first_diagnosis(record), method=calibration, sensitivity=refer,
                            rule=rule or recipe_of(record).get('rule', 'prior'))
-    chosen = fitted_sets(table, fitted.calibration, sets, bounds)
+    chosen = asked and asked(table, fitted.calibration)
     parts = dict(calibration=fitted.calibration, rule=fitted.rule, referral=fitted.referral, sets=chosen)
     update_bundle(folder, **{name: part or False for name,part in parts.items()}) # False takes out what was there
-    print_fitted(fitted, table, chosen)
-    print(f'bundle: {folder}')
+    print_fitted(fitted, table, chosen, folder)
     note(NOTICE)
     return 0
 

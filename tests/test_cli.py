@@ -1,5 +1,5 @@
 "The command line as a user meets it: a process, files, exit codes, errors."
-import io, json, os, re, shutil, signal, subprocess, sys, time, warnings
+import functools, io, json, os, re, shutil, signal, subprocess, sys, time, warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -558,9 +558,11 @@ def test_predict_answers_for_programs_and_through_a_pipe(call, tmp_path, monkeyp
     "JSON and CSV with file, full names and rounded numbers; patterns, names and an image through standard input; no file is skipped silently"
     from PIL import Image
     from skin_lesions.classes import HAM10000
+    from skin_lesions import cli
     from skin_lesions.decide import answer_in_words
     from skin_lesions.predict import load_predictor
     from skin_lesions.synthetic import draw_image
+    monkeypatch.setattr(cli, 'open_bundle', functools.cache(cli.open_bundle)) # four networks, read once for all calls
     for name in ('pillow_heif', 'pydicom'): monkeypatch.setitem(sys.modules, name, None) # not installed
     folder = tmp_path/'in'; folder.mkdir()
     for i in range(2): Image.fromarray(draw_image('nv', i, i, size=(300, 225))[0]).save(folder/f'{i}.png')
@@ -581,7 +583,8 @@ def test_predict_answers_for_programs_and_through_a_pipe(call, tmp_path, monkeyp
     views = packaged.predict(folder/'1.png', views=packaged.recipe_views)
     words, alone = (answer_in_words(table.iloc[0], classes, referral=packaged.referral, sets=packaged.sets) for table in (expected, views))
     assert (found[1]['finding'], found[1]['advice']) == (words.finding, words.advice), 'the words of the web demo'
-    assert call('predict', folder/'1.png')[1].startswith(f'{alone}\n\n'), 'a single image is looked at in several views'
+    single = call('predict', folder/'1.png')[1]
+    assert single.startswith(f'{alone}\n\n'), 'a single image is looked at in several views'
     lines = call('predict', folder, '--device', 'cpu')[1].splitlines()
     assert [l.split('  ')[-1].strip() for l in lines if 'moving.gif' not in l] == [r['finding'] or r['advice'] for r in found]
     assert found[1]['malignant'] == round(p[list(classes.malignant)].sum(), 4) and found[1]['decision'] == expected.decision[0]
@@ -592,7 +595,7 @@ def test_predict_answers_for_programs_and_through_a_pipe(call, tmp_path, monkeyp
     through(''.join(f"{r['file']}\n" for r in found[:2]).encode())
     assert call('predict', '-', '--as-csv')[1] == printed
     through((folder/'1.png').read_bytes())
-    assert call('predict', '-')[1] == call('predict', folder/'1.png')[1]
+    assert call('predict', '-')[1] == single
     through(b'')
     assert call('predict', '-')[0] == 2
     through((folder/'1.png').read_bytes())
