@@ -45,6 +45,21 @@ def was_looked_at():
     return any(look['sha256'] == weights() for look in looks)
 
 
+def held_out_subgroups(milk10k):
+    "Held-out scores of the packaged networks by collection, age, sex and anatomical site, from their stored predictions"
+    import pandas as pd
+    from skin_lesions.bundle import read_bundle
+    from skin_lesions.classes import ClassSet, with_classes
+    from skin_lesions.readers import read_metadata
+    from skin_lesions.reproduce import subgroup_scores
+    classes = ClassSet.from_dict(read_bundle(PACKAGED)['classes'])
+    table = with_classes(pd.read_csv(RESULTS/'packaged_held_out.csv.gz', dtype=dict(group=str)), classes)
+    folders = dict(HAM10000=os.environ['HAM10000_DIR'], MILK10k=milk10k)
+    frames = [read_metadata(folder).assign(collection=name) for name, folder in folders.items()]
+    meta = pd.concat([f[['image_id', 'collection', 'age', 'sex', 'site']] for f in frames], ignore_index=True)
+    return subgroup_scores(table, meta.drop_duplicates('image_id'))
+
+
 def left_out():
     "What `variants.py` measured of networks without a source"
     found = json.loads((RESULTS/'variants.json').read_text())['left_out']
@@ -53,8 +68,8 @@ def left_out():
     return dict(about='other networks of the same recipe after its first step, one random seed', rows=rows)
 
 
-def onto_card():
-    "Rows of other collections and of sources left out onto the card"
+def onto_card(milk10k):
+    "Rows of other collections, of sources left out and of subgroups onto the card"
     from skin_lesions.bundle import read_bundle, update_bundle
     from skin_lesions.card import model_card
     rows = json.loads((RESULTS/'cross_collection.json').read_text())['rows']
@@ -63,8 +78,8 @@ def onto_card():
     keys = [f'{k}{end}' for k in wanted for end in ('', '_low', '_high')]
     def row(r): return dict(name=NAMES[r['trained'], r['tested']]) | {k: r[k] for k in keys if k in r}
     others = [row(r) for r in rows if (r['trained'], r['tested']) in NAMES]
-    scores = read_bundle(PACKAGED)['scores'] | dict(collections=others, left_out=left_out())
-    update_bundle(PACKAGED, scores=scores)
+    measured = dict(collections=others, left_out=left_out(), subgroups=held_out_subgroups(milk10k))
+    update_bundle(PACKAGED, scores=read_bundle(PACKAGED)['scores'] | measured)
     (PACKAGED/'README.md').write_text(model_card(read_bundle(PACKAGED)), encoding='utf-8')
 
 
@@ -73,7 +88,7 @@ def main(args):
     data = os.environ['HAM10000_DIR']
     if not was_looked_at(): run('benchmarks/challenge.py')
     run('benchmarks/cross_collection.py', '--milk10k', args.milk10k)
-    onto_card()
+    onto_card(args.milk10k)
     run('benchmarks/conformal.py', '--data', data, '--milk10k', args.milk10k)
     run('benchmarks/benefit.py')
     run('benchmarks/robustness.py', '--out', Path(args.work)/f'robustness-{weights()[:12]}')

@@ -21,7 +21,7 @@ from fastcore.xml import (H1, H2, A, B, Button, Details, Div, Figcaption, Figure
 from PIL import Image
 
 from .classes import ClassSet, classes_of
-from .core import IMAGE_SUFFIXES, NOTICE, check_port
+from .core import IMAGE_SUFFIXES, NOTICE, check_limits, check_port
 from .decide import InWords, answer_in_words, answer_record, named_code
 from .gradcam import GradCAM, overlay_cam
 from .predict import Predictor, load_predictor
@@ -403,7 +403,7 @@ def lesion_app(
     device=None, # None takes the fastest of this machine
 ): # `gradio.Blocks`
     "The page: drop photographs, read the answer"
-    _check_limits(max_images, per_minute)
+    check_limits(max_images, per_minute)
     gr,predictor = _gradio(),_app_predictor(model, device)
     pool,ask = PredictorPool(predictor, at_once),dict(max_images=max_images, limit=RateLimit(per_minute))
     with gr.Blocks(title='skin_lesions', analytics_enabled=False, delete_cache=(600, 600)) as app:
@@ -419,11 +419,6 @@ def lesion_app(
     return app
 
 # %% ../nbs/80_app.ipynb #80a0000d
-def _check_limits(max_images, per_minute):
-    if 1<=max_images<=per_minute: return
-    raise ValueError("max_images must be 1 or more and not above per_minute, or nobody could ask for that many; "
-                     f"got {max_images} and {per_minute}")
-
 def _clear_at_once(gr, app, result, script):
     "Let the answer before go as soon as files are given, also where they are then rejected"
     clear = gr.Button('Clear', visible='hidden', elem_id='clear')
@@ -522,7 +517,7 @@ def launch_app(
     **kwargs # for `lesion_app`
 ): # `gradio.Blocks`, with `local_url`; None after Ctrl-C
     "Serve the app"
-    if not 0<max_mb<=1000: raise ValueError(f"max_mb must be over 0 and at most 1000, got {max_mb}")
+    check_limits(max_mb=max_mb)
     check_port(host, port)
     gr = _gradio()
     folder = tempfile.TemporaryDirectory(prefix='skin-lesions-app-') # of uploads until they are answered

@@ -5,27 +5,29 @@
 # %% auto #0
 __all__ = ['Views', 'ViewsOrAuto', 'Rule', 'Calibration', 'Split', 'Engine', 'Scale', 'COMMANDS', 'Repeated', 'flag',
            'add_parameter', 'with_options_of', 'option_comments', 'command_parser', 'note', 'is_registered',
-           'open_bundle', 'note_int8', 'check_bundle', 'recipe_of', 'chosen_views', 'bundle_folder', 'output_folder',
-           'piped_images', 'named_images', 'files_alone', 'check_source', 'read_images', 'check_collection',
-           'without_bad_images', 'run_predictions', 'print_scores', 'recipe_changes', 'print_run', 'train',
-           'check_run_folder', 'is_whole_run', 'train_and_print', 'unseen_images', 'read_split', 'validation_images',
-           'known_images', 'reasons_by_file', 'readable_rows', 'map_entries', 'in_classes', 'images_to_judge',
-           'predict_labelled', 'write_report', 'check_evaluated', 'note_overlap', 'evaluate', 'print_pairs',
-           'audit_labels', 'audit', 'print_benefit', 'benefit', 'change_names', 'print_stress', 'stress',
-           'stress_and_print', 'named_embedder', 'embed', 'probe', 'read_patients', 'note_ood', 'print_answer',
-           'words_of', 'with_patients', 'write_maps', 'predict', 'answer_records', 'print_json', 'print_csv',
-           'print_lines', 'print_answers', 'gradcam', 'print_fitted', 'fitted_sets', 'print_sets', 'calibrate',
-           'ensemble', 'combined', 'submit', 'export_onnx', 'quantize', 'print_int8', 'sign', 'verify', 'app',
-           'paper_runs', 'print_recipes', 'run_line', 'opened_pool', 'run_all', 'print_paper_table', 'run_options',
-           'paper', 'reproduce_bundle', 'print_reproduced', 'demo_recipe', 'demo', 'demo_sample', 'run_demo',
-           'predict_demo', 'argument_parser', 'shell_words', 'plain_warnings', 'main']
+           'open_bundle', 'note_int8', 'check_bundle', 'recipe_of', 'chosen_views', 'bundle_folder', 'check_out',
+           'check_given', 'output_folder', 'piped_images', 'named_images', 'files_alone', 'check_source', 'read_images',
+           'check_images', 'check_fold', 'without_bad_images', 'run_predictions', 'print_scores', 'recipe_changes',
+           'print_run', 'train', 'check_run_folder', 'check_training', 'is_whole_run', 'train_and_print',
+           'unseen_images', 'read_split', 'validation_images', 'known_images', 'reasons_by_file', 'readable_rows',
+           'map_entries', 'in_classes', 'images_to_judge', 'predict_labelled', 'write_report', 'check_evaluated',
+           'note_overlap', 'evaluate', 'print_pairs', 'audit_labels', 'check_audited', 'audit', 'print_benefit',
+           'benefit', 'change_names', 'print_stress', 'stress', 'stress_and_print', 'named_embedder', 'embed',
+           'check_probed', 'probe', 'read_patients', 'note_ood', 'print_answer', 'words_of', 'with_patients',
+           'open_maps', 'write_maps', 'predict', 'answer_records', 'print_json', 'print_csv', 'print_lines',
+           'print_answers', 'gradcam', 'print_fitted', 'set_bounds', 'sets_asked_for', 'print_sets', 'calibrate',
+           'ensemble', 'combined', 'submit', 'check_graph', 'export_onnx', 'check_quantize', 'quantize', 'print_int8',
+           'check_signed', 'sign', 'verify', 'app', 'check_experiments', 'paper_runs', 'print_recipes', 'run_line',
+           'opened_pool', 'run_all', 'print_paper_table', 'run_options', 'paper', 'reproduce_bundle',
+           'print_reproduced', 'demo_recipe', 'demo', 'demo_sample', 'run_demo', 'predict_demo', 'argument_parser',
+           'shell_words', 'plain_warnings', 'main']
 
 # %% ../nbs/81_cli.ipynb #733f8970
-import argparse, ast, contextlib, glob, inspect, io, os, re, sys, textwrap, tokenize, warnings
+import argparse, ast, contextlib, glob, inspect, io, os, re, sys, tempfile, textwrap, tokenize, warnings
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from .core import BUNDLE_NAMES, NOTICE, check_port, first_few, image_files
+from .core import BUNDLE_NAMES, NOTICE, check_limits, check_port, first_few, image_files
 
 # %% ../nbs/81_cli.ipynb #31711001
 class Repeated(list):
@@ -193,14 +195,41 @@ def bundle_folder(
     if Path(bundle).exists(): return Path(bundle)
     raise FileNotFoundError(f"no run folder or bundle at {bundle}; skin_lesions train --out {bundle} makes one")
 
+# %% ../nbs/81_cli.ipynb #c1d59dd5
+def check_out(
+    out, # file or folder to write; None checks nothing
+    option:str='out', # whose value it is
+    *,
+    folder:bool=False, # it is a folder
+):
+    "Raise where nothing can be written, before anything is read or computed"
+    if out is None: return
+    path = Path(out).absolute()
+    if folder and path.is_file(): raise FileExistsError(f"{flag(option)} {out} is a file; give a folder")
+    if not folder and path.is_dir(): raise IsADirectoryError(f"{flag(option)} {out} is a folder; give a file")
+    place = next(p for p in (path, *path.parents) if p.exists() and (folder or p!=path))
+    # rights alone do not say whether a disk is read-only
+    try: tempfile.TemporaryFile(dir=place).close()
+    except OSError as e:
+        raise OSError(f"{flag(option)} {out}: nothing can be written in {place} ({e.strerror})") from None
+
+def check_given(
+    **paths, # value by option; None for one that is not given
+):
+    "Raise for a file or folder that a user names and that is not there"
+    for option,path in paths.items():
+        if path and not Path(path).exists():
+            raise FileNotFoundError(f'{flag(option)} {path}: no such file or folder')
+
 # %% ../nbs/81_cli.ipynb #c1d59dd6
 def output_folder(
     out, # folder to make
     overwrite:bool=False, # write into a folder that has something in it
+    option:str='out', # whose value it is
 )->Path:
     "A folder for files that are written"
+    check_out(out, option, folder=True)
     out = Path(out)
-    if out.is_file(): raise FileExistsError(f"{out} is a file; give a folder")
     if not overwrite and out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"{out} exists and is not empty; choose another folder or add --overwrite")
     out.mkdir(parents=True, exist_ok=True)
@@ -238,9 +267,8 @@ def files_alone(
 # %% ../nbs/81_cli.ipynb #b6b5ebfa
 def check_source(data, part, csv, columns):
     "Raise where options about the images do not go together, or name what does not exist"
-    for option,path in (('data', data), ('csv', csv)):
-        if path and not Path(path).exists(): raise FileNotFoundError(f'--{option} {path}: no such file or folder')
-    named = ', '.join(f"--{name.replace('_', '-')}" for name,column in columns.items() if column)
+    check_given(data=data, csv=csv)
+    named = ', '.join(flag(name) for name,column in columns.items() if column)
     if named and not csv: raise ValueError(f"{named}: columns are those of a table of your own; give --csv too")
     if part and csv: raise ValueError('--part names a part of a collection; a table of your own (--csv) has none')
     if part and not data: raise ValueError('--part names a part of a collection; give --data too')
@@ -270,14 +298,29 @@ def read_images(
     return meta if no_check else without_bad_images(meta, drop_bad, show)
 
 # %% ../nbs/81_cli.ipynb #062ee69f
-def check_collection(
+def check_images(
     images:dict, # for `read_images`
+    own:bool=False, # without data and csv, they are a run's own
 ):
-    "Raise where a folder holds no collection, before fastai is imported"
-    # a wrong name of a part is said by `read_metadata`
-    if images['csv'] or Path(images['data'] or '.').is_file() or images['part']: return
-    from skin_lesions.readers import find_collection
-    find_collection(images['data'])
+    "Raise for what `read_images` would refuse, images aside, before PyTorch is imported and a network is loaded"
+    columns = {name: images[name] for name in ('image_col', 'label_col', 'group_col', 'fold_col')}
+    check_source(images['data'], images['part'], images['csv'], columns)
+    if own and not images['data'] and not images['csv']: return
+    from skin_lesions.readers import find_collection, read_csv_labels
+    if images['csv']: read_csv_labels(images['csv'], **columns, classes=images['classes'])
+    # a wrong name of a part is said by `read_metadata`, which reads a table as a folder too
+    elif not Path(images['data'] or '.').is_file() and not images['part']: find_collection(images['data'])
+    if images['classes']:
+        from skin_lesions.classes import class_set
+        class_set(images['classes'])
+
+def check_fold(
+    fold, # that is asked for
+    n_folds:int, # of the split
+):
+    "Raise for a fold that there is not"
+    if n_folds<2: raise ValueError(f'--n-folds must be 2 or more, got {n_folds}')
+    if not 0<=fold<n_folds: raise ValueError(f'--fold must be 0 to {n_folds-1}, as there are {n_folds}, got {fold}')
 
 # %% ../nbs/81_cli.ipynb #f0a1b2c3
 def without_bad_images(
@@ -379,18 +422,32 @@ def train(
                    workers=workers, device=device, weights=pretrained_weights, show=not quiet)
     return train_and_print(recipe, recipe_changes(set_), out, kwargs | dict(show=not quiet), options)
 
-# %% ../nbs/81_cli.ipynb #c81f0a11
+# %% ../nbs/81_cli.ipynb #f7a6f6ff
 def check_run_folder(
     out, # run folder to write
     resume:bool, # go on with its training
     overwrite:bool, # replace it
 ):
     "Raise for a folder that a training must not touch, before images are read"
+    check_out(out, folder=True)
     there = [p.name for p in Path(out).iterdir() if p.name!='.lock'] if Path(out).is_dir() else []
     if there and not resume and not overwrite:
         raise FileExistsError(f"{out} exists and is not empty; choose another folder, add --resume to go on with "
                               "the training in it, or --overwrite")
 
+def check_training(
+    images:dict, # for `read_images`
+    options:dict, # for `train_run`
+):
+    "Raise where a training would have no fold, no cache or no weights to begin with"
+    if options['split']=='lesion' and not images['fold_col']: check_fold(options['fold'], options['folds'])
+    if options['cache'] not in ('auto', 'none'): check_out(options['cache'], 'cache', folder=True)
+    weights = Path(options['weights'] or '')
+    # a package of weights has no suffix
+    if weights.suffix and not weights.is_file():
+        raise FileNotFoundError(f'no weights at {weights}; give a .pth or .safetensors file, or a package of weights')
+
+# %% ../nbs/81_cli.ipynb #c81f0a11
 def is_whole_run(
     out, # run folder
 )->bool:
@@ -410,8 +467,8 @@ def train_and_print(
     "Train a run on all processes that a launcher started, and print its scores on the first"
     from skin_lesions.recipes import with_changes
     recipe = with_changes(recipe, changes)
-    check_source(images['data'], images['part'], images['csv'], {})
-    check_collection(images)
+    check_training(images, options)
+    check_images(images)
     check_run_folder(out, options['resume'], options['overwrite'])
     from skin_lesions.distributed import on_rank0, ranks
     from skin_lesions.train import train_run
@@ -564,12 +621,11 @@ def write_report(
     return out
 
 # %% ../nbs/81_cli.ipynb #ed070fa4
-def check_evaluated(run, named, views, entries, prevalence=.03, audit=None):
+def check_evaluated(run, images, views, entries, prevalence=.03, audit=None, out=None):
     "Raise where options of `evaluate` mean nothing or do not go together"
-    from skin_lesions.benefit import check_rate
-    check_rate('--prevalence', prevalence)
-    if audit and not Path(audit).exists():
-        raise FileNotFoundError(f'--audit {audit} does not exist; give the folder of the training images')
+    check_given(audit=audit)
+    check_out(out)
+    named = images['data'] or images['csv']
     is_table = Path(run).is_file() and Path(run).suffix!='.zip'
     if is_table and (named or views or entries):
         raise ValueError(f"{run} is a table; --data, --csv, --map and --views predict with a network "
@@ -577,6 +633,8 @@ def check_evaluated(run, named, views, entries, prevalence=.03, audit=None):
     if is_table and audit: raise ValueError(f"{run} is a table and has no images that --audit could compare; "
                                             "give a run folder")
     if entries and not named: raise ValueError("--map is about the diagnoses of other images; give --data or --csv too")
+    if not 0<prevalence<1: raise ValueError(f"--prevalence must be above 0 and below 1, got {prevalence:g}")
+    check_images(images, own=True)
 
 # %% ../nbs/81_cli.ipynb #d6e47769
 def note_overlap(
@@ -610,10 +668,9 @@ def evaluate(
     **kwargs, # for `read_images`
 )->int:
     "Score a run or a predictions table, on its own validation images or on new ones"
-    named,entries = kwargs['data'] or kwargs['csv'],map_entries(map_)
-    check_evaluated(run, named, views, entries, prevalence, audit)
-    check_source(kwargs['data'], kwargs['part'], kwargs['csv'], {})
-    if named or views:
+    entries = map_entries(map_)
+    check_evaluated(run, kwargs, views, entries, prevalence, audit, out)
+    if kwargs['data'] or kwargs['csv'] or views:
         table,meta,source = predict_labelled(run, kwargs | dict(show=not quiet), views, device, entries)
     else: table,meta,source = run_predictions(run),known_images(run),None
     print_scores(table)
@@ -657,6 +714,15 @@ def audit_labels(
     print(f"labels: {folder/'labels.csv'}\nfor the eye: {suspect_gallery(found, folder/'labels.html', meta)}")
     return 0
 
+# %% ../nbs/81_cli.ipynb #4d68741f
+def check_audited(collections, features):
+    "Raise where there is nothing to compare, or no place for features"
+    if len(collections)>2:
+        raise ValueError(f'audit compares one collection with itself or two with each other, got {len(collections)}')
+    for path in collections:
+        if not Path(path).exists(): raise FileNotFoundError(f'{path} does not exist; give a folder of images')
+    check_out(features, 'features', folder=True)
+
 # %% ../nbs/81_cli.ipynb #cd8d7d7f
 def audit(
     collections:tuple[str, ...], # folder of images or of a collection; a second one to compare it with
@@ -669,10 +735,7 @@ def audit(
 )->int:
     "Find images that show the same photograph, in two collections or within one, or labels that may be wrong"
     if labels: return audit_labels(collections, output_folder(out, overwrite) if out else None)
-    if len(collections)>2:
-        raise ValueError(f'audit compares one collection with itself or two with each other, got {len(collections)}')
-    for path in collections:
-        if not Path(path).exists(): raise FileNotFoundError(f'{path} does not exist; give a folder of images')
+    check_audited(collections, features)
     folder = output_folder(out, overwrite) if out else None
     from skin_lesions.overlap import find_overlap, overlap_gallery
     table = find_overlap(*collections, cache=features, show=not quiet)
@@ -765,11 +828,11 @@ def stress(
     **kwargs, # for `read_images`
 )->int:
     "Ask again with JPEG, blur, noise, other light and colours, hair, rotated, cropped and scaled: which answers flip?"
-    check_source(kwargs['data'], kwargs['part'], kwargs['csv'], {})
-    if out is not None and Path(out).is_file(): raise FileExistsError(f'{out} is a file; give a folder')
     check_bundle(run)
-    names = change_names(only)
-    entries,predictor = map_entries(map_),open_bundle(run, device)
+    check_images(kwargs, own=True)
+    check_out(out, folder=True)
+    entries,names = map_entries(map_),change_names(only)
+    predictor = open_bundle(run, device)
     meta,_ = images_to_judge(predictor, run, kwargs | dict(show=not quiet), entries)
     options:dict = dict(n=n, seed=seed, views=chosen_views(predictor, views), show=not quiet)
     return stress_and_print(predictor, meta, names, out, options)
@@ -801,8 +864,6 @@ def named_embedder(
     device=None, # 'cpu', 'cuda', ...; None takes the default device
 ): # an `Embedder`
     "What makes features"
-    if arch and bundle: raise ValueError('--arch and --bundle both name a network; give one of them')
-    if bundle is not None: check_bundle(bundle)
     from skin_lesions.embed import Embedder
     source = (arch or 'tf_efficientnet_lite0') if bundle is None else open_bundle(bundle, device)
     return Embedder(source, size, at='head' if head else 'body', device=device)
@@ -823,12 +884,23 @@ def embed(
 )->int:
     "Write the features of images, from a network that is not trained any further"
     if Path(out).suffix!='.npz': raise ValueError(f'--out must end in .npz, got {out}')
-    check_collection(kwargs)
-    meta,maker = read_images(**kwargs, show=not quiet),named_embedder(arch, bundle, size, head, device)
+    if arch and bundle: raise ValueError('--arch and --bundle both name a network; give one of them')
+    if bundle is not None: check_bundle(bundle)
+    check_images(kwargs)
+    check_out(out)
+    maker,meta = named_embedder(arch, bundle, size, head, device),read_images(**kwargs, show=not quiet)
     from skin_lesions.embed import embed_images, save_features
     found = embed_images(meta, maker, cache=cache, show=not quiet)
     print(f'{len(found)} images, {found.x.shape[1]} features each: {save_features(found, out)}')
     return 0
+
+# %% ../nbs/81_cli.ipynb #4850b2de
+def check_probed(features, out, fold, n_folds):
+    "Raise where there are no features, no fold or no place for the table"
+    if not Path(features).is_file():
+        raise FileNotFoundError(f'no features at {features}; skin_lesions embed writes them')
+    if fold is not None: check_fold(fold, n_folds)
+    check_out(out)
 
 # %% ../nbs/81_cli.ipynb #4850b2df
 def probe(
@@ -842,6 +914,7 @@ def probe(
     seed:int=42, # of the folds
 )->int:
     "Judge frozen features by a classifier that is fitted in seconds, lesion by lesion out of fold"
+    check_probed(features, out, fold, n_folds)
     from skin_lesions.embed import knn_probe, read_features
     from skin_lesions.embed import probe as linear_probe
     from skin_lesions.predictions import save_predictions
@@ -861,6 +934,7 @@ def read_patients(
 ): # frame, or None
     "Patient data of a table"
     if path is None: return None
+    check_given(patients=path)
     import io
     import pandas as pd
     from skin_lesions.core import check_columns, table_text
@@ -920,6 +994,15 @@ def with_patients(
     return frame.assign(**{c: rows[c].to_numpy() for c in columns})
 
 # %% ../nbs/81_cli.ipynb #5c6ff5bf
+def open_maps(files, bundle, graph, out, maps, overwrite)->Path: # folder for Grad-CAM images, or None
+    "Raise where `predict` names what is not there or cannot be written, before a network is loaded"
+    check_bundle(bundle)
+    check_given(graph=graph)
+    check_out(out)
+    if maps is None: return None
+    files_alone(files)
+    return output_folder(maps, overwrite, 'gradcam')
+
 def write_maps(
     predictor, # `Predictor`
     files, # image files
@@ -953,8 +1036,8 @@ def predict(
     quiet:bool=False, # no progress bars
 )->int:
     "Predict images, or all images of a folder"
-    files,predictor,patient = named_images(images),open_bundle(bundle, device, engine, graph),read_patients(patients)
-    maps = None if gradcam is None else output_folder(gradcam, overwrite) if files_alone(files) else None
+    files,patient = named_images(images),read_patients(patients)
+    maps,predictor = open_maps(files, bundle, graph, out, gradcam, overwrite),open_bundle(bundle, device, engine, graph)
     answers = predictor.predict(files, patient, views=chosen_views(predictor, views, len(files)), progress=not quiet)
     print_answers(answers, predictor, out, files, 'json' if json else 'csv' if as_csv else 'text')
     if maps is not None: write_maps(predictor, files, maps, answers, patient, show=not quiet)
@@ -1038,7 +1121,8 @@ def gradcam(
     "Show where a network looked: an image with its map for each image, and a gallery"
     files = files_alone(named_images(images))
     check_bundle(bundle)
-    predictor,patient_data,folder = open_bundle(bundle, device),read_patients(patients),output_folder(out, overwrite)
+    patient_data,folder = read_patients(patients),output_folder(out, overwrite)
+    predictor = open_bundle(bundle, device)
     answers = predictor.predict(files, patient_data, progress=not quiet)
     options = dict(target=target, method=method, layer=layer, stage=stage, show=not quiet)
     write_maps(predictor, files, folder, answers, patient_data, **options)
@@ -1069,7 +1153,8 @@ def _score_line(s)->str:
 def print_fitted(
     decisions, # as from `fit_decisions`
     table, # predictions table that it was fitted on
-    sets=None, # `PredictionSets` that were fitted on it, or None
+    sets, # `PredictionSets` that were fitted on it, or None
+    folder, # of the bundle that it is in
 ):
     "Print what was fitted, and what it does to lesions that it was not fitted on"
     from skin_lesions.style import percent_text
@@ -1081,22 +1166,32 @@ def print_fitted(
         print(f'referral: from a score of {referral.threshold:.4f} on; {reached}')
     for line in _measured_lines(decisions.measured): print(line)
     if sets is not None: print_sets(table, decisions.calibration, sets)
+    print(f'bundle: {folder}')
 
 # %% ../nbs/81_cli.ipynb #62000021
-def fitted_sets(
-    table, # predictions table, not calibrated
-    calibration, # fitted on it, or None
+def set_bounds(
     alpha, # fraction of lesions that may be outside; None for no sets
-    at_most=None, # texts CODE=FRACTION; None for none
-): # `PredictionSets`, or None
-    "The prediction sets that a user asks for"
+    at_most, # texts CODE=FRACTION; None for none
+)->dict: # fraction by code
+    "What `--at-most` says"
     if alpha is None and at_most: raise ValueError('--at-most bounds prediction sets; give --sets too')
-    if alpha is None: return None
-    from skin_lesions.conformal import calibrated_sets
-    try: bounds = {code: float(fraction) for code,fraction in (text.split('=') for text in at_most or ())}
+    try: return {code: float(fraction) for code,fraction in (text.split('=') for text in at_most or ())}
     except ValueError:
         raise ValueError(f"--at-most takes CODE=FRACTION, e.g. mel=0.05, got {' '.join(at_most)}") from None
-    return calibrated_sets(table, calibration, alpha, at_most=bounds or None)
+
+def sets_asked_for(
+    table, # predictions table
+    alpha, # as for `set_bounds`
+    bounds:dict, # as from `set_bounds`
+): # function of table and calibration, or None for no sets
+    "How to fit the prediction sets that a user asks for; what is wrong is said before decisions are fitted"
+    if alpha is None: return None
+    from skin_lesions.conformal import calibrated_sets, fit_sets
+    asked = dict(alpha=alpha, at_most=bounds or None)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # the sets that are kept warn
+        fit_sets(table, **asked)
+    return lambda table,calibration: calibrated_sets(table, calibration, **asked)
 
 # %% ../nbs/81_cli.ipynb #62000022
 def print_sets(
@@ -1128,17 +1223,16 @@ def calibrate(
     at_most:Repeated=None, # bound it for a class with 95 % confidence, e.g. --at-most mel=0.05
 )->int:
     "Fit calibration, decision rule, referral and prediction sets, and put them into the bundle"
-    folder = bundle_folder(bundle)
+    folder,bounds,table = bundle_folder(bundle),set_bounds(sets, at_most),run_predictions(predictions or bundle)
     from skin_lesions.bundle import first_diagnosis, read_bundle, update_bundle
     from skin_lesions.decide import fit_decisions
-    table,record = run_predictions(predictions or folder),read_bundle(folder)
+    record,asked = read_bundle(folder),sets_asked_for(table, sets, bounds)
     fitted = fit_decisions(table, first=first_diagnosis(record), method=calibration, sensitivity=refer,
                            rule=rule or recipe_of(record).get('rule', 'prior'))
-    chosen = fitted_sets(table, fitted.calibration, sets, at_most)
+    chosen = asked and asked(table, fitted.calibration)
     parts = dict(calibration=fitted.calibration, rule=fitted.rule, referral=fitted.referral, sets=chosen)
     update_bundle(folder, **{name: part or False for name,part in parts.items()}) # False takes out what was there
-    print_fitted(fitted, table, chosen)
-    print(f'bundle: {folder}')
+    print_fitted(fitted, table, chosen, folder)
     note(NOTICE)
     return 0
 
@@ -1156,6 +1250,7 @@ def ensemble(
     if len(set(tables))<len(tables): raise ValueError('a table is given twice')
     if sum((out_of_fold, greedy, table_weights is not None))>1:
         raise ValueError('--out-of-fold, --greedy and --table-weights exclude each other')
+    check_out(out)
     from skin_lesions.predictions import save_predictions
     table = combined({name: run_predictions(name) for name in tables}, how, table_weights, greedy, out_of_fold)
     save_predictions(table, out)
@@ -1193,6 +1288,7 @@ def submit(
     quiet:bool=False, # no progress bars
 )->int:
     "Write predictions in the form of the ISIC challenge"
+    check_out(out)
     from skin_lesions.predictions import isic_submission, read_isic_submission
     if bundle is None: table = run_predictions(source)
     else:
@@ -1207,6 +1303,11 @@ def submit(
     return 0
 
 # %% ../nbs/81_cli.ipynb #a1ee1a57
+def check_graph(out, overwrite):
+    "Raise for a graph that cannot be written, or must not be replaced"
+    check_out(out)
+    if Path(out).exists() and not overwrite: raise FileExistsError(f"{out} exists; --overwrite replaces it")
+
 def export_onnx(
     bundle:str, # run folder, bundle, hf://owner/name, or the name of a packaged bundle
     *,
@@ -1214,11 +1315,22 @@ def export_onnx(
     overwrite:bool=False, # replace a file that exists
 )->int:
     "Write a network as ONNX, checked against PyTorch; needs onnx, onnxscript and onnxruntime"
+    check_bundle(bundle)
+    check_graph(out, overwrite)
     from skin_lesions import onnx
     worst = onnx.export_onnx(open_bundle(bundle), out, overwrite=overwrite)
     print(f"{out}: differs from PyTorch by at most {worst:.1g}")
     note(NOTICE)
     return 0
+
+# %% ../nbs/81_cli.ipynb #f5790939
+def check_quantize(bundle, images, out, overwrite):
+    "Raise where options of `quantize` name what is not there"
+    check_bundle(bundle)
+    check_graph(out, overwrite)
+    if images['data'] is None and images['csv'] is None and is_registered(bundle):
+        raise ValueError(f"{bundle} has no validation images of its own; give labelled images with --data or --csv")
+    check_images(images, own=True)
 
 # %% ../nbs/81_cli.ipynb #78000001
 @with_options_of(read_images, but=['show'])
@@ -1232,13 +1344,12 @@ def quantize(
     **kwargs, # for `read_images`
 )->int:
     "Write a network as int8 for predict --graph, where its scores hold on labelled images: new ones or the run's own"
+    check_quantize(bundle, kwargs, out, overwrite)
+    files = files_alone(named_images(images))
     from skin_lesions import quantize as int8
-    if kwargs['data'] is None and kwargs['csv'] is None and is_registered(bundle):
-        raise ValueError(f"{bundle} has no validation images of its own; give labelled images with --data or --csv")
     predictor = open_bundle(bundle, 'cpu')
     held_out,_ = images_to_judge(predictor, bundle, kwargs | dict(show=not quiet))
-    record = int8.quantize(predictor, files_alone(named_images(images)), held_out, out, overwrite=overwrite,
-                           progress=not quiet)
+    record = int8.quantize(predictor, files, held_out, out, overwrite=overwrite, progress=not quiet)
     print_int8(record, out)
     note(NOTICE)
     return 0
@@ -1256,7 +1367,12 @@ def print_int8(
     if 'flags_changed' in record: print(f"images that change sides out-of-distribution: {record['flags_changed']:.1%}")
     print(out)
 
-# %% ../nbs/81_cli.ipynb #77a0e344
+# %% ../nbs/81_cli.ipynb #05cb61a8
+def check_signed(bundle, key):
+    "Raise where there is no bundle or no key"
+    check_given(key=key)
+    if not Path(bundle).is_dir(): raise FileNotFoundError(f'{bundle} is no folder of a bundle or run')
+
 def sign(
     bundle:str, # folder of a bundle or run
     *,
@@ -1264,18 +1380,21 @@ def sign(
     make_keys:bool=False, # make private.pem and public.pem first, unlocked
 )->int:
     "Sign a bundle; whoever has the public key can verify it. Needs model-signing and pyopenssl"
+    check_signed(bundle, None if make_keys else key)
     from skin_lesions import signing
     private,public = signing.make_keys(key) if make_keys else (key, None)
     print(signing.sign_bundle(bundle, private, os.environ.get('SKIN_LESIONS_KEY_PASSWORD')))
     if public is not None: note(f"for those who verify: {public}; keep {private} to yourself")
     return 0
 
+# %% ../nbs/81_cli.ipynb #77a0e344
 def verify(
     bundle:str, # folder of a bundle or run
     *,
     key:str, # public key of the one who is said to have signed it
 )->int:
     "Check the signature of a bundle. Needs model-signing and pyopenssl"
+    check_signed(bundle, key)
     from skin_lesions import signing
     print(f"{signing.verify_bundle(bundle, key)}: signed by the owner of {key}, not changed since")
     return 0
@@ -1295,6 +1414,7 @@ def app(
     "Serve the web demo until Ctrl-C: drop photographs, read the answer; needs Gradio (pip install gradio)"
     check_bundle(bundle)
     check_port(host, port)
+    check_limits(max_images, per_minute, max_mb)
     note('starting the web demo ...') # the imports take some seconds
     from skin_lesions.app import launch_app
     limits:dict = dict(max_mb=max_mb, max_images=max_images, per_minute=per_minute)
@@ -1302,7 +1422,16 @@ def app(
     launch_app(bundle, host=host, port=port, device=device, browser=not no_browser and sys.stdout.isatty(), **limits)
     return 0
 
-# %% ../nbs/81_cli.ipynb #2d04e29c
+# %% ../nbs/81_cli.ipynb #2c1065cf
+def check_experiments(data, out, folds):
+    "Raise where experiments could not find their images, their fold or a place to write"
+    for fold in folds: check_fold(fold, 5)
+    check_out(out, folder=True)
+    check_given(data=data)
+    if data is None: return
+    from skin_lesions.readers import find_collection
+    find_collection(data)
+
 def paper_runs(
     names, # recipes
     seeds, # of the trainings
@@ -1313,6 +1442,7 @@ def paper_runs(
     return [dict(recipe=name, split=split, fold=fold, seed=seed) for seed in seeds for split in splits
             for fold in (folds if split=='lesion' else [0]) for name in names]
 
+# %% ../nbs/81_cli.ipynb #2d04e29c
 def print_recipes(
     names, # of recipes
 )->int: # exit status
@@ -1431,6 +1561,7 @@ def paper(
     from skin_lesions.recipes import recipe_names
     names = recipe_names(recipe)
     if list_ or table: return print_recipes(names) if list_ else print_paper_table(out, names, scale)
+    check_experiments(data, out, fold)
     return run_all(paper_runs(names, seed, split, fold), data=data, out=out, scale=scale, keep_model=not no_models,
                    show=verbose, **kwargs)
 
@@ -1454,22 +1585,23 @@ def reproduce_bundle(
     "Train a network as the package's, calibrate it, write bundle and model card; the same command goes on after a stop"
     from skin_lesions.recipes import with_changes
     changed = with_changes(recipe, recipe_changes(set_))
+    check_experiments(data, out, fold)
     from skin_lesions import reproduce
     options:dict = dict(network=network, cache=cache, seed=seed, scale=scale, minutes=minutes, show=not quiet,
                         workers=workers, device=device)
-    print_reproduced(reproduce.reproduce_bundle(data, out, changed, folds=tuple(fold), **options), out)
-    return 0
+    return print_reproduced(reproduce.reproduce_bundle(data, out, changed, folds=tuple(fold), **options), out)
 
 # %% ../nbs/81_cli.ipynb #d22c8aeb
 def print_reproduced(
     record:dict, # as from `reproduce_bundle`
     out, # folder of the bundle
-):
+)->int: # exit status
     "Print the scores of the reproduced bundle"
     for name,text in (('argmax', 'by the most probable class'), ('decided', 'calibrated and decided')):
         if record[name]: print(f'{text}: {_score_line(record[name])}')
     bits = 16 if record['half']['used'] else 32
     print(f"{out}: {record['megabytes']} MB, {bits}-bit weights, {record['measured_on']}")
+    return 0
 
 # %% ../nbs/81_cli.ipynb #3b2265a1
 def demo_recipe(
@@ -1496,7 +1628,7 @@ def demo(
     quiet:bool=False, # no progress
 )->int:
     "Draw a synthetic sample, train on it, predict an image, write a report"
-    recipe,folder = demo_recipe(size, epochs),output_folder(Path(out)/'run', overwrite)
+    folder,recipe = output_folder(Path(out)/'run', overwrite),demo_recipe(size, epochs)
     sample = demo_sample(Path(out)/'sample', n_images, seed, overwrite)
     run_demo(recipe, sample, folder, seed, not quiet)
     return predict_demo(sample, folder)

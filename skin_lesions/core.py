@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PACKAGE_SUFFIXES', 'IMAGE_SUFFIXES', 'OTHER_SUFFIXES', 'IMAGE_FORMATS', 'MAX_PIXELS', 'NOTICE', 'REPOSITORY',
            'BUNDLE_NAMES', 'unknown_name', 'is_whole', 'first_few', 'check_columns', 'table_text', 'atomic_path',
-           'json_value', 'write_json', 'read_json', 'file_lock', 'check_port', 'image_files', 'without_copies',
-           'ImageError', 'read_image', 'why_unreadable', 'unreadable_files', 'progress', 'versions', 'named_bundle',
-           'reuse_memory']
+           'json_value', 'write_json', 'read_json', 'file_lock', 'check_port', 'check_limits', 'image_files',
+           'without_copies', 'ImageError', 'read_image', 'why_unreadable', 'unreadable_files', 'progress', 'versions',
+           'named_bundle', 'reuse_memory']
 
 # %% ../nbs/00_core.ipynb #b4449989
 import contextlib, csv, ctypes, difflib, filecmp, importlib, io, json, math, os, platform, stat, sys, tempfile, warnings
@@ -231,6 +231,18 @@ def check_port(
         except OSError as e:
             raise OSError(f"nothing can listen at {host}, port={port} ({e.strerror}): another web demo may be there; "
                           "choose another port, or 0 for a free one") from None
+
+# %% ../nbs/00_core.ipynb #00c8b9d4
+def check_limits(
+    max_images:int=1, # that the web demo answers at once
+    per_minute:int=1, # images that a client may ask about in a minute
+    max_mb:float=1., # of one file
+):
+    "Raise for limits of the web demo that nobody could keep, before the slow imports of what serves it"
+    if not 1<=max_images<=per_minute:
+        raise ValueError("max_images must be 1 or more and not above per_minute, or nobody could ask for that many; "
+                         f"got {max_images} and {per_minute}")
+    if not 0<max_mb<=1000: raise ValueError(f"max_mb must be over 0 and at most 1000, got {max_mb}")
 
 # %% ../nbs/00_core.ipynb #00c8b9df
 # read if the package is there

@@ -551,7 +551,8 @@ def _fit_t(table, prior)->float:
     "The exponent with the best average recall: the middle one of all that have it"
     p,y = _labelled(table, "the exponent t is fitted to what the images are")
     log_prior = np.log([prior[c] for c in classes_of(table).codes])
-    recalls = np.array([_average_recall(y, (_logs(p)-t*log_prior).argmax(1)) for t in _T_GRID])
+    logs = _logs(p)
+    recalls = np.array([_average_recall(y, (logs-t*log_prior).argmax(1)) for t in _T_GRID])
     best = np.flatnonzero(recalls>=recalls.max()-1e-12)
     return float(_T_GRID[best[len(best)//2]])
 

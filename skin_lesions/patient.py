@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .core import check_columns, unknown_name
+from .dataset import site_name
 
 # %% ../nbs/13_patient.ipynb #07f32d03
 PATIENT_COLUMNS = ('age', 'sex', 'site')
@@ -46,6 +47,10 @@ def _known_text(v)->str:
     v = str(v).strip().lower()
     return '' if v=='unknown' else v
 
+def _word(column, v)->str:
+    "A value of a column of words; a site is the same site in every collection's spelling"
+    return site_name(_known_text(v)) if column=='site' else _known_text(v)
+
 def _known_age(v)->float:
     "Age in years; NaN for a missing one"
     text = v if isinstance(v, numbers.Real) else _known_text(v)
@@ -71,11 +76,11 @@ class _Age:
 class _Word:
     "A word as one number for each known value and one for 'unknown'"
     def __init__(self, column, values):
-        self.column,self.values = column,values
+        self.column,self.values,self.known = column,values,[_word(column, v) for v in values]
         self.names = tuple(f'{column} {v}' for v in (*values, 'unknown'))
 
     def encode(self, value)->list:
-        flags = [float(v==_known_text(value)) for v in self.values]
+        flags = [float(v==_word(self.column, value)) for v in self.known]
         return [*flags, float(not any(flags))]
 
     def describe(self, row)->str: return [*self.values, f'{self.column} unknown'][int(np.argmax(row))]
@@ -83,7 +88,7 @@ class _Word:
 # %% ../nbs/13_patient.ipynb #13a00005
 def _statistics(train, columns)->dict:
     "What an encoder learns from training rows"
-    values = {c: sorted({_known_text(v) for v in train[c]} - {''}) for c in columns if c!='age'}
+    values = {c: sorted({_word(c, v) for v in train[c]} - {''}) for c in columns if c!='age'}
     if 'age' not in columns: return dict(values=values)
     age = np.array([_known_age(v) for v in train.age])
     if np.isnan(age).all(): raise ValueError("no training row has an age; leave 'age' out of the columns")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ARCHIVE_TERMS', 'PH2', 'READERS', 'PARTS', 'checked_frame', 'one_hot_labels', 'set_of_labels', 'read_ham10000',
            'read_isic2018', 'tables_with', 'read_isic2019', 'read_isic2020', 'archive_code', 'archive_labels',
-           'of_image_type', 'read_isic_archive', 'read_pad_ufes_20', 'read_milk10k', 'read_ph2', 'read_csv_dataset',
-           'Reader', 'find_collection', 'read_metadata', 'join_collections']
+           'of_image_type', 'read_isic_archive', 'read_pad_ufes_20', 'read_milk10k', 'read_ph2', 'read_csv_labels',
+           'read_csv_dataset', 'Reader', 'find_collection', 'read_metadata', 'join_collections']
 
 # %% ../nbs/11_readers.ipynb #d25ab429
 import re, warnings
@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.meta import delegates
 
 from .classes import (CLASS_SETS, HAM10000, ISIC2019, MALIGNANT, MELANOMA, MILK10K, PAD_UFES_20, ClassSet,
     Diagnosis, class_set, classes_of, map_classes, with_classes)
 from .core import check_columns, first_few, unknown_name
 from .dataset import (HOW_TO_GET, META_COLUMNS, NEAR_DUPLICATES, age_column, challenge_tables,
     find_ham10000, first_folder, folder_entries, ham10000_table, merge_groups, named_folder, number_column,
-    raise_lines, read_table, with_paths, without_suffix)
+    raise_lines, read_table, site_name, with_paths, without_suffix)
 
 # %% ../nbs/11_readers.ipynb #74f9f2bd
 def _codes_of_labels(df, file, classes)->pd.Series:
@@ -74,6 +75,7 @@ def _checked_columns(df, file, classes)->pd.DataFrame:
     for column in ('patient_id', 'lesion_id'): df[column] = df[column] if column in df else ''
     df['age'] = age_column(df.age, file) if 'age' in df else float('nan')
     for column in ('sex', 'site'): df[column] = _words(df, column)
+    df['site'] = df.site.map(site_name)
     return df
 
 def _in_order(df, classes, unit)->pd.DataFrame:
@@ -555,8 +557,8 @@ def _own_table(file, image_col, label_col, group_col, fold_col)->pd.DataFrame:
     fold = _column(table, 'fold', fold_col, file)
     return df.assign(**_own_folds(table[fold], file)) if fold else df
 
-# %% ../nbs/11_readers.ipynb #d71b7eb6
-def read_csv_dataset(
+# %% ../nbs/11_readers.ipynb #dc090fc7
+def read_csv_labels(
     file, # CSV or TSV, a row an image
     *,
     image_col:str=None, # column of the image's id or path; None looks for a usual name
@@ -564,15 +566,28 @@ def read_csv_dataset(
     group_col:str=None, # column of patient or lesion; None looks for a usual name, else each image is its own group
     fold_col:str=None, # column of folds or sides; None looks for a usual name
     classes=None, # class set of the labels, as for `skin_lesions.classes.class_set`; None finds out
-    folder=None, # of the images; None takes that of the file
-    missing:str='raise', # as for `read_metadata`
-)->pd.DataFrame: # as from `read_metadata`
-    "A table of your own"
+)->tuple: # the columns that are used, as text, and the class set of the labels
+    "What a table of your own says, without a look at its images"
     file = Path(file).expanduser().absolute()
     if not file.is_file(): raise FileNotFoundError(f"{file} does not exist; expected a CSV with a row an image")
     df = _own_table(file, image_col, label_col, group_col, fold_col)
-    folder = file.parent if folder is None else Path(folder)
     own = class_set(classes) if classes is not None else set_of_labels(df.label)
+    _codes_of_labels(df, file, own)
+    return df,own
+
+# %% ../nbs/11_readers.ipynb #d71b7eb6
+@delegates(read_csv_labels)
+def read_csv_dataset(
+    file, # CSV or TSV, a row an image
+    *,
+    folder=None, # of the images; None takes that of the file
+    missing:str='raise', # as for `read_metadata`
+    **kwargs, # for `read_csv_labels`
+)->pd.DataFrame: # as from `read_metadata`
+    "A table of your own"
+    df,own = read_csv_labels(file, **kwargs)
+    file = Path(file).expanduser().absolute()
+    folder = file.parent if folder is None else Path(folder)
     return checked_frame(_files_in(df, folder), file, own, folder, missing=missing)
 
 # %% ../nbs/11_readers.ipynb #bf8a75e0

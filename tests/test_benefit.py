@@ -6,7 +6,7 @@ import pytest
 from skin_lesions.benefit import (COUNTS, Reader, at_prevalence, decision_curve, expected_costs, malignancy_cases, net_benefit, outcome_costs,
                                   per_thousand)
 from skin_lesions.classes import HAM10000, MELANOMA, from_codes, map_classes, with_classes
-from tables import synthetic_table
+from prediction_tables import synthetic_table
 
 BAD = list(HAM10000.malignant)
 

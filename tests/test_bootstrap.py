@@ -5,7 +5,7 @@ import pytest
 
 from skin_lesions import bootstrap
 from skin_lesions.classes import ISIC2019
-from tables import synthetic_table
+from prediction_tables import synthetic_table
 
 
 def test_draws_are_the_same_in_blocks(monkeypatch):

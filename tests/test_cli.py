@@ -1,5 +1,5 @@
 "The command line as a user meets it: a process, files, exit codes, errors."
-import io, json, os, re, shutil, signal, subprocess, sys, time, warnings
+import functools, io, json, os, re, shutil, signal, subprocess, sys, time, warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +48,48 @@ for call in calls:
     assert not heavy, (call, heavy)
 ''', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+# what is wrong with a command, and a part of what is said; nothing is imported for the first ones, pandas for the others
+KNOWN_AT_ONCE = [
+    ('train --csv ok.csv --out run --fold 7', '--fold must be 0 to 4'), ('train --csv ok.csv --out run --fold 2 --n-folds 1', '--n-folds must be 2'),
+    ('train --csv ok.csv --out run --pretrained-weights no.pth', 'no weights at no.pth'), ('train --csv ok.csv --out run --cache file', '--cache file is a file'),
+    ('train --out run --label-col dx', 'give --csv too'), ('evaluate ham10000 --csv ok.csv --out folder', 'is a folder'), ('evaluate ham10000 --audit no --csv ok.csv', '--audit no'),
+    ('evaluate ham10000 --prevalence 3', '--prevalence must be'), ('embed --csv ok.csv --out f.npz --arch resnet18 --bundle ham10000', '--arch and --bundle'), ('probe no.npz', 'no features at no.npz'),
+    ('predict a.jpg --patients no.csv', '--patients no.csv'), ('predict a.jpg --out file/x.csv', 'nothing can be written'), ('predict a.jpg --gradcam file', '--gradcam file is a file'),
+    ('predict a.jpg --engine onnxruntime --graph no.onnx', '--graph no.onnx'), ('gradcam a.jpg --out file', 'is a file'), ('gradcam a.jpg --out maps --patients no.csv', '--patients no.csv'),
+    ('calibrate folder --predictions no.csv', 'no.csv does not exist'), ('calibrate folder --at-most mel', 'give --sets too'), ('calibrate folder --sets .1 --at-most mel', 'CODE=FRACTION'),
+    ('ensemble ok.csv a.jpg --out file/x.csv', 'nothing can be written'), ('submit ok.csv --out folder', 'is a folder'), ('export-onnx no --out x.onnx', 'no does not exist'),
+    ('export-onnx ham10000 --out ok.csv', '--overwrite'), ('quantize no --images a.jpg --out x.onnx', 'no does not exist'), ('quantize ham10000 --images a.jpg --out x.onnx', '--data or --csv'),
+    ('sign no --key file', 'no is no folder'), ('verify folder --key no', '--key no'), ('app --max-mb 0', 'max_mb must be'), ('app --max-images 100', 'not above per_minute'),
+    ('paper --data no', '--data no'), ('paper --fold 9', '--fold must be'), ('paper --out file/x', 'nothing can be written'), ('reproduce-bundle --data no', '--data no'),
+    ('demo --out file/x', 'nothing can be written'), ('audit a.jpg --features file/x', 'nothing can be written')]
+KNOWN_FROM_A_TABLE = [(f'{command} {where}', said) for command in ('train --out run', 'evaluate ham10000', 'stress ham10000', 'embed --out f.npz', 'quantize ham10000 --images a.jpg --out x.onnx')
+                      for where, said in (('--csv bare.csv', '--label-col'), ('--csv ok.csv --image-col nono', "lacks column 'nono'"), ('--csv ok.csv --group-col nono', "lacks column 'nono'"),
+                                          ('--csv ok.csv --classes NOPE', "unknown class set 'NOPE'"), ('--csv ok.csv --classes MELANOMA', 'line 2'), ('--data folder', 'no known collection'))]
+KNOWN_FROM_A_TABLE += [('train --csv ok.csv --out file/run', 'nothing can be written'), ('stress ham10000 --csv ok.csv --out file', 'is a file'),
+                       ('embed --csv ok.csv --out file/f.npz', 'nothing can be written'), ('benefit no.csv --prevalence .1', 'no.csv does not exist')]
+
+
+def test_what_is_known_from_a_name_or_a_header_is_said_before_anything_is_loaded(python, tmp_path):
+    "No network, and no library that takes seconds, for an error in an option"
+    (tmp_path/'bare.csv').write_text('image_id,foo\na,b\n'); (tmp_path/'ok.csv').write_text('image_id,dx\na,bkl\n')
+    for name in ('a.jpg', 'file'): (tmp_path/name).touch()
+    (tmp_path/'folder').mkdir()
+    done = python(f"""
+import contextlib, io, sys
+from skin_lesions.cli import main
+def check(commands, heavy):
+    for command, said in commands:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as error: status = main(command.split())
+        assert status==2 and said in error.getvalue(), (command, status, error.getvalue())
+        assert not heavy & set(sys.modules), (command, heavy & set(sys.modules))
+slow = {{'torch', 'fastai', 'timm', 'matplotlib', 'sklearn', 'scipy'}}
+check({KNOWN_AT_ONCE!r}, slow | {{'pandas', 'numpy'}})
+check({KNOWN_FROM_A_TABLE!r}, slow)
+""", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a.jpg', 'bare.csv', 'file', 'folder', 'ok.csv'], 'nothing else is left behind'
 
 
 def test_one_flag_has_one_meaning():
@@ -286,7 +328,7 @@ def test_evaluate_says_which_images_were_trained_on(call, finished_run, tmp_path
     status, _, error = call('evaluate', finished_run/'predictions.csv', '--audit', tmp_path/'training')
     assert status == 2 and 'has no images that --audit could compare' in error
     status, _, error = call('evaluate', finished_run, '--audit', tmp_path/'nowhere')
-    assert status == 2 and 'nowhere does not exist' in error
+    assert status == 2 and 'nowhere: no such file' in error
 
 
 # ---- evaluate
@@ -429,7 +471,7 @@ def test_predict_gives_the_run_s_own_probabilities(sample, finished_run, call, t
     assert (tmp_path/'files.csv').read_text() == (tmp_path/'out.csv').read_text()
 
 
-def test_predict_takes_an_engine(call, finished_run, sample, monkeypatch):
+def test_predict_takes_an_engine(call, finished_run, sample, tmp_path, monkeypatch):
     from skin_lesions import engine
     given, file = [], next(sample.rglob('*.jpg'))
     record = dict(n_images=50, float32=dict(macro_auc=.9), int8=dict(macro_auc=.899))
@@ -438,14 +480,15 @@ def test_predict_takes_an_engine(call, finished_run, sample, monkeypatch):
         predictor.network.int8 = record if file else None
         return predictor
     monkeypatch.setattr(engine, 'with_engine', with_engine)
-    run = ('predict', file, '--bundle', finished_run)
+    run, graph = ('predict', file, '--bundle', finished_run), tmp_path/'net.onnx'
+    graph.touch()
     status, _, error = call(*run, '--engine', 'onnxruntime')
     assert status == 0 and 'int8' not in error and given == [('cpu', None)]
-    status, _, error = call(*run, '--engine', 'onnxruntime', '--graph', 'net.onnx')
-    assert status == 0 and given[1:] == [('cpu', 'net.onnx')]
+    status, _, error = call(*run, '--engine', 'onnxruntime', '--graph', graph)
+    assert status == 0 and given[1:] == [('cpu', str(graph))]
     assert 'int8: against float32 on 50 labelled images, macro auc 0.900 -> 0.899' in error
     assert call(*run)[0] == 0 and len(given) == 2
-    status, _, error = call(*run, '--graph', 'net.onnx')
+    status, _, error = call(*run, '--graph', graph)
     assert status == 2 and '--engine onnxruntime' in error
 
 
@@ -515,9 +558,11 @@ def test_predict_answers_for_programs_and_through_a_pipe(call, tmp_path, monkeyp
     "JSON and CSV with file, full names and rounded numbers; patterns, names and an image through standard input; no file is skipped silently"
     from PIL import Image
     from skin_lesions.classes import HAM10000
+    from skin_lesions import cli
     from skin_lesions.decide import answer_in_words
     from skin_lesions.predict import load_predictor
     from skin_lesions.synthetic import draw_image
+    monkeypatch.setattr(cli, 'open_bundle', functools.cache(cli.open_bundle)) # four networks, read once for all calls
     for name in ('pillow_heif', 'pydicom'): monkeypatch.setitem(sys.modules, name, None) # not installed
     folder = tmp_path/'in'; folder.mkdir()
     for i in range(2): Image.fromarray(draw_image('nv', i, i, size=(300, 225))[0]).save(folder/f'{i}.png')
@@ -538,7 +583,8 @@ def test_predict_answers_for_programs_and_through_a_pipe(call, tmp_path, monkeyp
     views = packaged.predict(folder/'1.png', views=packaged.recipe_views)
     words, alone = (answer_in_words(table.iloc[0], classes, referral=packaged.referral, sets=packaged.sets) for table in (expected, views))
     assert (found[1]['finding'], found[1]['advice']) == (words.finding, words.advice), 'the words of the web demo'
-    assert call('predict', folder/'1.png')[1].startswith(f'{alone}\n\n'), 'a single image is looked at in several views'
+    single = call('predict', folder/'1.png')[1]
+    assert single.startswith(f'{alone}\n\n'), 'a single image is looked at in several views'
     lines = call('predict', folder, '--device', 'cpu')[1].splitlines()
     assert [l.split('  ')[-1].strip() for l in lines if 'moving.gif' not in l] == [r['finding'] or r['advice'] for r in found]
     assert found[1]['malignant'] == round(p[list(classes.malignant)].sum(), 4) and found[1]['decision'] == expected.decision[0]
@@ -549,7 +595,7 @@ def test_predict_answers_for_programs_and_through_a_pipe(call, tmp_path, monkeyp
     through(''.join(f"{r['file']}\n" for r in found[:2]).encode())
     assert call('predict', '-', '--as-csv')[1] == printed
     through((folder/'1.png').read_bytes())
-    assert call('predict', '-')[1] == call('predict', folder/'1.png')[1]
+    assert call('predict', '-')[1] == single
     through(b'')
     assert call('predict', '-')[0] == 2
     through((folder/'1.png').read_bytes())

@@ -10,7 +10,7 @@ from skin_lesions.classes import HAM10000, MELANOMA, classes_of, from_codes, map
 from skin_lesions.conformal import (SET_METHODS, PredictionSets, bound_threshold, calibrated_sets, cross_sets, fewest_lesions, fit_sets,
                                     lesion_threshold, miss_bound, set_members, set_report, set_scores)
 from skin_lesions.decide import decide_table, fit_calibration
-from tables import synthetic_table
+from prediction_tables import synthetic_table
 
 CODES = list(HAM10000)
 pytestmark = pytest.mark.filterwarnings('ignore:too few lesions')

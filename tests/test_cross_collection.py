@@ -8,7 +8,7 @@ from skin_lesions.bootstrap import unit_draws, units_of
 from skin_lesions.classes import HAM10000, MILK10K, with_classes
 from skin_lesions.cross_collection import calibration_interval, collection_row, cross_table, plot_cross_table, predict_collection
 from skin_lesions.decide import DecisionRule, decide_table, expected_calibration_error, fit_referral
-from tables import synthetic_table
+from prediction_tables import synthetic_table
 
 
 class Answers:

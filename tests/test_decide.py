@@ -218,7 +218,7 @@ def test_words_agree_with_the_row():
     "Over many rows: never an all-clear for what is referred or not answered, the risk is the sum of the malignant ones, and no code stands for a name"
     from skin_lesions.classes import HAM10000
     from skin_lesions.decide import answer_in_words, decide_table, fit_referral
-    from tables import synthetic_table
+    from prediction_tables import synthetic_table
     table = synthetic_table(60)
     referral = fit_referral(table, .9)
     decided = decide_table(table.drop(columns=['dx', 'group']), referral=referral, ood=table.index % 7 == 0, overlap='ignore')
@@ -239,7 +239,7 @@ def test_a_referral_of_all_of_few_is_not_sure():
     "Every malignant lesion of few was referred: the sensitivity is 1, and its interval says how few they are"
     from skin_lesions.classes import classes_of
     from skin_lesions.decide import Referral, referral_report
-    from tables import synthetic_table
+    from prediction_tables import synthetic_table
     few, many = synthetic_table(25), synthetic_table(500)
     lows = []
     for table in (few, many):

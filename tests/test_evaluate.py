@@ -9,7 +9,7 @@ import pytest
 from skin_lesions.classes import HAM10000, ISIC2019, MELANOMA, with_classes
 from skin_lesions.evaluate import compare, isic_scores, score_intervals, scores
 from skin_lesions.predictions import isic_submission, read_isic_submission
-from tables import synthetic_table
+from prediction_tables import synthetic_table
 
 CODES, ISIC_COLUMNS = HAM10000.codes, tuple(HAM10000.challenge_columns.values())
 

@@ -144,3 +144,12 @@ def test_install_lines_work_without_an_index():
     assert asked and all(f'{extra}_requirements' in cfg for extra in asked), asked
     addresses = {a for _, l in lines for a in re.findall(r'git\+(https://[\w./-]+)', l)}
     assert addresses == {REPOSITORY}
+
+
+def test_no_helper_of_the_tests_hides_a_library():
+    "tests/ is on the path when tests run: a module there that is called like a library would be imported in its place, also by pandas"
+    from importlib.metadata import packages_distributions
+    from pandas.compat import _optional
+    libraries = {*packages_distributions(), *getattr(_optional, 'VERSIONS', ()), *sys.stdlib_module_names, 'tables'}
+    helpers = {p.stem for p in (REPO/'tests').glob('*.py')} - {'conftest'}
+    assert len(helpers) > 50 and not helpers & libraries

@@ -231,3 +231,25 @@ def test_the_part_of_milk10k_beside_ham10000(real):
     assert meta.group.nunique() == 2410 and set(meta.skin_type) <= {'unknown', *'012345'}
     seven = read_metadata(folder, classes='HAM10000')
     assert classes_of(seven) == HAM10000 and len(seven) == 2410 - (297 + 34 + 27 + 4)
+
+
+def test_one_spelling_of_a_site_in_frames_encoder_and_results(tmp_path, repo):
+    "MILK10k's words and HAM10000's give one row of a table by site, and one number of a patient"
+    import json
+    from skin_lesions.dataset import site_name
+    from skin_lesions.patient import PatientEncoder
+    frames = {}
+    for name, sites in dict(one=['lower extremity', 'head/neck', 'back'], other=['lower_extremity', 'head_neck_face', 'Back']).items():
+        (tmp_path/name).mkdir()
+        for i in range(3): Image.new('RGB', (8, 8)).save(tmp_path/name/f'{name}{i}.png')
+        (tmp_path/name/'t.csv').write_text('image_id,dx,age,sex,site\n' + ''.join(f'{name}{i},nv,40,male,{s}\n' for i, s in enumerate(sites)))
+        frames[name] = read_metadata(tmp_path/name/'t.csv')
+    assert frames['one'].site.tolist() == frames['other'].site.tolist() == ['lower extremity', 'head/neck', 'back']
+    for train, other in (('one', 'other'), ('other', 'one')):
+        encoder = PatientEncoder.fit(frames[train])
+        assert (encoder.encode(frames['one']) == encoder.encode(frames['other'])).all()
+    rows = [dict(age=40, sex='male', site=s) for s in ('lower extremity', 'Lower_Extremity')]
+    assert encoder.encode_row(rows[0]) == encoder.encode_row(rows[1]), 'as somebody writes it beside an image'
+    card = json.loads((repo/'skin_lesions'/'bundles'/'ham10000'/'bundle.json').read_text())['scores']['subgroups']['site']
+    measured = json.loads((repo/'benchmarks'/'results'/'cross_collection.json').read_text())['subgroups_of_milk10k']['site']
+    for sites in ([r['site'] for r in card], [r['subgroup'] for r in measured]): assert sites == [site_name(s) for s in sites] and len(set(sites)) == len(sites)

@@ -10,7 +10,7 @@ from skin_lesions.benefit import decision_curve, per_thousand
 from skin_lesions.classes import HAM10000, ISIC2019, MELANOMA, map_classes, with_classes
 from skin_lesions.evaluate import scores
 from skin_lesions.report import html_report
-from tables import synthetic_table
+from prediction_tables import synthetic_table
 
 
 class Tags(HTMLParser):

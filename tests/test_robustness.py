@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 from skin_lesions.classes import HAM10000, with_classes
 from skin_lesions.robustness import CHANGES, PairedScores, change_image, changed_predictions, score_change, setting_of, some_images, stress
 from skin_lesions.synthetic import draw_image
-from tables import synthetic_table
+from prediction_tables import synthetic_table
 
 CODES = list(HAM10000.codes)
 

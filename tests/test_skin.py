@@ -99,7 +99,7 @@ def test_too_little_skin_is_unknown():
 
 def test_a_frame_with_masks_and_bad_files(tmp_path):
     from skin_lesions.evaluate import scores_by
-    from tables import synthetic_table
+    from prediction_tables import synthetic_table
     image, mask = draw_image('mel', 1, 1, size=(128, 96))
     for i in range(3): Image.fromarray(image).save(tmp_path/f'{i}.jpg')
     Image.fromarray(mask).save(tmp_path/'0_segmentation.png')

@@ -113,12 +113,13 @@ def test_a_disk_that_is_full_after_the_last_epoch(meta, straight, tmp_path, monk
     assert contents(tmp_path/'run') == contents(straight['steps'])
 
 
-def test_the_folder_is_complete_and_nothing_else_is_touched(meta, tmp_path):
+def test_the_folder_is_complete_and_nothing_else_is_touched(meta, tmp_path, no_figures):
     (tmp_path/'run').mkdir()
     (tmp_path/'run'/'notes.txt').write_text('mine')
     with pytest.raises(FileExistsError, match='not empty'): train_run('quick', meta, tmp_path/'run', **QUICK)
     recipe = at_scale('quick', 'tiny')
-    for _ in range(2): train_run(recipe, meta, tmp_path/'run', overwrite=True, **(QUICK | dict(report=True)))
+    with no_figures():
+        for _ in range(2): train_run(recipe, meta, tmp_path/'run', overwrite=True, **(QUICK | dict(report=True)))
     names = {p.name for p in (tmp_path/'run').iterdir() if not p.name.startswith('.')}
     assert names == {*RUN_FILES, 'notes.txt'}
     record = read_run(tmp_path/'run')
@@ -128,7 +129,7 @@ def test_the_folder_is_complete_and_nothing_else_is_touched(meta, tmp_path):
 
 
 @pytest.mark.parametrize('name', ('ISIC2019', 'MELANOMA'))
-def test_other_sets_of_diagnoses(name, tmp_path):
+def test_other_sets_of_diagnoses(name, tmp_path, no_figures):
     "Eight classes in two stages, two classes in one: trained, predicted, in the bundle"
     from skin_lesions.classes import CLASS_SETS
     from skin_lesions.predict import load_predictor
@@ -137,7 +138,7 @@ def test_other_sets_of_diagnoses(name, tmp_path):
     classes = CLASS_SETS[name]
     sample = synthetic_dataset(tmp_path/'sample', 100, classes=classes, size=(80, 64), show=False)
     frame = read_csv_dataset(sample/'HAM10000_metadata.csv', classes=classes, folder=sample)
-    folder = train_run(at_scale('quick', 'tiny'), frame, tmp_path/'run', folds=2, **(QUICK | dict(report=True)))
+    with no_figures(): folder = train_run(at_scale('quick', 'tiny'), frame, tmp_path/'run', folds=2, **(QUICK | dict(report=True)))
     predictor, table = load_predictor(folder, 'cpu'), pd.read_csv(folder/'predictions.csv')
     assert predictor.classes.codes == classes.codes and set(classes.codes) <= set(table.columns)
     assert type(predictor.model).__name__ == ('TwoStageNet' if len(classes) > 2 else 'LesionNet')
