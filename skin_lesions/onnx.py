@@ -110,7 +110,7 @@ def _check_onnx(onnxruntime, file, predictor, tol)->float:
     "The largest difference between onnxruntime and PyTorch on a full batch and on one image"
     graph,session = PixelGraph(predictor),onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
     worst = 0.
-    for bs in (64, 1):
+    for bs in (16, 1): # a mean of four networks at 224 pixels needs 4 GB for 64
         inputs = example_inputs(predictor, bs)
         with torch.no_grad(): expected = graph(*inputs)
         named = {name: t.numpy() for name,t in zip(('pixels', 'patient'), inputs)}
@@ -143,8 +143,8 @@ def export_onnx(
     path, # of the .onnx file; folders that do not exist are made
     *,
     overwrite:bool=False, # replace a file that is there
-    tol:float=1e-4, # largest difference from PyTorch's probabilities that is let through
-)->float: # the largest difference, on 64 images and on one
+    tol:float=1e-3, # largest difference from PyTorch's probabilities that is let through
+)->float: # the largest difference, on 16 images and on one
     "Write the network as ONNX, with normalisation, calibration and softmax inside, and check it with onnxruntime"
     onnx,_,onnxruntime = import_onnx()
     path = Path(path)

@@ -48,3 +48,18 @@ def write_engine_files(sample, folder):
     calibration = fit_calibration(get_predictions(learn), 'stages_vector', first='nv')
     save_bundle(learn, folder/'b', calibration=calibration, ood=fit_ood(learn))
     write_engine(load_predictor(folder/'b', device='cpu'), folder/'net.onnx')
+
+
+def mean_bundle(meta, folder):
+    "A calibrated bundle of the mean of two networks, one of two stages and one of one, with an out-of-distribution score; its folder"
+    from skin_lesions.bundle import bundle_content, save_bundle
+    from skin_lesions.decide import fit_calibration
+    from skin_lesions.networks import EnsembleNet
+    from skin_lesions.ood import fit_ood
+    from skin_lesions.predict import Predictor
+    from skin_lesions.predictions import get_predictions
+    learn, other = make(meta, 'two'), make(meta, 'one')
+    record = Predictor(learn.model, *bundle_content(learn), 'cpu').record
+    view = {k: record[k] for k in ('side', 'preprocess', 'crop', 'normalization')}
+    calibration = fit_calibration(get_predictions(learn), 'vector')
+    return save_bundle(EnsembleNet([learn.model, other.model]), folder, classes=record['classes'], view=view, calibration=calibration, ood=fit_ood(learn))

@@ -4,8 +4,9 @@ import importlib.util, json, logging, shutil
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from serving import each_fifth_valid
+from serving import each_fifth_valid, mean_bundle
 from skin_lesions.classes import HAM10000
 from skin_lesions.engine import engine_file, with_engine
 from skin_lesions.onnx import ONNX_PACKAGES
@@ -104,3 +105,18 @@ def test_logging_is_as_before(plain, written, meta, tmp_path, caplog):
 
 def test_unlabelled_images_do_not_serve(plain, written, tmp_path, meta):
     with pytest.raises(ValueError, match="lacks column 'dx'"): quantize(plain, meta[:2], pd.DataFrame(dict(path=meta.path[2:5])), tmp_path/'n.onnx')
+
+
+def test_a_mean_of_networks_becomes_int8(meta, tmp_path, monkeypatch):
+    "Its record says what changes, the file is used, and the probabilities are near those in float32"
+    import onnx
+    monkeypatch.setenv('SKIN_LESIONS_CACHE', str(tmp_path/'cache'))
+    predictor, some = load_predictor(mean_bundle(meta, tmp_path/'b'), device='cpu'), meta[meta.is_valid]
+    record = quantize(predictor, meta[~meta.is_valid][:12], some, tmp_path/'net.onnx', limits=WIDE)
+    fast = with_engine(predictor, file=tmp_path/'net.onnx')
+    a, b = (p.predict(some, progress=False)[CODES].to_numpy(float) for p in (predictor, fast))
+    assert 1e-5 < np.abs(a-b).max() == pytest.approx(record['largest_change'], abs=1e-3) and np.abs(a-b).mean() < .05
+    assert set(record['float32']) == set(record['int8']) == {'macro_auc', 'average_recall'} and fast.network.precision == 'int8'
+    kinds = [t.data_type for t in onnx.load(str(tmp_path/'net.onnx')).graph.initializer]
+    def weights(net): return sum(isinstance(m, torch.nn.Conv2d) for m in net.modules())
+    assert kinds.count(onnx.TensorProto.INT8) >= weights(predictor.model), 'a member stayed in float32'
