@@ -31,7 +31,7 @@ from .conformal import PredictionSets
 from .decide import FittedOn
 from .decide import from_dict as decision_from_dict
 from .lora import merged
-from .networks import EnsembleNet, LesionNet, TwoStageNet, classifier_config
+from .networks import EnsembleNet, LesionNet, TwoStageNet, classifier_config, fold_batchnorm
 from .ood import OODScore, body_of, texture_layer
 from .views import VALIDATION_CROPS, height_and_width
 
@@ -194,6 +194,34 @@ def network_from_dict(
     except Exception as e:
         raise ValueError(f"network {kind.__name__} cannot be built from its configuration: {e}") from e
 
+# %% ../nbs/65_bundle.ipynb #65fb0001
+def _state_of(net)->list: # None where hooks look into it
+    "What changes when the weights of a network change; faster than its lists of parameters and modules"
+    state,todo = [],[net]
+    while todo:
+        m = todo.pop()
+        if m is None: continue
+        if m._forward_hooks or m._forward_pre_hooks: return None
+        for t in (*m._parameters.values(), *m._buffers.values()):
+            if t is not None: state.append((id(t), 0 if t.is_inference() else t._version, t.data_ptr()))
+        todo += m._modules.values()
+    return state
+
+# %% ../nbs/65_bundle.ipynb #65fb0002
+def _fast_net(net, inputs)->nn.Module:
+    "A folded copy of a `PixelNet`, or itself"
+    inside,pixels = net.classifier,inputs[0]
+    state = None if inside.training or pixels.device.type!='cpu' else _state_of(inside)
+    if state is None: return net # hooks must see their own layers
+    if net._folded is None or net._folded[0]!=state:
+        few = net.normalize(pixels[:1,:,:64,:64]),*(i[:1] for i in inputs[1:])
+        try: folded = fold_batchnorm(inside, *few)
+        except Exception: folded = inside # it takes no other size
+        numbers = {k: getattr(net, k).flatten().tolist() for k in ('mean', 'std')}
+        # in a tuple: it is no part of the network
+        net._folded = state,net if folded is inside else PixelNet(folded, numbers).eval()
+    return net._folded[1]
+
 # %% ../nbs/65_bundle.ipynb #9f31fbb7
 class PixelNet(nn.Module):
     "A network that takes the pixels of prepared images"
@@ -202,7 +230,7 @@ class PixelNet(nn.Module):
         normalization:dict, # mean and std, three numbers each, of pixels in [0,1]
     ):
         super().__init__()
-        self.classifier = net
+        self.classifier,self._folded = net,None
         for k in ('mean', 'std'):
             self.register_buffer(k, torch.tensor(normalization[k], dtype=torch.float32).view(1, 3, 1, 1))
 
@@ -213,6 +241,12 @@ class PixelNet(nn.Module):
         return (pixels.float()/255-self.mean)/self.std
 
     def forward(self, pixels, *inputs): return self.classifier(self.normalize(pixels), *inputs)
+
+    def fast(self,
+        *inputs # as for `forward`
+    )->'PixelNet': # it may be kept for these inputs alone
+        "On a CPU a copy with BatchNorm folded in, made again where weights have changed; else the network itself"
+        return _fast_net(self, inputs)
 
 # %% ../nbs/65_bundle.ipynb #fa8f7e12
 _FITTED = ('calibration', 'rule', 'referral', 'sets')

@@ -29,7 +29,7 @@ from .core import (check_columns, first_few, image_files, unknown_name, unreadab
                                without_copies)
 from .data import dataset_labels
 from .networks import full_precision
-from .views import answer_of_views, check_views, n_crops, view_images
+from .views import answer_of_views, check_views, n_crops, repeat_inputs, view_images
 
 # %% ../nbs/57_inference.ipynb #44c6047b
 def _frame_of_paths(paths)->pd.DataFrame:
@@ -197,8 +197,7 @@ class AnswerNet(nn.Module):
 
     def forward(self, x, *rest): # `rest`: further inputs, a row for each image
         def probabilities(x):
-            copies = len(x)//len(rest[0]) if rest else 1
-            inputs = [r.repeat_interleave(copies, 0) for r in rest]
+            inputs = [repeat_inputs(r, len(x), self.views) for r in rest]
             with full_precision(x.device): raw = self.model(x.float(), *inputs)
             return to_probabilities(raw, self.loss_func, self.n_classes).numpy()
         return torch.from_numpy(answer_of_views(probabilities, x, self.views, self.average))

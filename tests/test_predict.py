@@ -64,6 +64,48 @@ def test_the_probabilities_of_the_learner(kind, crop, channels_last, more, meta,
     assert [p.stride() for p in learn.model.parameters()] == [p.stride() for p in predictor.model.parameters()]
 
 
+@pytest.mark.parametrize('views', [None, 'dihedral', 'multicrop'])
+def test_folded_batchnorm_changes_nothing(views, meta, tmp_path):
+    "A mean of two networks with an out-of-distribution score, against the network as it is, view by view; also with other weights"
+    from skin_lesions.networks import EnsembleNet
+    from skin_lesions.ood import answer_with_score
+    from skin_lesions.predict import Predictor
+    from skin_lesions.views import average_probabilities, dihedral_views
+    learn, other = make(meta), make(meta, 'one')
+    one = load_predictor(save_bundle(learn, tmp_path/'one'), device='cpu')
+    view = {k: one.record[k] for k in ('side', 'preprocess', 'crop', 'normalization')}
+    both = load_predictor(save_bundle(EnsembleNet([learn.model, other.model]), tmp_path/'b', classes=one.classes, view=view, ood=fit_ood(learn)), device='cpu')
+    images = [both.prepare(p, views) for p in meta.path[:3]]
+    def slowly(x): return answer_with_score(lambda *i: both.network(*i), None, x)[0], answer_with_score(both.network.classifier, both.ood, both.network.normalize(x))[1]
+    def expected():
+        if views is None: return slowly(torch.stack(images))
+        looks = [[slowly(v) for v in (dihedral_views(x[None]) if views == 'dihedral' else x.split(1))] for x in images]
+        return (np.concatenate([average_probabilities([p for p, _ in look]) for look in looks]),
+                np.array([np.mean([s for _, s in look]) for look in looks]))
+    def norms(net): return sum(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())
+    for _ in range(2):
+        (p, scores), (p_slow, scores_slow) = both.answer(images, views=views), expected()
+        assert np.ptp(p, axis=0).max() > 1e-3
+        np.testing.assert_allclose(p, p_slow, atol=1e-5)
+        np.testing.assert_allclose(scores, scores_slow, rtol=1e-4)
+        folded = both.network.fast(torch.stack(images).reshape(-1, 3, *both.size))
+        assert norms(folded) == 0 < norms(both.model) and both.network.classifier is both.model
+        before = p
+        with torch.no_grad(): both.model.members[0].head1[-1].bias.add_(2.)
+    assert np.abs(before-both.answer(images, views=views)[0]).max() > .05, 'the second copy has the new weights'
+
+
+def test_hooks_see_the_layers_of_their_own_network(bundle, meta):
+    predictor, seen = load_predictor(bundle, device='cpu'), []
+    plain = predictor.predict(meta.path[0], progress=False)
+    hook = predictor.model.body.register_forward_hook(lambda *_: seen.append(1))
+    watched = predictor.predict(meta.path[0], progress=False)
+    hook.remove()
+    predictor.predict(meta.path[0], progress=False)
+    assert len(seen) == 1
+    np.testing.assert_allclose(numbers(watched), numbers(plain), atol=1e-5)
+
+
 def test_after_training_and_through_a_second_bundle(meta, tmp_path):
     learn = make(meta.iloc[:60])
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-3)
