@@ -122,7 +122,7 @@ def kept_sides(args, about):
     "With --only, what the file says of the other sides, if it is of the same settings"
     if not args.only or not Path(args.out).is_file(): return {}, {}
     old = json.loads(Path(args.out).read_text())
-    keys = ('machine', 'size', 'epochs', 'train_images', 'valid_images')
+    keys = ('machine', 'interval', 'size', 'epochs', 'train_images', 'valid_images')
     same = all(old[k] == about[k] for k in keys)
     return old['versions'], old['sides'] if same else {}
 
@@ -136,7 +136,9 @@ def main(args):
         for name, (command, env) in commands(args, folder).items():
             found[name] = row_of(name, run(name, command, folder, env, args.logs), valid)
             print(name, {k: round(v, 3) if isinstance(v, float) else v for k, v in found[name].items()}, flush=True)
-    about = dict(date=date.today().isoformat(), machine=f'{os.cpu_count()} cores, {platform.machine()}', size=args.size,
+    about = dict(date=date.today().isoformat(), machine=f'{os.cpu_count()} cores, {platform.machine()}',
+                 interval='95 %, bootstrap over lesions drawn class by class, 1,000 draws, with half lesions (page 59)',
+                 size=args.size,
                  epochs=args.epochs, train_images=int((~meta.is_valid).sum()), valid_images=len(valid),
                  valid_lesions=int(valid.group.nunique()), whole=not args.images, nevi=float((valid.dx == 'nv').mean()))
     versions, sides = kept_sides(args, about)

@@ -123,6 +123,7 @@ def main(args):
     measured = measure({fold: fold_tables(args, meta, fold) for fold in range(1, 5)})
     test = meta[meta.fold == 0]
     about = dict(date=datetime.date.today().isoformat(), data='HAM10000, report on fold 0 of 5 by lesion',
+                 interval='95 %, bootstrap over lesions drawn class by class, 1,000 draws, with half lesions (page 59)',
                  arch='tf_efficientnet_lite0, two stages', size=args.size, epochs=args.epochs, seed=args.seed,
                  pictures=args.images, n_test=len(test), n_test_lesions=int(test.group.nunique()))
     Path(args.result).write_text(json.dumps(about | measured, indent=1, default=float) + '\n')

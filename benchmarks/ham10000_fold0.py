@@ -123,7 +123,9 @@ def collect(args):
                   machine=args.machine or f'{platform.machine()}, CPU only',
                   split=f"{split['rule']}, seed {split['seed']}", train_counts=split['train_counts'],
                   valid_counts=split['valid_counts'],
-                  interval='95 %, bootstrap over lesions drawn class by class, 1,000 draws', rows=rows)
+                  interval='95 %, bootstrap over lesions drawn class by class, 1,000 draws, '
+                           'with half lesions (page 59)',
+                  rows=rows)
     Path(args.result).write_text(json.dumps(result, indent=1) + '\n')
     shown = ['row', 'accuracy', 'average_recall', 'low', 'high', 'macro_auc', 'minutes', 'cpu_minutes']
     print(pd.DataFrame(rows)[shown].round(3).to_string(index=False))

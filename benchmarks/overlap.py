@@ -225,7 +225,8 @@ def main():
         args.n_a, args.n_b = args.n_a or 1000, args.n_b or 5000
         result, known = measure(args)
         result.update(baselines(*known))
-        if args.out.is_file(): result.update({k: v for k, v in json.loads(args.out.read_text()).items() if k == 'whole'})
+        kept = json.loads(args.out.read_text()) if args.out.is_file() else {}
+        result.update({k: v for k, v in kept.items() if k == 'whole'})
     args.out.write_text(json.dumps(result, indent=1)+'\n')
     print(json.dumps(result, indent=1))
 

@@ -46,7 +46,7 @@ def was_looked_at():
 
 
 def held_out_subgroups(milk10k):
-    "Held-out scores of the packaged networks by collection, age, sex and anatomical site, from their stored predictions"
+    "Held-out scores by collection, age, sex and anatomical site, from the stored predictions"
     import pandas as pd
     from skin_lesions.bundle import read_bundle
     from skin_lesions.classes import ClassSet, with_classes

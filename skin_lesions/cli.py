@@ -1695,21 +1695,34 @@ def _is_speaker(error)->bool:
     said_by = getattr(error, 'said_by', None)
     return said_by is None or said_by==int(os.environ.get('RANK', 0))
 
-# %% ../nbs/81_cli.ipynb #e67be219
+# %% ../nbs/81_cli.ipynb #e67be218
 def _print_any_name():
     "Let names be printed that the output's encoding does not have, as in a Windows shell that is sent to a file"
     if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')
 
+def _flushed(status)->int:
+    "An exit status, when all is printed"
+    sys.stdout.flush()
+    return status
+
+def _nobody_reads()->int:
+    "End quietly where the program behind a pipe has ended, as `head` does"
+    # what is left would fail again when Python ends
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
+
+# %% ../nbs/81_cli.ipynb #e67be219
 def main(
     argv=None, # arguments; None takes those of the process
-)->int: # exit status: 0, 2 for a wrong argument or bad input, 130 after Ctrl-C
+)->int: # exit status: 0, 2 for a wrong argument or bad input, 130 after Ctrl-C, 141 where nobody reads on
     "The command `skin_lesions`"
     _print_any_name()
     args = vars(argument_parser().parse_args(argv))
     command,run,debug = (args.pop(k) for k in ('command', 'run_command', 'debug'))
     with warnings.catch_warnings():
         if not debug: plain_warnings(command, args)
-        try: return run(**args)
+        try: return _flushed(run(**args))
+        except BrokenPipeError: return _nobody_reads()
         except (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError) as e:
             if debug: raise
             if _is_speaker(e): note(f'skin_lesions {command}: {shell_words(e, args)}')

@@ -265,7 +265,8 @@ def _not_read(paths)->str:
     "Which of the files are images of kinds that are not read; '' without any"
     names = [p.name for p in paths if p.suffix.lower() in OTHER_SUFFIXES and not p.name.startswith('.')]
     if not names: return ''
-    return f"{len(names)} of a kind that is not read are left out, save them as JPEG or PNG: {first_few(names, 5)}"
+    n = '1 file' if len(names)==1 else f'{len(names)} files'
+    return f"left out, of kinds that are not read (save them as JPEG or PNG): {n}, {first_few(names, 5)}"
 
 def _is_image_file(path)->bool:
     "An image by its name, or DICOM; neither hidden nor one of HAM10000's lesion masks"

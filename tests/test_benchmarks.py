@@ -97,3 +97,13 @@ def test_line_counts_of_the_comparison(tmp_path):
     exec(compile(ast.Module([function], []), 'comparison.py', 'exec'), scope)
     (tmp_path/'x.py').write_text('"""One\ntwo."""\nimport os\n\n# a comment\nprint(os.name)\n')
     assert scope['lines_of'](tmp_path/'x.py') == 2
+
+
+@pytest.mark.parametrize('name', ['comparison', 'decisions', 'ham10000_fold0', 'split_leak'])
+def test_a_result_with_intervals_says_how_they_were_made(name):
+    "Runs whose predictions are not kept have the intervals of their day, and the page says so; scripts write today's method"
+    record = json.loads((REPO/'benchmarks'/'results'/f'{name}.json').read_text())
+    assert re.fullmatch(r'95 %, .*bootstrap over lesions.*(with|without) half lesions \(page 59\)', record['interval'])
+    assert 'with half lesions (page 59)' in (REPO/'benchmarks'/f'{name}.py').read_text()
+    page = dict(comparison='74_comparison', decisions='61_decide', ham10000_fold0='90_tutorial').get(name)
+    if page and 'without half lesions' in record['interval']: assert 'plain percentile bootstrap' in (REPO/'nbs'/f'{page}.ipynb').read_text()

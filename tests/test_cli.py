@@ -573,7 +573,7 @@ def test_predict_answers_for_programs_and_through_a_pipe(call, tmp_path, monkeyp
     status, printed, error = call('predict', folder, '--json', '--device', 'cpu')
     found = json.loads(printed)
     assert status == 0 and [Path(r['file']).name for r in found] == ['0.png', '1.png', 'moving.gif', 'phone.HEIC', 'scan.dcm']
-    assert 'moving.gif: several images in one file' in error and '1 of a kind that is not read' in error and 'raw.NEF' in error
+    assert 'moving.gif: several images in one file' in error and 'kinds that are not read' in error and 'raw.NEF' in error
     found.pop(2)
     assert '3 of 5 images left out' in error and 'pip install pillow-heif' in found[2]['note'] and 'pip install pydicom' in found[3]['note']
     packaged = load_predictor('ham10000', 'cpu')
@@ -867,3 +867,12 @@ def test_a_single_image_is_seen_in_the_recipe_s_views(call, finished_run, sample
     assert shown(*files)[0] == expected(files, None)
     table, _ = diagnose(predictor, dict(a=files[0]))
     assert np.abs(table[list(predictor.classes)].to_numpy(float) - eight).max() < 1e-4
+
+
+def test_a_pipe_that_nobody_reads_is_no_error(repo, tmp_path):
+    "As in `skin_lesions paper --list | head -1`"
+    read, write = os.pipe()
+    os.close(read)
+    try: done = subprocess.run([sys.executable, '-m', 'skin_lesions.cli', 'paper', '--list'], cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True)
+    finally: os.close(write)
+    assert (done.returncode, done.stderr) == (141, '')
