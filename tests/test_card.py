@@ -18,7 +18,7 @@ def test_every_decimal_in_the_card_is_in_the_record(record):
     numbers = [float(n) for n in re.findall(r'-?\d+\.\d+', json.dumps(record))]
     text = model_card(record)
     text = text[text.index('# '):text.index('## Licence')] # header and licence have numbers of their own
-    for shown in re.findall(r'(?<![\d.])(\d+\.\d+)(%?)', text):
+    for shown in re.findall(r'(?<![\d.])(-?\d+\.\d+)(%?)', text):
         value, digits = float(shown[0]), len(shown[0].split('.')[1])
         known = [100*n if shown[1] else n for n in numbers]
         assert any(abs(round(n, digits) - value) < 1e-9 for n in known), shown
