@@ -200,8 +200,8 @@ def whole(args):
     found = [(x, y) for x, y, same in zip(table.image_a, table.image_b, table.same) if same]
     of = dict(zip(versions.image_id, versions.of))
     wrong = [(x, y) for x, y in found if x in of and group[y] != group[of[x]]]
-    return dict(date=str(date.today()), machine=f'{platform.machine()}, {os.cpu_count()} cores, beside other work and '
-                'with the lowest priority', goal_minutes_on_two_cores=GOAL_MINUTES, search=all_of_it, tenth=tenth,
+    return dict(date=str(date.today()), machine=f'{platform.machine()}, {os.cpu_count()} cores{args.beside}',
+                goal_minutes_on_two_cores=GOAL_MINUTES, search=all_of_it, tenth=tenth,
                 changed=dict(recall=rate(sum((x, of[x]) in set(found) for x in of), len(of)),
                              pairs_with_another_lesion=len(wrong)),
                 milk10k=judged([p for p in found if p[0] not in of], truth, group, chosen, others),
@@ -217,6 +217,7 @@ def main():
     parser.add_argument('--n-b', type=int, help='images of HAM10000; 5000, or 10000 with --whole')
     parser.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'overlap.json')
     parser.add_argument('--whole', action='store_true', help='the search of the goal, 5,000 against 10,000 images')
+    parser.add_argument('--beside', default='', help='what else ran, for the result: ", beside a training" say')
     args = parser.parse_args()
     if args.whole:
         args.n_a, args.n_b = args.n_a or 5000, args.n_b or 10_000
