@@ -9,7 +9,7 @@ data, or the images: without one source, from one source only, without a second 
 networks without a second fold, of which none has seen fold 0. `full` has the whole recipe. The lesions held out are the
 same for all; networks without a source also answer for all of its images. The first form trains what is not finished in
 --out (on a GPU a minute or two each; --only takes some of them) and packs the predictions; the second reads
-variants.csv.gz. Differences from `base` are paired over lesions. Nothing is chosen on MILK10k's lesions for judging.
+variants.csv.xz. Differences from `base` are paired over lesions. Nothing is chosen on MILK10k's lesions for judging.
 """
 import argparse, os
 from dataclasses import replace
@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 RESULTS = Path(__file__).resolve().parent/'results'
-TABLES = RESULTS/'variants.csv.gz'
+TABLES = RESULTS/'variants.csv.xz'
 SOURCES = ('rosendahl', 'vidir_modern', 'vidir_molemax', 'vienna_dias', 'MILK10k')
 SHORT = ((128, 10),)
 # by name: fields of the recipe, and how it is trained
@@ -128,7 +128,7 @@ def run_all(args):
     table = pd.concat([*tables, *together(meta, args)], ignore_index=True)
     source = dict(zip(meta.image_id, sources_of(meta)))
     table['source'] = table.image_id.map(source).fillna('MILK10k')
-    table.to_csv(TABLES, index=False, float_format='%.4f', compression=dict(method='gzip', mtime=0))
+    table.to_csv(TABLES, index=False, float_format='%.4f', compression=dict(method='xz', preset=9))
 
 
 def stored():
