@@ -5,8 +5,8 @@
 
 The loop puts the drawn lesions' images together and calls scikit-learn for every score, as one would write it; it runs
 for few draws and is scaled to all of them.
-`--coverage` simulates tables with few lesions whose true scores are known, counts how often the intervals hold them,
-and writes benchmarks/results/score_intervals.json.
+`--coverage` simulates tables with few lesions whose true scores are known, also pairs of tables and operating points,
+counts how often the intervals hold the truth, and writes benchmarks/results/score_intervals.json.
 """
 import argparse, os, resource, statistics, time, warnings
 from datetime import date
@@ -106,25 +106,39 @@ def sharpened(table):
 
 
 FEW = (5, 5, 10, 10, 25, 25, 60) # lesions of each class
+FEWER = (5, 5, 5, 5, 5, 40, 5)
 SKILLS = (1.5, 2.5, 4.) # what the logit of the true class is raised by
 
 
-def few_lesions(rng, lesions, skill, most=3):
-    "A table with so many lesions of each class, of one to `most` images"
+PAIRS = ((1.5, 1.5), (2.5, 2.5), (4., 4.), (2.5, 3.5)) # the skills of two networks
+
+
+def few_lesions(rng, lesions, *skills, most=3):
+    "A table for each skill, of the same images, half of the noise in common: so many lesions a class, of some images"
     true = np.repeat(np.arange(len(CODES)), lesions)
     lesion = np.repeat(np.arange(len(true)), rng.integers(1, most + 1, len(true)))
-    logits = (rng.normal(size=(len(true), len(CODES)))[lesion] + rng.normal(size=(len(lesion), len(CODES))))/2**.5
-    logits[np.arange(len(lesion)), true[lesion]] += skill
-    p = np.exp(logits)/np.exp(logits).sum(1, keepdims=True)
-    table = pd.DataFrame(p, columns=CODES).assign(image_id=[f'I{i}' for i in range(len(lesion))])
-    return table.assign(dx=np.array(CODES)[true[lesion]], group=[f'L{g}' for g in lesion])
+
+    def noise():
+        return (rng.normal(size=(len(true), len(CODES)))[lesion] + rng.normal(size=(len(lesion), len(CODES))))/2**.5
+
+    common, tables = noise(), []
+    for skill in skills:
+        logits = common if len(skills) == 1 else (common + noise())/2**.5
+        logits[np.arange(len(lesion)), true[lesion]] += skill
+        p = np.exp(logits)/np.exp(logits).sum(1, keepdims=True)
+        table = pd.DataFrame(p, columns=CODES).assign(image_id=[f'I{i}' for i in range(len(lesion))])
+        tables.append(table.assign(dx=np.array(CODES)[true[lesion]], group=[f'L{g}' for g in lesion]))
+    return tables if len(skills) > 1 else tables[0]
+
+
+def large_table(lesions, skill): return few_lesions(np.random.default_rng(0), 300*np.array(lesions), skill, most=1)
 
 
 def true_scores(lesions, skill):
     "The scores of a table of the same class frequencies, three hundred times as large"
     from skin_lesions.bootstrap import units_of
     from skin_lesions.evaluate import AllScores, score_index
-    large = few_lesions(np.random.default_rng(0), 300*np.array(lesions), skill, most=1)
+    large = large_table(lesions, skill)
     units = units_of(large)[0]
     return pd.Series(AllScores(large, units)(np.ones((len(units), 1)))[:, 0], index=score_index(HAM10000))
 
@@ -148,23 +162,60 @@ def coverage_of(lesions, skill, n_tables, n_draws):
     return pd.DataFrame({c: np.mean([r[c] for r in rows], axis=0) for c in rows[0]}, index=true.index)
 
 
-def coverage(n_tables, n_draws):
-    "The coverage of each score by the lesions of the class, over three skills"
-    found = pd.concat({s: coverage_of(FEW, s, n_tables, n_draws) for s in SKILLS}, names=['skill']).reset_index()
+def paired_coverage_of(lesions, skills, n_tables, n_draws):
+    "The same for the differences of two tables; the percentiles are those of plain draws"
+    from skin_lesions.bootstrap import in_draws, interval_ends, unit_draws, units_of
+    from skin_lesions.evaluate import AllScores, compare
+    a, b = (true_scores(lesions, s) for s in skills)
+    rng, rows = np.random.default_rng(2), []
+    for seed in range(n_tables):
+        tables = few_lesions(rng, lesions, *skills)
+        ours, units = compare(*tables, n_draws, seed), units_of(tables[0])[0]
+        first, second = (AllScores(t, units) for t in tables)
+        drawn = in_draws(lambda d: second(d) - first(d), unit_draws(first.stratum, n_draws, seed), len(units))
+        low, high = interval_ends(drawn)
+        rows.append(dict(covered=held(b - a, ours.low, ours.high, ours.difference), width=ours.high - ours.low,
+                         percentile=held(b - a, low, high, ours.difference), percentile_width=high - low))
+    return pd.DataFrame({c: np.mean([r[c] for r in rows], axis=0) for c in rows[0]}, index=a.index)
+
+
+def points_coverage_of(lesions, skill, n_tables, n_draws):
+    "How often the intervals of operating points hold the truth, with thresholds of the table itself and of another"
+    from skin_lesions.evaluate import operating_points
+    large, rng, rows = large_table(lesions, skill), np.random.default_rng(3), []
+    true = operating_points(large, 1, warn=False)
+    for seed in range(n_tables):
+        table, other = few_lesions(rng, lesions, skill), few_lesions(rng, lesions, skill)
+        own, points = operating_points(table, n_draws, seed, warn=False), operating_points(other, 1, warn=False)
+        given = operating_points(table, n_draws, seed, points=points, warn=False)
+        there = operating_points(large, 1, points=points, warn=False)
+        row = dict(covered=held(true.value, own.low, own.high, own.value), width=own.high - own.low)
+        row |= dict(given=held(there.value, given.low, given.high, given.value), given_width=given.high - given.low)
+        rows.append(row | dict(reached=held(there.reached, given.reached_low, given.reached_high, given.reached)))
+    return pd.DataFrame({c: np.mean([r[c] for r in rows], axis=0) for c in rows[0]}, index=true.index)
+
+
+def by_lesions(found):
+    "The coverage of each score by the lesions of the class, over the skills"
     of = dict(zip(CODES, map(str, FEW))) | dict(macro='macro', malignant='malignant', all='all')
     found['lesions'] = found.dx.map(of)
     whole = found.groupby(['score', 'lesions'], sort=False)
     table = whole[['covered', 'percentile', 'width', 'percentile_width']].mean()
     table['lowest'] = found.groupby(['score', 'lesions', 'skill']).covered.mean().groupby(['score', 'lesions']).min()
-    return table.round(3).reset_index()
+    return table.round(3).reset_index().to_dict('list')
 
 
 def write_coverage(args):
     from skin_lesions.core import write_json
-    found = coverage(args.coverage, 400)
-    about = dict(date=date.today().isoformat(), tables=args.coverage, draws=400, lesions=FEW, skills=SKILLS)
-    write_json(about | dict(coverage=found.to_dict('list')), Path(__file__).parent/'results'/'score_intervals.json')
-    print(found.to_string())
+    n = args.coverage, 400
+    one = pd.concat({s: coverage_of(FEW, s, *n) for s in SKILLS}, names=['skill']).reset_index()
+    two = pd.concat({str(s): paired_coverage_of(FEW, s, *n) for s in PAIRS}, names=['skill']).reset_index()
+    three = [points_coverage_of(few, s, *n).assign(lesions=str(few)) for few in (FEW, FEWER) for s in SKILLS]
+    points = pd.concat(three).groupby(['lesions', 'target', 'score'], sort=False).mean().round(3).reset_index()
+    record = dict(date=date.today().isoformat(), tables=args.coverage, draws=400, lesions=FEW, skills=SKILLS)
+    record |= dict(pairs=PAIRS, coverage=by_lesions(one), paired=by_lesions(two), points=points.to_dict('list'))
+    write_json(record, Path(__file__).parent/'results'/'score_intervals.json')
+    for name in ('coverage', 'paired', 'points'): print(name, pd.DataFrame(record[name]).to_string(), sep='\n')
 
 
 def main(args):

@@ -6,8 +6,8 @@
 __all__ = ['labelled', 'units_of', 'warn_of_absent', 'warn_of_images', 'divide', 'unit_draws', 'unit_sums', 'in_draws',
            'check_draws', 'interval_ends', 'two_sided', 'with_half_lesions', 'recall_draws', 'fraction_right',
            'unit_counts', 'class_recall_intervals', 'half_lesion_weights', 'wider_level', 'wider_ends', 'mean_ends',
-           'Interval', 'average_recall_draws', 'average_recall_ends', 'average_recall_interval', 'compare_tables',
-           'RankCurve', 'rank_curve', 'RankCounts', 'rank_counts', 'rank_scores']
+           'Interval', 'average_recall_draws', 'average_recall_ends', 'average_recall_interval', 'wider_draws',
+           'compare_tables', 'RankCurve', 'rank_curve', 'RankCounts', 'rank_counts', 'rank_scores']
 
 # %% ../nbs/59_bootstrap.ipynb #72a7bf40
 import warnings
@@ -325,6 +325,18 @@ def average_recall_interval(
     low,high = average_recall_ends(recall, drawn, (total>0).sum(0), level)
     return Interval(float(np.nanmean(recall)), low, high, level, unit, int(units.max())+1, n)
 
+# %% ../nbs/59_bootstrap.ipynb #18widerd
+def wider_draws(
+    drawn, # scores in plain draws [scores, draws]
+    value, # of the table itself [scores]
+    n_units, # number of units that each score hangs on [scores]
+    level:float=.95, # fraction of draws between the ends
+)->np.ndarray: # [scores, draws]
+    "Plain draws, further from the value where units are few: Student's t, and the spread that drawing n of n lacks"
+    from scipy.special import ndtri, stdtrit # not scipy.stats, which takes a second to import
+    n,value = np.maximum(2, np.asarray(n_units))[:,None],np.asarray(value)[:,None]
+    return value+(drawn-value)*np.sqrt(n/(n-1))*stdtrit(n-1, (1+level)/2)/ndtri((1+level)/2)
+
 # %% ../nbs/59_bootstrap.ipynb #d5ee0d6c
 def _same_rows(a, b)->pd.DataFrame:
     "`b` with its rows in the order of `a`, which must have the same images"
@@ -349,9 +361,11 @@ def compare_tables(
     b = _same_rows(a, b).assign(group=a.group.to_numpy())
     (hits,total),(hits_b,_) = unit_counts(a),unit_counts(b)
     present,draws = total.sum(0)>0,unit_draws(total.argmax(1), n, seed)
-    base,other = (divide(h.sum(0), total.sum(0))[present].mean() for h in (hits, hits_b))
-    drawn = recall_draws(hits_b-hits, total, draws)[:,present].mean(1)[None]
+    base,other = (divide(h.sum(0), total.sum(0))[present] for h in (hits, hits_b))
+    drawn = recall_draws(hits_b-hits, total, draws).T[present]
+    drawn = wider_draws(drawn, other-base, (total>0).sum(0)[present], level).mean(0)[None]
     (low,),(high,) = interval_ends(drawn, level)
+    base,other = base.mean(),other.mean()
     return dict(images=len(a), base=float(base), average_recall=float(other), difference=float(other-base),
                 low=float(low), high=float(high), p=float(two_sided(drawn)[0]),
                 accuracy_difference=float(b.right.mean()-a.right.mean()))

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-from skin_lesions.bootstrap import (average_recall_ends, average_recall_interval, check_draws, divide,
+from .bootstrap import (average_recall_ends, average_recall_interval, check_draws, divide,
     half_lesion_weights, in_draws, interval_ends, labelled, mean_ends, RankCurve, rank_counts, rank_curve,
-    rank_scores, recall_draws, two_sided, unit_draws, unit_sums, units_of, warn_of_absent, warn_of_images, wider_ends,
-    with_half_lesions)
+    rank_scores, recall_draws, two_sided, unit_draws, unit_sums, units_of, warn_of_absent, warn_of_images, wider_draws,
+    wider_ends, with_half_lesions)
 from .classes import ClassSet, classes_of
 from .core import check_columns, unknown_name
 from .predictions import decided_probabilities
@@ -439,6 +439,46 @@ def _same_images(table_a, table_b)->pd.DataFrame:
     for column in ('dx', 'group'): _check_same_column(table_a, table_b, column)
     return table_b
 
+# %% ../nbs/60_evaluate.ipynb #18paird
+def _paired_draws(table_a, table_b, units, n, seed)->tuple:
+    "Differences of all scores in plain draws and with half lesions, units that each hangs on, and the values"
+    classes = classes_of(table_a)
+    total = unit_sums(units, labelled(table_a)[1], np.ones(len(units)), len(classes))
+    targets = _targets(total, classes)
+    a,b = (AllScores(t, units, targets.shape[1]) for t in (table_a, table_b))
+    draws = unit_draws(a.stratum, n, seed)
+    weights = half_lesion_weights(targets, targets[:,-1], n, seed)
+    def in_both(of_a, of_b):
+        sides = zip((a, b), (of_a, of_b))
+        return [in_draws(score, np.hstack([draws, w.reshape(len(draws), -1)]), len(units)) for score,w in sides]
+    in_a,in_b = in_both(0*weights, 0*weights)
+    # the half lesion that comes first in a comes last in b: a alone has one right, b alone the other
+    half_a,half_b = in_both(weights, weights[...,[1, 0, 3, 2]])
+    values = [score(np.append(np.ones(draws.shape[1]), 0*weights[0])[:,None])[:,0] for score in (a, b)]
+    found = pd.DataFrame(dict(a=values[0], b=values[1], difference=values[1]-values[0]), index=score_index(classes))
+    return in_b-in_a,half_b-half_a,_units_of_scores(total, targets, classes),found
+
+# %% ../nbs/60_evaluate.ipynb #18units
+def _units_of_scores(total, targets, classes)->np.ndarray:
+    "Lesions that each score hangs on: for recall those of the class, else of the class or of the rest"
+    rarer,own = _rarer_side(targets, classes),dict(zip(classes.codes, (total>0).sum(0)))
+    return np.array([own.get(dx) if score=='recall' and dx in own else rarer.get(dx, len(total))
+                     for score,dx in score_index(classes)])
+
+# %% ../nbs/60_evaluate.ipynb #18means
+def _mean_differences(drawn, found)->np.ndarray:
+    "Draws in which the means over the classes are those of the classes' draws"
+    codes = _codes_of(found.index)
+    for name in _BY_CLASS:
+        of_mean = _mean(drawn[found.index.get_indexer([(name, dx) for dx in codes])], 0)
+        drawn[found.index.get_loc((name, 'macro'))] = of_mean
+        if name!='recall': continue
+        for row in (('average_recall', 'all'), ('balanced_accuracy', 'all')):
+            # the official one is the same mean where no tie is wrong
+            if np.allclose(found.loc[row], found.loc[('recall', 'macro')], rtol=0, atol=1e-12, equal_nan=True):
+                drawn[found.index.get_loc(row)] = of_mean
+    return drawn
+
 # %% ../nbs/60_evaluate.ipynb #43217f67
 def compare(
     table_a:pd.DataFrame, # predictions table with dx and group
@@ -456,12 +496,13 @@ def compare(
     units,unit = units_of(table_a)
     if unit=='images': units,unit = units_of(table_b)
     warn_of_images(unit)
-    a,b = AllScores(table_a, units),AllScores(table_b, units)
-    drawn = in_draws(lambda draws: b(draws)-a(draws), unit_draws(a.stratum, n, seed), len(table_a))
-    low,high = interval_ends(drawn, level)
-    once = np.ones((len(a.stratum), 1))
-    values = pd.DataFrame(dict(a=a(once)[:,0], b=b(once)[:,0]), index=score_index(classes_of(table_a)))
-    return values.assign(difference=values.b-values.a, low=low, high=high, p=two_sided(drawn))
+    plain,half,n_units,found = _paired_draws(table_a, table_b, units, n, seed)
+    plain = _mean_differences(wider_draws(plain, found.difference, n_units, level), found)
+    rates = [dx in _codes_of(found.index) and score not in _RANKING for score,dx in found.index]
+    half = np.where(np.array(rates)[:,None], half, np.nan)
+    (low,high),(low_half,high_half) = (interval_ends(drawn, level) for drawn in (plain, half))
+    found['low'],found['high'] = np.fmin(low, low_half),np.fmax(high, high_half)
+    return found.assign(p=np.fmax(two_sided(plain), two_sided(half)))
 
 # %% ../nbs/60_evaluate.ipynb #f9a9bceb
 AGE_BANDS = (30, 45, 60, 75) # years at which a new band begins
@@ -679,14 +720,16 @@ def _ends_around(value, drawn, level)->np.ndarray:
 
 def _chosen_points(prob, true, units, draws, level, seed)->dict:
     "The operating points of one target, with thresholds from this table"
-    rows,curve,once = {},rank_curve(prob, true, units, draws.shape[1]),np.ones((draws.shape[1], 1))
+    rows,once,images = {},np.ones((draws.shape[1], 1)),unit_sums(units, np.where(true, 1, 0), np.ones(len(prob)), 2)
+    curve = rank_curve(prob, true, units, draws.shape[1])
+    with_half = curve_with_half_lesions(prob, true, units, draws.shape[1], 0, 1)
+    weights = half_lesion_weights(images[:,[1]], images.sum(1), len(draws), seed).reshape(len(draws), -1)
     for free,fixed,at in POINTS:
         row = dict.fromkeys(('threshold', 'value', 'low', 'high', 'reached'), np.nan)
         if true.any() and not true.all():
             value,reached,step = _best(curve, once, free, at)
-            images = unit_sums(units, np.where(true, 1, 0), np.ones(len(prob)), 2)[:,[int(free=='sensitivity')]]
-            drawn = in_draws(lambda d: _best(curve, d, free, at)[0], draws, len(prob))[:,None]*(draws@images)
-            low,high = _ends_around(value, with_half_lesions(drawn, draws@images, images, seed), level)[:,0]
+            drawn = in_draws(lambda d: _best(with_half, d, free, at)[0], np.hstack([draws, weights]), len(prob))
+            low,high = _ends_around(value, drawn[:,None], level)[:,0]
             threshold = np.inf if step[0]<0 else curve.thresholds[step[0]]
             row = dict(threshold=threshold, value=value[0], low=low, high=high, reached=reached[0])
         rows[_point_name(free, fixed, at)] = row

@@ -10,10 +10,11 @@ __all__ = ['STAND_INS', 'RESULTS', 'STARTS', 'weights_exist', 'recipe_to_run', '
            'label_subset', 'start_recipe', 'compare_pretraining']
 
 # %% ../nbs/71_experiments.ipynb #fdcc372e
-import gzip, hashlib, json, math, multiprocessing, os, shutil, time, warnings
+import gzip, hashlib, json, math, multiprocessing, os, shutil, threading, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -273,10 +274,17 @@ class RecipeJob:
         return DelayedSubmission(self)
 
 # %% ../nbs/71_experiments.ipynb #1e9ef931
+def _end_with_parent():
+    "End this process at once when the one that started it is gone, killed or not"
+    parent:Any = multiprocessing.parent_process()
+    wait([parent.sentinel])
+    os._exit(1)
+
 def _answer_job(job, connection, threads):
     "In a process of its own: send whether a job went well, and its result or the error in words"
     import torch
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try: answer = True,job()
     except Exception as e: answer = False,f'{type(e).__name__}: {e}'
     connection.send(answer)

@@ -1,5 +1,5 @@
 "Experiments: recipes with every value of every field run at scale tiny; killed at random moments, the results are complete, without doubles, and those of runs that were never killed."
-import json, multiprocessing, os, random, signal, time
+import functools, json, multiprocessing, os, random, signal, time
 
 import numpy as np
 import pandas as pd
@@ -171,6 +171,36 @@ def test_a_closed_pool_ends_its_processes():
 
 
 def time_to_sleep(): time.sleep(600)
+
+
+def wait_for_a_job(file):
+    from skin_lesions.experiments import _answer_job
+    job = multiprocessing.get_context('fork').Process(target=_answer_job, args=(functools.partial(write_and_sleep, file), None, 1))
+    job.start()
+    job.join()
+
+
+def write_and_sleep(file):
+    file.with_suffix('.part').write_text(str(os.getpid()))
+    file.with_suffix('.part').rename(file)
+    time.sleep(600)
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='the process that is killed is a fork of this one')
+def test_no_job_outlives_the_process_that_was_killed(tmp_path):
+    file = tmp_path/'pid'
+    process = multiprocessing.get_context('fork').Process(target=wait_for_a_job, args=(file,))
+    process.start()
+    while not file.exists(): time.sleep(.05)
+    job = int(file.read_text())
+    os.kill(job, 0) # it runs
+    process.kill()
+    process.join(60)
+    for _ in range(1200):
+        try: os.kill(job, 0)
+        except ProcessLookupError: return
+        time.sleep(.05)
+    pytest.fail(f'process {job} goes on')
 
 
 def test_slurm_through_submitit(tmp_path, monkeypatch):
