@@ -19,7 +19,7 @@ import pandas as pd
 if TYPE_CHECKING: from scipy.sparse import csr_matrix # prediction does without SciPy
 
 from .classes import classes_of, with_classes
-from .predictions import check_predictions
+from .predictions import check_predictions, probabilities_of
 
 # %% ../nbs/59_bootstrap.ipynb #bb4a9bf9
 def labelled(
@@ -34,23 +34,21 @@ def labelled(
     if missing.any():
         raise ValueError(f"scores need labels: {int(missing.sum())} of {len(table)} rows have no dx, the first is "
                          f"{table.image_id[missing].iloc[0]!r}; leave them out with table.dropna(subset=['dx'])")
-    codes = classes_of(table).codes
-    number = {c: i for i,c in enumerate(codes)}
-    p = table[list(codes)].to_numpy(dtype=np.float64)
+    p,codes = probabilities_of(table),pd.Index(classes_of(table).codes)
     decided = p.argmax(1)
-    if 'decision' in table: # as `decided_codes`, which would check the table again
-        has = table.decision.notna().to_numpy()
-        decided[has] = table.decision[has].map(number)
-    return p,table.dx.map(number).to_numpy(dtype=int),decided
+    if 'decision' in table: decided = np.where(table.decision.isna(), decided, codes.get_indexer(table.decision))
+    return p,codes.get_indexer(table.dx),decided
 
 # %% ../nbs/59_bootstrap.ipynb #84eb9f3c
 def units_of(
     table:pd.DataFrame, # predictions table
 )->tuple: # number of the unit of each image [n], and what a unit is: 'lesions' or 'images'
     "What is drawn: lesions, or images where no lesion is known; an image without `group` is a unit of its own"
-    if 'group' not in table or table.group.isna().all(): return np.arange(len(table)),'images'
-    own = 'image '+table.image_id.astype(str)
-    return pd.factorize(table.group.astype(str).where(table.group.notna(), own))[0],'lesions'
+    known = table.group.notna() if 'group' in table else np.array(False)
+    if not known.any(): return np.arange(len(table)),'images'
+    group = table.group.astype(str)
+    if not known.all(): group = group.where(known, 'image '+table.image_id.astype(str))
+    return pd.factorize(group)[0],'lesions'
 
 def warn_of_absent(
     table:pd.DataFrame, # predictions table with dx
@@ -190,8 +188,10 @@ def fraction_right(
         _,true,decided = labelled(t)
         group = t.group if 'group' in t else None
         parts.append(pd.DataFrame(dict(image_id=t.image_id, dx=t.dx, group=group, right=(true==decided).astype(float))))
-    of_image = pd.concat(parts).groupby('image_id', sort=False)
-    whole = of_image.agg({'dx': 'first', 'group': 'first', 'right': 'mean'}).reset_index()
+    whole = parts[0].reset_index(drop=True)
+    if len(parts)>1:
+        of_image = pd.concat(parts).groupby('image_id', sort=False)
+        whole = of_image.agg({'dx': 'first', 'group': 'first', 'right': 'mean'}).reset_index()
     return with_classes(whole, classes_of(tables[0]))
 
 def unit_counts(

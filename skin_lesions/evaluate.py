@@ -74,14 +74,16 @@ def scores(
     return result | dict(zip(('argmax_accuracy', 'argmax_average_recall'), _accuracy_and_recall(y, p.argmax(1))))
 
 # %% ../nbs/60_evaluate.ipynb #ba49ce2a
+def _counts(y, decided, k)->np.ndarray:
+    "Images of each true and decided class [k, k]"
+    return np.bincount(y*k+decided, minlength=k*k).reshape(k, k)
+
 def confusion_matrix(
     table:pd.DataFrame, # predictions table with dx
 )->pd.DataFrame: # [classes, classes] counts; rows true, columns decided, both in the order of the class set
     "How many images of each class are called what"
-    _,y,decided = labelled(table)
-    codes = classes_of(table).codes
-    k = len(codes)
-    counts = np.bincount(y*k+decided, minlength=k*k).reshape(k, k)
+    (_,y,decided),codes = labelled(table),classes_of(table).codes
+    counts = _counts(y, decided, len(codes))
     return pd.DataFrame(counts, index=pd.Index(codes, name='true'), columns=pd.Index(codes, name='predicted'))
 
 def class_scores(
@@ -90,9 +92,9 @@ def class_scores(
     warn:bool=True, # say which classes have no image
 )->pd.DataFrame: # a row a class: n (images), recall, precision, f1, auc; NaN where undefined
     "Recall, precision, F1 and AUC of each class against the rest"
-    p,y,_ = labelled(table)
+    p,y,decided = labelled(table)
     if warn: warn_of_absent(table)
-    counts = confusion_matrix(table).to_numpy()
+    counts = _counts(y, decided, p.shape[1])
     hits,n,called = counts.diagonal(),counts.sum(1),counts.sum(0)
     present = np.where(n>0, 1., np.nan) # of a class without images nothing is known
     columns = dict(n=n, recall=divide(hits, n), precision=divide(hits, called)*present,
