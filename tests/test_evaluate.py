@@ -225,3 +225,37 @@ def test_intervals_of_a_class_with_five_lesions_hold_the_truth():
     scored = [(s, 'mel') for s in ('precision', 'f1', 'auc', 'auc_sens_80', 'ap', 'specificity', 'npv')] + [('auc', 'macro'), ('average_recall', 'all')]
     assert (ours[scored] >= .9).all() and ours[scored].mean() >= .93, ours[scored]
     assert (plain[[('auc', 'mel'), ('ap', 'mel'), ('npv', 'mel')]] < .9).all(), plain[scored]
+
+
+def test_differences_and_operating_points_of_few_lesions_hold_the_truth():
+    "Two networks alike in truth, half of their noise in common: plain percentiles miss the difference of a class of five"
+    from skin_lesions.bootstrap import in_draws, interval_ends, unit_draws, units_of
+    from skin_lesions.evaluate import AllScores, operating_points
+
+    def pair(rng, lesions, most=3):
+        y = np.repeat([1, 0], lesions)
+        lesion = np.repeat(np.arange(len(y)), rng.integers(1, most+1, len(y)))
+        common, y, sides = rng.normal(size=(2, len(y)))[:, lesion], np.repeat([1, 0], lesions)[lesion], []
+        for _ in range(2):
+            p = 1/(1+np.exp(-common[0]-rng.normal(size=len(y))-2.5*y+1.5))
+            t = pd.DataFrame(dict(image_id=[f'I{i}' for i in range(len(y))], mel=p, other=1-p, dx=np.where(y, 'mel', 'other'), group=lesion.astype(str)))
+            sides.append(with_classes(t, MELANOMA))
+        return sides
+
+    true = operating_points(pair(np.random.default_rng(0), [5000, 60_000], 1)[0], 1, warn=False)
+    rng, ours, plain, points = np.random.default_rng(1), [], [], []
+    for seed in range(100):
+        a, b = pair(rng, [5, 60])
+        found, units = compare(a, b, 200, seed), units_of(a)[0]
+        scores_a, scores_b = AllScores(a, units), AllScores(b, units)
+        low, high = interval_ends(in_draws(lambda d: scores_b(d)-scores_a(d), unit_draws(scores_a.stratum, 200, seed), len(a)))
+        ours.append((found.low <= 0) & (0 <= found.high))
+        plain.append((np.fmin(low, found.difference) <= 0) & (0 <= np.fmax(high, found.difference)))
+        assert ((found.p < .05) <= ~ours[-1]).mean() > .97 # p and interval agree
+        row = operating_points(a, 200, seed, warn=False)
+        points.append((row.low <= true.value) & (true.value <= row.high))
+    ours, plain = (pd.Series(np.mean(held, axis=0), index=found.index) for held in (ours, plain))
+    scored = [(s, 'mel') for s in ('recall', 'precision', 'f1', 'auc', 'ap', 'sensitivity', 'npv')] + [('auc', 'macro'), ('average_recall', 'all')]
+    assert (ours[scored] >= .9).all() and ours[scored].mean() >= .93, ours[scored]
+    assert plain[scored].mean() < .92 and (plain[scored] < .9).any(), plain[scored]
+    assert (pd.concat(points, axis=1).mean(axis=1) >= .93).all()
