@@ -7,7 +7,7 @@ __all__ = ['labelled', 'units_of', 'warn_of_absent', 'warn_of_images', 'divide',
            'check_draws', 'interval_ends', 'two_sided', 'with_half_lesions', 'recall_draws', 'fraction_right',
            'unit_counts', 'class_recall_intervals', 'half_lesion_weights', 'wider_level', 'wider_ends', 'mean_ends',
            'Interval', 'average_recall_draws', 'average_recall_ends', 'average_recall_interval', 'wider_draws',
-           'compare_tables', 'RankCurve', 'rank_curve', 'RankCounts', 'rank_counts', 'rank_scores']
+           'wider_mean', 'compare_tables', 'RankCurve', 'rank_curve', 'RankCounts', 'rank_counts', 'rank_scores']
 
 # %% ../nbs/59_bootstrap.ipynb #72a7bf40
 import warnings
@@ -333,6 +333,13 @@ def average_recall_interval(
     return Interval(float(np.nanmean(recall)), low, high, level, unit, int(units.max())+1, n)
 
 # %% ../nbs/59_bootstrap.ipynb #18widerd
+def _t_over_normal(freedom, level):
+    "How many times as wide as the normal distribution's the middle of Student's t is"
+    from scipy.special import ndtri, stdtrit # not scipy.stats, which takes a second to import
+    return stdtrit(freedom, (1+level)/2)/ndtri((1+level)/2)
+
+def _spread(drawn, value, n): return value+(drawn-value)*np.sqrt(n/(n-1)) # drawing n of n lacks this
+
 def wider_draws(
     drawn, # scores in plain draws [scores, draws]
     value, # of the table itself [scores]
@@ -340,9 +347,22 @@ def wider_draws(
     level:float=.95, # fraction of draws between the ends
 )->np.ndarray: # [scores, draws]
     "Plain draws, further from the value where units are few: Student's t, and the spread that drawing n of n lacks"
-    from scipy.special import ndtri, stdtrit # not scipy.stats, which takes a second to import
     n,value = np.maximum(2, np.asarray(n_units))[:,None],np.asarray(value)[:,None]
-    return value+(drawn-value)*np.sqrt(n/(n-1))*stdtrit(n-1, (1+level)/2)/ndtri((1+level)/2)
+    return value+(_spread(drawn, value, n)-value)*_t_over_normal(n-1, level)
+
+def wider_mean(
+    drawn, # scores of classes in plain draws [classes, draws]; NaN where not defined
+    value, # of the table itself [classes]
+    n_units, # number of units of each class [classes]
+    level:float=.95, # fraction of draws between the ends
+)->np.ndarray: # [draws]
+    "The mean over the classes in draws as of `wider_draws`, with Satterthwaite's degrees of freedom"
+    n,value = np.maximum(2, np.asarray(n_units))[:,None],np.asarray(value)[:,None]
+    known = ~np.isnan(value[:,0])
+    drawn,value,n = _spread(drawn, value, n)[known],value[known],n[known]
+    variance = np.nanvar(drawn, axis=1)
+    freedom = variance.sum()**2/max((variance**2/(n[:,0]-1)).sum(), 1e-300)
+    return value.mean()+(np.nanmean(drawn, axis=0)-value.mean())*_t_over_normal(max(1, freedom), level)
 
 # %% ../nbs/59_bootstrap.ipynb #d5ee0d6c
 def _same_rows(a, b)->pd.DataFrame:
@@ -370,7 +390,7 @@ def compare_tables(
     present,draws = total.sum(0)>0,unit_draws(total.argmax(1), n, seed)
     base,other = (divide(h.sum(0), total.sum(0))[present] for h in (hits, hits_b))
     drawn = recall_draws(hits_b-hits, total, draws).T[present]
-    drawn = wider_draws(drawn, other-base, (total>0).sum(0)[present], level).mean(0)[None]
+    drawn = wider_mean(drawn, other-base, (total>0).sum(0)[present], level)[None]
     (low,),(high,) = interval_ends(drawn, level)
     base,other = base.mean(),other.mean()
     return dict(images=len(a), base=float(base), average_recall=float(other), difference=float(other-base),

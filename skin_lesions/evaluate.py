@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 from .bootstrap import (average_recall_ends, average_recall_interval, check_draws, divide,
     half_lesion_weights, in_draws, interval_ends, labelled, mean_ends, RankCurve, rank_counts, rank_curve,
     rank_scores, recall_draws, two_sided, unit_draws, unit_sums, units_of, warn_of_absent, warn_of_images, wider_draws,
-    wider_ends, with_half_lesions)
+    wider_ends, wider_mean, with_half_lesions)
 from .classes import ClassSet, classes_of
 from .core import check_columns, unknown_name
 from .predictions import decided_probabilities
@@ -492,18 +492,19 @@ def _units_of_scores(total, classes)->np.ndarray:
                      for score,dx in score_index(classes)])
 
 # %% ../nbs/60_evaluate.ipynb #18means
-def _mean_differences(drawn, found)->np.ndarray:
-    "Draws in which the means over the classes are those of the classes' draws"
-    codes = _codes_of(found.index)
+def _mean_differences(drawn, found, n_units, level)->np.ndarray:
+    "The means over the classes in draws, in the rows where they are; NaN elsewhere"
+    means,codes = np.full_like(drawn, np.nan),_codes_of(found.index)
     for name in _BY_CLASS:
-        of_mean = _mean(drawn[found.index.get_indexer([(name, dx) for dx in codes])], 0)
-        drawn[found.index.get_loc((name, 'macro'))] = of_mean
+        rows = found.index.get_indexer([(name, dx) for dx in codes])
+        of_mean = wider_mean(drawn[rows], found.difference.to_numpy()[rows], n_units[rows], level)
+        means[found.index.get_loc((name, 'macro'))] = of_mean
         if name!='recall': continue
         for row in (('average_recall', 'all'), ('balanced_accuracy', 'all')):
             # the official one is the same mean where no tie is wrong
             if np.allclose(found.loc[row], found.loc[('recall', 'macro')], rtol=0, atol=1e-12, equal_nan=True):
-                drawn[found.index.get_loc(row)] = of_mean
-    return drawn
+                means[found.index.get_loc(row)] = of_mean
+    return means
 
 # %% ../nbs/60_evaluate.ipynb #43217f67
 def compare(
@@ -523,7 +524,8 @@ def compare(
     if unit=='images': units,unit = units_of(table_b)
     warn_of_images(unit)
     plain,half,n_units,found = _paired_draws(table_a, table_b, units, n, seed)
-    plain = _mean_differences(wider_draws(plain, found.difference, n_units, level), found)
+    means = _mean_differences(plain, found, n_units, level)
+    plain = np.where(np.isnan(means), wider_draws(plain, found.difference, n_units, level), means)
     rates = [dx in _codes_of(found.index) and score not in _RANKING for score,dx in found.index]
     half = np.where(np.array(rates)[:,None], half, np.nan)
     (low,high),(low_half,high_half) = (interval_ends(drawn, level) for drawn in (plain, half))
