@@ -11,7 +11,6 @@ __all__ = ['PACKAGE_SUFFIXES', 'IMAGE_SUFFIXES', 'OTHER_SUFFIXES', 'IMAGE_FORMAT
 
 # %% ../nbs/00_core.ipynb #b4449989
 import contextlib, csv, ctypes, difflib, filecmp, importlib, io, json, math, os, platform, stat, sys, tempfile, warnings
-from importlib.metadata import PackageNotFoundError, version
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -494,6 +493,8 @@ def progress(
 
 def versions()->dict: # by package name
     "Versions of Python and of the packages that a result depends on"
+    # a command that fails does not wait for it
+    from importlib.metadata import PackageNotFoundError, version
     result = {'python': platform.python_version()}
     for name in ('skin_lesions', 'fastai', 'torch', 'torchvision', 'timm', 'pandas', 'scikit-learn', 'numpy', 'pillow'):
         with contextlib.suppress(PackageNotFoundError): result[name] = version(name)

@@ -208,12 +208,14 @@ def _exact_numbers(texts, name)->np.ndarray:
     return numbers
 
 def _read_texts(path, multiline=True, **kwargs):
-    "A table by pandas after a check of its form"
+    "A table by pandas after a check of its form, its texts as they were before `neutralise_cells`"
     if path.suffix.lower() in _PACKED: raise ValueError(f"it is packed ({path.suffix}); unpack it first")
     text,separator = table_text(path, multiline=multiline)
     table = pd.read_csv(io.StringIO(text, newline=''), sep=separator, index_col=False, keep_default_na=False,
                         skipinitialspace=True, **kwargs)
-    return table.rename(columns=str.strip)
+    table = table.rename(columns=str.strip)
+    # to look at every cell takes ten times as long as to read them
+    return original_cells(table) if "'" in text else table
 
 # %% ../nbs/58_predictions.ipynb #4ebae5bf
 def _challenge_set(header)->ClassSet:
@@ -245,13 +247,13 @@ def read_predictions(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no predictions at {path}")
     try:
-        texts = original_cells(_read_texts(path, dtype=str))
+        texts = _read_texts(path, dtype=str)
         if _challenge_set(texts.columns):
             raise ValueError("it is in the ISIC challenge's form; use read_isic_submission")
         classes = _set_of_columns(texts) if classes is None else class_set(classes)
         given = [c for c in (*_TEXT_COLUMNS, *classes.codes) if c in texts]
         empty = {c: [''] for c in texts if c not in ('image_id', *classes.codes)}
-        table = original_cells(_read_texts(path, dtype=dict.fromkeys(given, str), na_values=empty))
+        table = _read_texts(path, dtype=dict.fromkeys(given, str), na_values=empty)
         for c in classes:
             if c in table: table[c] = _exact_numbers(table[c], c)
         return check_predictions(with_classes(table, classes))
@@ -296,7 +298,7 @@ def read_isic_submission(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no submission at {path}")
     try:
-        table = original_cells(_read_texts(path, dtype=str))
+        table = _read_texts(path, dtype=str)
         classes = (_challenge_set(table.columns) or CLASS_SETS['HAM10000']) if classes is None else class_set(classes)
         columns = classes.challenge_columns
         check_columns(table, ['image', *columns.values()], name='the submission', why=f'a row is an image with its '

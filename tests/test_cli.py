@@ -37,7 +37,7 @@ commands = [func.__name__.replace('_', '-') for func in COMMANDS]
 calls = [['--help'], ['--version'], *([c, '--help'] for c in commands), ['trian'], ['train', '--out'], ['paper', '--list'], ['predict'],
          ['predict', 'no.jpg'], ['predict', 'a.jpg', '--bundle', 'none'], ['app', '--bundle', 'none'], ['app', '--host', 'no host'], ['train', '--out', 'run', '--csv', 'no.csv'],
          ['train', '--out', 'run', '--recipe', 'bst'], ['train', '--out', 'run', '--set', 'size'], ['evaluate', 'table.csv', '--data', '.'],
-         ['evaluate', 'table.csv', '--part', 'test'], ['ensemble', 'a', 'a', '--out', 'b'], ['ensemble', 'a', 'b', '--out', 'c', '--greedy', '--out-of-fold']]
+         ['evaluate', 'table.csv', '--part', 'test'], ['stress', 'ham10000', '--only', 'blurr'], ['ensemble', 'a', 'a', '--out', 'b'], ['ensemble', 'a', 'b', '--out', 'c', '--greedy', '--out-of-fold']]
 for call in calls:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as error:
         try: status = main(call)
@@ -58,6 +58,7 @@ KNOWN_AT_ONCE = [
     ('evaluate ham10000 --prevalence 3', '--prevalence must be'), ('embed --csv ok.csv --out f.npz --arch resnet18 --bundle ham10000', '--arch and --bundle'), ('probe no.npz', 'no features at no.npz'),
     ('predict a.jpg --patients no.csv', '--patients no.csv'), ('predict a.jpg --out file/x.csv', 'nothing can be written'), ('predict a.jpg --gradcam file', '--gradcam file is a file'),
     ('predict a.jpg --engine onnxruntime --graph no.onnx', '--graph no.onnx'), ('gradcam a.jpg --out file', 'is a file'), ('gradcam a.jpg --out maps --patients no.csv', '--patients no.csv'),
+    ('gradcam a.jpg --out maps --target mell', "did you mean 'mel'"), ('embed --csv ok.csv --out f.npz --arch resnet5o', "did you mean 'resnet50'"),
     ('calibrate folder --predictions no.csv', 'no.csv does not exist'), ('calibrate folder --at-most mel', 'give --sets too'), ('calibrate folder --sets .1 --at-most mel', 'CODE=FRACTION'),
     ('ensemble ok.csv a.jpg --out file/x.csv', 'nothing can be written'), ('submit ok.csv --out folder', 'is a folder'), ('export-onnx no --out x.onnx', 'no does not exist'),
     ('export-onnx ham10000 --out ok.csv', '--overwrite'), ('quantize no --images a.jpg --out x.onnx', 'no does not exist'), ('quantize ham10000 --images a.jpg --out x.onnx', '--data or --csv'),
@@ -117,10 +118,28 @@ def test_choices_are_the_library_s():
     from skin_lesions import cli
     from skin_lesions.gradcam import METHODS, STAGES
     from skin_lesions.recipes import CHOICES, SCALES
+    from skin_lesions.robustness import CHANGES
     from skin_lesions.views import VIEWS
     kinds = cli.gradcam.__annotations__
     assert get_args(cli.Views) == (*VIEWS, 'recipe') and get_args(cli.Scale) == tuple(SCALES) and get_args(cli.Rule) == CHOICES['rule']
     assert get_args(kinds['method']) == METHODS and get_args(kinds['stage']) == STAGES
+    assert get_args(cli.Change) == tuple(CHANGES)
+
+
+def test_an_architecture_that_timm_has_is_not_refused_before_timm_is_asked():
+    "Any name and any older one; what is offered for a wrong one is what timm itself would offer"
+    import timm
+    from timm.models._registry import _model_entrypoints
+    from skin_lesions.architectures import check_arch
+    from skin_lesions.cli import check_known_arch
+    names = [*timm.list_models()[::300], *sorted(set(_model_entrypoints)-set(timm.list_models()))[::60], 'resnet50.a1_in1k']
+    assert len(names) > 8
+    for name in names: check_known_arch(name)
+    said = []
+    for check in (check_known_arch, check_arch):
+        with pytest.raises(ValueError) as e: check('tf_efficientnet_light0')
+        said.append(str(e.value))
+    assert said[0] == said[1] and 'tf_efficientnet_lite0' in said[0]
 
 
 def test_an_abbreviated_flag_is_refused(call):
@@ -690,6 +709,14 @@ def test_the_map_s_caption_says_what_predict_prints(sample, finished_run, call, 
         name = HAM10000.full_name(decision)
         assert f'predicted {name} ({p[decision]:.1%}); map: {name}' in gallery
         if command == 'predict': assert f'{percent_text(p[decision])}  {decision}' in printed and f'Suggests: {HAM10000.full_name(decision)};' in printed
+
+
+def test_a_wrong_layer_is_said_before_a_prediction(sample, finished_run, call, tmp_path, monkeypatch):
+    from skin_lesions.predict import Predictor
+    monkeypatch.setattr(Predictor, 'predict', lambda *args, **kwargs: pytest.fail('it predicted'))
+    image = sorted(sample.rglob('*.jpg'))[0]
+    status, _, error = call('gradcam', image, '--bundle', finished_run, '--out', tmp_path/'maps', '--layer', 'no.layer', '--quiet')
+    assert status == 2 and "unknown layer 'no.layer'" in error, error
 
 
 def test_gradcam_writes_images_and_a_gallery(sample, finished_run, call, tmp_path):
