@@ -86,6 +86,7 @@ def confusion_matrix(
     counts = _counts(y, decided, len(codes))
     return pd.DataFrame(counts, index=pd.Index(codes, name='true'), columns=pd.Index(codes, name='predicted'))
 
+# %% ../nbs/60_evaluate.ipynb #60clscor
 def class_scores(
     table:pd.DataFrame, # predictions table with dx
     *,

@@ -6,8 +6,9 @@ A folder of 600x450 JPEGs by a predictor with onnxruntime, in float32 and in int
 compared on labels, because speed does not depend on them), against the predictor as it is; five networks looking eight
 times at one image against one network looking once; intervals of all scores from 1,000 draws of 10,000 images against
 loops over scikit-learn, of the same scores and of accuracy, average recall and AUCs alone, which make a few draws and
-are extrapolated; and training in two processes of one thread against one process of two. With `--cpu`, CPU seconds of the process are counted instead of seconds, for a machine
-that does something else; processes that run side by side cannot be measured like that and are left out.
+are extrapolated; and training in two processes of one thread against one process of two. With `--cpu`, CPU seconds of
+the process are counted instead of seconds, for a machine that does something else; processes that run side by side
+cannot be measured like that and are left out.
 """
 import argparse, os, sys, tempfile, time
 from pathlib import Path
