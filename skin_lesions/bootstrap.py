@@ -333,6 +333,8 @@ def average_recall_interval(
     return Interval(float(np.nanmean(recall)), low, high, level, unit, int(units.max())+1, n)
 
 # %% ../nbs/59_bootstrap.ipynb #18widerd
+_FEWEST = 5 # fewer lesions vary as draws of five do: two or three do not say by how much
+
 def _t_over_normal(freedom, level):
     "How many times as wide as the normal distribution's the middle of Student's t is"
     from scipy.special import ndtri, stdtrit # not scipy.stats, which takes a second to import
@@ -347,7 +349,7 @@ def wider_draws(
     level:float=.95, # fraction of draws between the ends
 )->np.ndarray: # [scores, draws]
     "Plain draws, further from the value where units are few: Student's t, and the spread that drawing n of n lacks"
-    n,value = np.maximum(2, np.asarray(n_units))[:,None],np.asarray(value)[:,None]
+    n,value = np.maximum(_FEWEST, np.asarray(n_units))[:,None],np.asarray(value)[:,None]
     return value+(_spread(drawn, value, n)-value)*_t_over_normal(n-1, level)
 
 def wider_mean(
@@ -357,7 +359,7 @@ def wider_mean(
     level:float=.95, # fraction of draws between the ends
 )->np.ndarray: # [draws]
     "The mean over the classes in draws as of `wider_draws`, with Satterthwaite's degrees of freedom"
-    n,value = np.maximum(2, np.asarray(n_units))[:,None],np.asarray(value)[:,None]
+    n,value = np.maximum(_FEWEST, np.asarray(n_units))[:,None],np.asarray(value)[:,None]
     known = ~np.isnan(value[:,0])
     drawn,value,n = _spread(drawn, value, n)[known],value[known],n[known]
     variance = np.nanvar(drawn, axis=1)

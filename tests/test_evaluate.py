@@ -244,7 +244,7 @@ def test_differences_and_operating_points_of_few_lesions_hold_the_truth():
 
     true = operating_points(pair(np.random.default_rng(0), [5000, 60_000], 1)[0], 1, warn=False)
     rng, ours, plain, points = np.random.default_rng(1), [], [], []
-    for seed in range(100):
+    for seed in range(60):
         a, b = pair(rng, [5, 60])
         found, units = compare(a, b, 200, seed), units_of(a)[0]
         scores_a, scores_b = AllScores(a, units), AllScores(b, units)
@@ -257,5 +257,5 @@ def test_differences_and_operating_points_of_few_lesions_hold_the_truth():
     ours, plain = (pd.Series(np.mean(held, axis=0), index=found.index) for held in (ours, plain))
     scored = [(s, 'mel') for s in ('recall', 'precision', 'f1', 'auc', 'ap', 'sensitivity', 'npv')] + [('auc', 'macro'), ('average_recall', 'all')]
     assert (ours[scored] >= .9).all() and ours[scored].mean() >= .93, ours[scored]
-    assert plain[scored].mean() < .92 and (plain[scored] < .9).any(), plain[scored]
+    assert plain[scored].mean() < ours[scored].mean()-.02 and (plain[scored] < .9).any(), plain[scored]
     assert (pd.concat(points, axis=1).mean(axis=1) >= .93).all()
