@@ -70,7 +70,7 @@ def warn_of_images(
                   "a lesion has several", stacklevel=3)
 
 # %% ../nbs/59_bootstrap.ipynb #b3f6c1d1
-_BLOCK = 1_000_000 # numbers in a block of draws: what is in memory at a time, whatever the number of draws
+_BLOCK = 250_000 # units that are drawn at a time, few enough for a CPU's cache
 
 def divide(
     a, # numerators
@@ -84,19 +84,19 @@ def unit_draws(
     stratum, # class of each unit [units]
     n:int, # number of draws
     seed:int, # same seed, same draws
-)->np.ndarray: # how often each unit is drawn [n, units], float32
+)->np.ndarray: # how often each unit is drawn [n, units], float32; in memory the draws of a unit lie side by side
     "Draw from every stratum, with replacement, as many units as it has"
     rng = np.random.default_rng(seed)
-    draws:np.ndarray = np.zeros((n, len(stratum)), dtype=np.float32)
+    draws:np.ndarray = np.zeros((len(stratum), n), dtype=np.float32)
     for s in np.unique(stratum):
         members = np.flatnonzero(stratum==s)
         k = len(members)
         step = max(1, _BLOCK//k)
         for start in range(0, n, step): # block by block the same numbers as at once
             m = min(step, n-start)
-            drawn = rng.integers(k, size=(m, k)) + k*np.arange(m)[:,None]
-            draws[start:start+m,members] = np.bincount(drawn.ravel(), minlength=m*k).reshape(m, k)
-    return draws
+            drawn = m*rng.integers(k, size=(m, k)) + np.arange(m)[:,None]
+            draws[members,start:start+m] = np.bincount(drawn.ravel(), minlength=k*m).reshape(k, m)
+    return draws.T
 
 # %% ../nbs/59_bootstrap.ipynb #accb379d
 def unit_sums(
@@ -113,11 +113,14 @@ def in_draws(
     score, # function: weights of the units [units, draws] -> [..., draws]
     draws, # of `unit_draws` [n, units]
     n_rows:int, # images of the table: sets how many draws are scored at a time
+    *more, # other numbers of each draw [n, ...], further arguments [..., draws] of the function
+    numbers:int=10_000_000, # images times draws that are in memory at a time
 )->np.ndarray: # [..., n]
     "A score of all draws, block by block"
-    step = max(1, _BLOCK//n_rows)
-    blocks = (draws[i:i+step].T for i in range(0, len(draws), step))
-    return np.concatenate([score(np.ascontiguousarray(block, dtype=np.float64)) for block in blocks], axis=-1)
+    n = -(-len(draws)//max(1, numbers//n_rows)) # blocks
+    step = -(-len(draws)//n)
+    def block(a, i): return np.ascontiguousarray(np.moveaxis(a[i:i+step], 0, -1), dtype=np.float64)
+    return np.concatenate([score(*(block(a, i) for a in (draws, *more))) for i in range(0, len(draws), step)], axis=-1)
 
 # %% ../nbs/59_bootstrap.ipynb #96e1f055
 def check_draws(
@@ -366,8 +369,23 @@ class RankCurve(NamedTuple):
     positives:'csr_matrix' # positives called at a step [steps, units]
     negatives:'csr_matrix' # negatives called at it, with the same score [steps, units]
     between:'csr_matrix' # negatives called since the step before [steps, units]
+    all_positives:np.ndarray # positives of each unit [units]
     all_negatives:np.ndarray # negatives of each unit [units]
     thresholds:np.ndarray # of each step, falling [steps]
+    kinds:int # 3, or 2 where no step has negatives
+    blocks:list # sparse matrices [kinds*steps, units] of a few steps, of each: positives, all called, negatives
+
+# %% ../nbs/59_bootstrap.ipynb #1b2e3a02
+_STEPS = 16 # of a curve at a time: their counts in 1,000 draws stay in a CPU's cache
+
+def _step_blocks(kinds, step, units, shape)->list:
+    "What each step counts, kind by kind, a few steps at a time [kinds*steps, units]"
+    from scipy.sparse import csr_matrix # prediction does without
+    (n,n_units),width = shape,len(kinds)*_STEPS
+    rows = np.concatenate([len(kinds)*step[kind]+i for i,kind in enumerate(kinds)])
+    columns = np.concatenate([units[kind] for kind in kinds])
+    counts = csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(kinds)*n, n_units))
+    return [counts[i:i+width] for i in range(0, len(kinds)*n, width)]
 
 # %% ../nbs/59_bootstrap.ipynb #e86dcc4f
 def rank_curve(
@@ -383,11 +401,14 @@ def rank_curve(
     tie = np.cumsum(np.append(True, score[1:]!=score[:-1])[:len(score)])-1 # number of the distinct score
     rises = np.bincount(tie[true], minlength=len(score))>0 # whether a score has a positive: only these are steps
     step,inside = (np.cumsum(rises)-rises)[tie],rises[tie]
-    n = int(rises.sum())
-    def count(keep): return csr_matrix((np.ones(keep.sum()), (step[keep], units[keep])), shape=(n, n_units))
-    all_negatives = np.bincount(units[~true], minlength=n_units).astype(float)
-    thresholds = score[true][np.searchsorted(step[true], np.arange(n))]
-    return RankCurve(count(true), count(~true&inside), count(~true&~inside&(step<n)), all_negatives, thresholds)
+    shape = int(rises.sum()),n_units
+    def count(keep): return csr_matrix((np.ones(keep.sum()), (step[keep], units[keep])), shape=shape)
+    called,tied = step<shape[0],~true&inside
+    all_positives,all_negatives = (np.bincount(units[side], minlength=n_units).astype(float) for side in (true, ~true))
+    thresholds = score[true][np.searchsorted(step[true], np.arange(shape[0]))]
+    kinds = [true, called, tied] if tied.any() else [true, called]
+    return RankCurve(count(true), count(tied), count(~true&~inside&called), all_positives, all_negatives,
+                     thresholds, len(kinds), _step_blocks(kinds, step, units, shape))
 
 # %% ../nbs/59_bootstrap.ipynb #297cf03b
 class RankCounts(NamedTuple):
@@ -399,44 +420,122 @@ class RankCounts(NamedTuple):
     n_positives:np.ndarray # in all [draws]
     n_negatives:np.ndarray # in all [draws]
 
+def _running(rows, start=0.)->np.ndarray:
+    "Sums of the rows up to each one; by whole rows, several times as fast as `np.cumsum`"
+    sums = np.empty(rows.shape)
+    for row,out in zip(rows, sums): start = np.add(start, row, out=out)
+    return sums
+
 def rank_counts(
     curve:RankCurve, # of `rank_curve`
     draws, # how often each unit counts [units, draws]
 )->RankCounts:
     "Positives and negatives at each step of a curve, in draws"
     positives,negatives = curve.positives@draws,curve.negatives@draws
-    true_positives,false_positives = (np.cumsum(a, axis=0) for a in (positives, negatives+curve.between@draws))
+    true_positives,false_positives = (_running(a) for a in (positives, negatives+curve.between@draws))
     n_negatives = curve.all_negatives@draws
     return RankCounts(positives, negatives, true_positives, false_positives, positives.sum(0), n_negatives)
 
 # %% ../nbs/59_bootstrap.ipynb #8b43a3b9
-def _area_above(counts, rates, steps, sensitivity)->np.ndarray:
-    "The area between the curve and its right side above a sensitivity [draws]"
-    tpr,fpr = rates
-    columns = np.arange(tpr.shape[1])
-    cross = (tpr>=sensitivity).argmax(0) # the step that reaches the sensitivity
-    t,f = tpr[cross,columns],fpr[cross,columns]
-    rise,run = (counts.positives/counts.n_positives)[cross,columns],(counts.negatives/counts.n_negatives)[cross,columns]
-    start = f-run*(t-sensitivity)/rise # where the curve crosses it
-    later = np.where(np.arange(len(tpr))[:,None]>cross, steps, 0.).sum(0)
-    return 1-sensitivity*start-((t-sensitivity)*(start+f)/2+later)
+class _Steps(NamedTuple):
+    "A few steps of a curve in draws"
+    positives:np.ndarray # at each step [steps, draws]
+    negatives:np.ndarray # with the same score [steps, draws]; None where there are none
+    true_positives:np.ndarray # summed up to each step [steps, draws]
+    called:np.ndarray # positives and negatives, summed up to each step [steps, draws]
+    before:np.ndarray # area left of the curve at the steps before these, times both numbers of images [draws]
+    area:np.ndarray # the same with these [draws]
+
+def _widths(true_positives, called, negatives)->np.ndarray:
+    "How wide the area left of the curve is at each step, in negatives"
+    widths = called-true_positives
+    return widths if negatives is None else widths-negatives/2
+
+# %% ../nbs/59_bootstrap.ipynb #1b2e3a03
+def _along(curve, draws):
+    "Go along a curve: yields its `_Steps`"
+    k,before = draws.shape[1],np.zeros(draws.shape[1])
+    total = np.zeros(2*k) # positives, and all called
+    for block in curve.blocks:
+        counts = (block@draws).reshape(-1, curve.kinds*k)
+        sums = _running(counts[:,:2*k], total)
+        positives,negatives = counts[:,:k],counts[:,2*k:] if curve.kinds>2 else None
+        area = before+np.einsum('ij,ij->j', positives, _widths(sums[:,:k], sums[:,k:], negatives))
+        yield _Steps(positives, negatives, sums[:,:k], sums[:,k:], before, area)
+        total,before = sums[-1],area
+
+# %% ../nbs/59_bootstrap.ipynb #1b2e3a04
+def _keep_crossing(sums, steps, draws):
+    "Keep what is at the step that reaches the sensitivity, in draws where it is one of these"
+    sums.reached[draws] = True
+    own_first,_,rest_first,_ = sums.half[:,draws]
+    rates = (steps.true_positives[:,draws]+own_first)/sums.p[draws]
+    step = (rates>=sums.sensitivity).argmax(0)
+    t,called,positives = (a[step,draws] for a in (steps.true_positives, steps.called, steps.positives))
+    negatives = None if steps.negatives is None else steps.negatives[:,draws]
+    areas = steps.positives[:,draws]*_widths(steps.true_positives[:,draws], steps.called[:,draws], negatives)
+    up_to = np.where(np.arange(len(rates))[:,None]<=step, areas, 0.).sum(0)
+    run = 0. if negatives is None else negatives[step,np.arange(len(draws))]
+    area = own_first*rest_first/2 + steps.before[draws] + up_to + rest_first*t
+    sums.cross[:,draws] = np.stack(np.broadcast_arrays(t+own_first, called-t+rest_first, positives, run, area))
+
+# %% ../nbs/59_bootstrap.ipynb #1b2e3a01
+class _Sums:
+    "What is summed along a curve in draws, with half lesions of each side that rank first and last"
+    def __init__(self, n_positives, n_negatives, half, sensitivity):
+        self.half,self.sensitivity = half,sensitivity
+        own_first,own_last,rest_first,rest_last = half
+        self.p,self.n = n_positives+own_first+own_last,n_negatives+rest_first+rest_last
+        self.precision = np.zeros_like(self.p)
+        # at the step that reaches the sensitivity: true and false positives, images of both sides, area up to it
+        self.cross = np.stack([own_first, rest_first, own_first, rest_first, own_first*rest_first/2])
+        self.reached = own_first/self.p>=sensitivity
+
+    def add(self, steps):
+        "Add a few steps"
+        own_first,_,rest_first,_ = self.half
+        t,called = steps.true_positives,steps.called
+        if self.half.any(): t,called = t+own_first,called+(own_first+rest_first)
+        if not called[0].all(): called = np.maximum(called, 1e-300) # nothing is called: 0
+        self.precision = self.precision+np.einsum('ij,ij->j', steps.positives, t/called)
+        crosses = np.flatnonzero((t[-1]/self.p>=self.sensitivity) & ~self.reached)
+        if len(crosses): _keep_crossing(self, steps, crosses)
+
+# %% ../nbs/59_bootstrap.ipynb #1b2e3a05
+def _area_above(sums, area)->np.ndarray:
+    "The area between the curve and its right side above the sensitivity [draws]"
+    last = np.stack([sums.p, sums.n, *sums.half[[1, 3]], area])
+    t,f,positives,negatives,up_to = np.where(sums.reached, sums.cross, last)
+    over,f = t/sums.p-sums.sensitivity,f/sums.n
+    start = f-negatives/sums.n*over/(positives/sums.p) # where the curve crosses it
+    return 1-sums.sensitivity*start-(over*(start+f)/2+(area-up_to)/(sums.p*sums.n))
+
+def _whole_curve(sums, area)->np.ndarray: # AUC, area above the sensitivity, average precision [3, draws]
+    "The scores of the whole curve"
+    own_first,own_last,rest_first,rest_last = sums.half
+    area = own_first*rest_first/2 + area + rest_first*(sums.p-own_first-own_last)
+    area = area+own_last*(sums.n-rest_last/2)
+    precision = np.nan_to_num(own_first**2/(own_first+rest_first))+sums.precision+own_last*sums.p/(sums.p+sums.n)
+    both = sums.p*sums.n>0
+    auc,above = (np.where(both, a, np.nan) for a in (1-area/(sums.p*sums.n), _area_above(sums, area)))
+    return np.stack([auc, above, np.where(sums.p>0, precision/sums.p, 0.)])
 
 # %% ../nbs/59_bootstrap.ipynb #dbc955ec
 def rank_scores(
     curve:RankCurve, # of `rank_curve`
     draws, # how often each unit counts [units, draws]
     sensitivity:float=.8, # above which the second area lies
+    *,
+    half=None, # weights of half lesions [4, draws]: of the class first and last, of the rest first and last
 )->np.ndarray: # AUC, area above the sensitivity, average precision [3, draws]; without positives NaN, NaN, 0
-    "Scores of a ranking in draws, with the conventions of the official ISIC scorer"
-    c = rank_counts(curve, draws)
-    if not len(c.positives): return np.stack([c.n_positives*np.nan, c.n_positives*np.nan, c.n_positives])
+    "Scores of a ranking in draws, with the conventions of the official ISIC scorer; with `half` [2, 3, draws], both"
+    n_positives,n_negatives = curve.all_positives@draws,curve.all_negatives@draws
+    weights = [np.zeros((4, draws.shape[1])), *([] if half is None else [np.asarray(half)])]
     with np.errstate(divide='ignore', invalid='ignore'):
-        called = c.true_positives+c.false_positives
-        precision = np.divide(c.true_positives, called, out=np.zeros_like(called), where=called>0)
-        ap = np.where(c.n_positives>0, (c.positives*precision).sum(0)/c.n_positives, 0.)
-        tpr,fpr = c.true_positives/c.n_positives,c.false_positives/c.n_negatives
-        steps = (c.positives/c.n_positives)*(fpr-c.negatives/c.n_negatives/2) # area of each step, left of the curve
-        both = c.n_positives*c.n_negatives>0
-        auc = np.where(both, 1-steps.sum(0), np.nan)
-        above = np.where(both, _area_above(c, (tpr, fpr), steps, sensitivity), np.nan)
-    return np.stack([auc, above, ap])
+        sums = [_Sums(n_positives, n_negatives, w, sensitivity) for w in weights]
+        area = np.zeros(draws.shape[1])
+        for steps in _along(curve, draws):
+            for s in sums: s.add(steps)
+            area = steps.area
+        found = np.stack([_whole_curve(s, area) for s in sums])
+    return found[0] if half is None else found

@@ -31,7 +31,7 @@ from .conformal import PredictionSets
 from .decide import FittedOn
 from .decide import from_dict as decision_from_dict
 from .lora import merged
-from .networks import EnsembleNet, LesionNet, TwoStageNet, classifier_config, fold_batchnorm
+from .networks import EnsembleNet, LesionNet, TwoStageNet, classifier_config, fold_batchnorm, weights_state
 from .ood import OODScore, body_of, texture_layer
 from .views import VALIDATION_CROPS, height_and_width
 
@@ -194,24 +194,11 @@ def network_from_dict(
     except Exception as e:
         raise ValueError(f"network {kind.__name__} cannot be built from its configuration: {e}") from e
 
-# %% ../nbs/65_bundle.ipynb #65fb0001
-def _state_of(net)->list: # None where hooks look into it
-    "What changes when the weights of a network change; faster than its lists of parameters and modules"
-    state,todo = [],[net]
-    while todo:
-        m = todo.pop()
-        if m is None: continue
-        if m._forward_hooks or m._forward_pre_hooks: return None
-        for t in (*m._parameters.values(), *m._buffers.values()):
-            if t is not None: state.append((id(t), 0 if t.is_inference() else t._version, t.data_ptr()))
-        todo += m._modules.values()
-    return state
-
 # %% ../nbs/65_bundle.ipynb #65fb0002
 def _fast_net(net, inputs)->nn.Module:
     "A folded copy of a `PixelNet`, or itself"
     inside,pixels = net.classifier,inputs[0]
-    state = None if inside.training or pixels.device.type!='cpu' else _state_of(inside)
+    state = None if inside.training or pixels.device.type!='cpu' else weights_state(inside)
     if state is None: return net # hooks must see their own layers
     if net._folded is None or net._folded[0]!=state:
         few = net.normalize(pixels[:1,:,:64,:64]),*(i[:1] for i in inputs[1:])

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ISIC_SCORES', 'ISIC_UNSCORED', 'AGE_BANDS', 'FEW_LESIONS', 'POINTS', 'class_aucs', 'scores', 'confusion_matrix',
-           'class_scores', 'half_lesion_counts', 'curve_with_half_lesions', 'OfficialScores', 'official_labels',
-           'ISICScores', 'isic_scores', 'malignancy_is_a_target', 'score_index', 'malignant_probability', 'AllScores',
-           'score_intervals', 'plot_intervals', 'compare', 'age_bands', 'scores_by', 'plot_scores_by', 'plot_confusion',
-           'roc_points', 'plot_roc', 'default_targets', 'operating_points', 'plot_operating_points']
+           'class_scores', 'half_lesion_counts', 'counts_in_draws', 'ranks_in_draws', 'OfficialScores',
+           'official_labels', 'ISICScores', 'isic_scores', 'malignancy_is_a_target', 'score_index',
+           'malignant_probability', 'AllScores', 'score_intervals', 'plot_intervals', 'compare', 'age_bands',
+           'scores_by', 'plot_scores_by', 'plot_confusion', 'roc_points', 'plot_roc', 'default_targets',
+           'operating_points', 'plot_operating_points']
 
 # %% ../nbs/60_evaluate.ipynb #b351a35c
 import warnings
@@ -85,6 +86,7 @@ def confusion_matrix(
     counts = _counts(y, decided, len(codes))
     return pd.DataFrame(counts, index=pd.Index(codes, name='true'), columns=pd.Index(codes, name='predicted'))
 
+# %% ../nbs/60_evaluate.ipynb #60clscor
 def class_scores(
     table:pd.DataFrame, # predictions table with dx
     *,
@@ -123,12 +125,36 @@ def half_lesion_counts(
     "What the half lesions of each class count"
     return np.hstack([np.kron(np.eye(n_targets, k), np.isin(np.arange(4), some)[:,None]) for some in which])
 
-def curve_with_half_lesions(score, true, units, n_units, target, n_targets)->RankCurve:
-    "A curve whose target has half lesions: one first and one last of its own, and of the rest"
-    if not n_targets: return rank_curve(score, true, units, n_units)
-    own = n_units+4*target+np.arange(4)
-    score,true = np.append(score, [np.inf, -np.inf]*2),np.append(true, [True, True, False, False])
-    return rank_curve(score, true, np.append(units, own), n_units+4*n_targets)
+# %% ../nbs/60_evaluate.ipynb #1b2e3a06
+def counts_in_draws(
+    counts, # of each unit [units, counts]
+    draws, # how often each unit counts [units, k]
+    half=None, # weights of half lesions [targets, 4, k], of `half_lesion_weights`
+    of_half=None, # function: number of targets -> what each half lesion counts [4*targets, counts]
+)->list: # plain, and where there are half lesions, with them; each [counts, k]
+    "What is counted in draws"
+    plain = counts.T@draws
+    if half is None: return [plain]
+    return [plain, plain+of_half(len(half)).T@half.reshape(4*len(half), -1)]
+
+def ranks_in_draws(
+    curve, # of `rank_curve`
+    draws, # how often each unit counts [units, k]
+    half=None, # weights of half lesions [targets, 4, k]
+    target:int=None, # whose curve it is
+)->np.ndarray: # [1 or 2, 3, k]
+    "`rank_scores` in plain draws, and where there are half lesions, with them"
+    if half is None: return rank_scores(curve, draws)[None]
+    return rank_scores(curve, draws, half=half[target])
+
+# %% ../nbs/60_evaluate.ipynb #1b2e3a07
+def _official_scores(counts, ranks)->tuple:
+    "Scores [9, classes, k] and balanced accuracy [k] of what is counted and ranked"
+    tp,fp,n1,n0,hits = counts
+    tn,fn = n0-fp,n1-tp
+    at_half = [(tp+tn)/(n1+n0), _ratio(tp, n1), _ratio(tn, n0), _ratio(2*tp, 2*tp+fp+fn)]
+    at_half += [_ratio(tp, tp+fp), _ratio(tn, tn+fn)]
+    return np.concatenate([np.stack(at_half), ranks]),_mean(divide(hits, n1), 0)
 
 # %% ../nbs/60_evaluate.ipynb #pd0bc849
 class OfficialScores:
@@ -139,22 +165,19 @@ class OfficialScores:
         labels, # number of the class called [n]; -1 for none
         units, # number of the unit of each image [n]
         n_units:int, # number of units
-        n_targets:int=0, # of half lesions, four more units each, see `half_lesion_weights`
     ):
         self.k = p.shape[1]
         true,called = y[:,None]==np.arange(self.k),p>.5
         right = true & (labels==y)[:,None]
-        counts = _sums_by_unit(units, n_units)@np.hstack([true&called, ~true&called, true, ~true, right]).astype(float)
-        self.counts = np.vstack([counts, half_lesion_counts(self.k, n_targets, [0], [2], [0, 1], [2, 3], [0])])
-        self.curves = [curve_with_half_lesions(p[:,i], true[:,i], units, n_units, i, n_targets) for i in range(self.k)]
+        self.counts = _sums_by_unit(units, n_units)@np.hstack([true&called, ~true&called, true, ~true, right])
+        self.curves = [rank_curve(p[:,i], true[:,i], units, n_units) for i in range(self.k)]
 
-    def __call__(self, draws)->tuple: # of draws [units, k]: scores [9, classes, k], balanced accuracy [k]
-        tp,fp,n1,n0,hits = (self.counts.T@draws).reshape(5, self.k, -1)
-        tn,fn = n0-fp,n1-tp
-        at_half = [(tp+tn)/(n1+n0), _ratio(tp, n1), _ratio(tn, n0), _ratio(2*tp, 2*tp+fp+fn)]
-        at_half += [_ratio(tp, tp+fp), _ratio(tn, tn+fn)]
-        ranks = np.stack([rank_scores(curve, draws) for curve in self.curves], axis=1)
-        return np.concatenate([np.stack(at_half), ranks]),_mean(divide(hits, n1), 0)
+    def __call__(self, draws, half=None)->list: # of draws [units, k] and half lesions, as in `counts_in_draws`
+        "For each of `counts_in_draws`: scores [9, classes, k], balanced accuracy [k]"
+        def of_half(n): return half_lesion_counts(self.k, n, [0], [2], [0, 1], [2, 3], [0])
+        counts = counts_in_draws(self.counts, draws, half, of_half)
+        ranks = np.stack([ranks_in_draws(c, draws, half, i) for i,c in enumerate(self.curves)], axis=2)
+        return [_official_scores(c.reshape(5, self.k, -1), r) for c,r in zip(counts, ranks)]
 
 # %% ../nbs/60_evaluate.ipynb #754066f0
 def _mean(a, axis)->np.ndarray:
@@ -209,7 +232,7 @@ def isic_scores(
         warnings.warn(f"no image of {', '.join(absent)} counts: the official scorer stops at such a table; here auc "
                       f"and auc_sens_80 are NaN, "
                       "and the other scores what its functions say, which is no judgement", stacklevel=2)
-    found,balanced = OfficialScores(p, y, official_labels(p), np.arange(len(y)), len(y))(np.ones((len(y), 1)))
+    (found,balanced), = OfficialScores(p, y, official_labels(p), np.arange(len(y)), len(y))(np.ones((len(y), 1)))
     per_class = pd.DataFrame(found[:,:,0].T, index=pd.Index(classes.codes, name='dx'), columns=list(ISIC_SCORES))
     return ISICScores(float(balanced[0]), per_class.mean(), per_class, classes.challenge_columns)
 
@@ -244,11 +267,21 @@ def malignant_probability(
     return table[list(classes_of(table).malignant)].sum(axis=1).to_numpy(dtype=float)
 
 # %% ../nbs/60_evaluate.ipynb #22wholec
-def _whole_counts(hits, total, n_targets)->np.ndarray:
-    "Hits and images of each unit [2, units]; the last target's half lesions are one right and one wrong"
-    half = np.zeros((2, 4*n_targets))
-    if n_targets: half[:,-4:-2] = [1, 0],[1, 1]
-    return np.hstack([[hits.sum(1), total.sum(1)], half])
+def _half_counts(k, n_targets)->np.ndarray:
+    "What half lesions count of hits, images and calls of each class, and of hits and images of the whole table"
+    whole = np.zeros((4*n_targets, 2)) # the last target's are one right and one wrong
+    whole[-4:-2] = [1, 1],[0, 1]
+    return np.hstack([half_lesion_counts(k, n_targets, [0], [0, 1], [0, 2]), whole])
+
+# %% ../nbs/60_evaluate.ipynb #1b2e3a08
+def _in_order(present, counts, official, malignant)->np.ndarray:
+    "All scores [scores, k] in the order of `score_index`"
+    hits,n,called = np.split(counts[:-2], 3)
+    by_class = np.concatenate([[divide(hits, n), divide(hits, called), divide(2*hits, n+called)], official[0]])
+    by_class[:,~present] = np.nan
+    whole = np.stack([divide(*counts[-2:]), _mean(by_class[0], 0), official[1]])
+    with_macro = np.concatenate([_mean(by_class, 1)[:,None], by_class], axis=1)
+    return np.concatenate([whole, with_macro.reshape(-1, counts.shape[1]), malignant])
 
 # %% ../nbs/60_evaluate.ipynb #d2b1a176
 class AllScores:
@@ -256,25 +289,23 @@ class AllScores:
     def __init__(self,
         table:pd.DataFrame, # predictions table with dx
         units, # number of the unit of each image [n]
-        n_targets:int=0, # of half lesions, four more units each, see `half_lesion_weights`
     ):
-        (p,y,decided),k,one = labelled(table),len(classes_of(table)),np.ones(len(table))
-        counts = [unit_sums(units, c, v, k) for c,v in ((y, y==decided), (y, one), (decided, one))]
-        self.total,self.present = counts[1],np.isin(np.arange(k), y)
-        self.stratum = self.total.argmax(1)
-        self.counts = np.vstack([np.hstack(counts), half_lesion_counts(k, n_targets, [0], [0, 1], [0, 2])])
-        self.whole = _whole_counts(counts[0], counts[1], n_targets)
-        self.official,self.malignant = _curves(table, units, len(self.stratum), n_targets)
+        arrays = labelled(table)
+        (_,y,decided),k,one = arrays,len(classes_of(table)),np.ones(len(table))
+        hits,self.total,called = (unit_sums(units, c, v, k) for c,v in ((y, y==decided), (y, one), (decided, one)))
+        self.present,self.stratum = np.isin(np.arange(k), y),self.total.argmax(1)
+        self.counts = np.column_stack([hits, self.total, called, hits.sum(1), self.total.sum(1)])
+        self.official,self.malignant = _curves(table, arrays, units, len(self.stratum))
 
-    def __call__(self, draws)->np.ndarray: # [scores, k] of draws [units, k]
-        hits,n,called = np.split(self.counts.T@draws, 3)
-        official,balanced = self.official(draws)
-        by_class = np.concatenate([[divide(hits, n), divide(hits, called), divide(2*hits, n+called)], official])
-        by_class[:,~self.present] = np.nan
-        whole = np.stack([divide(*(self.whole@draws)), _mean(by_class[0], 0), balanced])
-        with_macro = np.concatenate([_mean(by_class, 1)[:,None], by_class], axis=1).reshape(-1, draws.shape[1])
-        if self.malignant is None: return np.concatenate([whole, with_macro])
-        return np.concatenate([whole, with_macro, rank_scores(self.malignant, draws)])
+    def __call__(self, draws)->np.ndarray: return self.with_half(draws)[0] # [scores, k] of draws [units, k]
+
+    def with_half(self, draws, half=None)->np.ndarray: # [1 or 2, scores, k]
+        "The scores of plain draws, and of the same draws with half lesions, as in `counts_in_draws`"
+        k = len(self.present)
+        counts,official = counts_in_draws(self.counts, draws, half, partial(_half_counts, k)),self.official(draws, half)
+        malignant = np.empty((len(counts), 0, draws.shape[1]))
+        if self.malignant is not None: malignant = ranks_in_draws(self.malignant, draws, half, k)
+        return np.stack([_in_order(self.present, *found) for found in zip(counts, official, malignant)])
 
 # %% ../nbs/60_evaluate.ipynb #188dc836
 def _labels_of(table, p, decided)->np.ndarray:
@@ -282,20 +313,20 @@ def _labels_of(table, p, decided)->np.ndarray:
     labels = official_labels(p)
     return np.where(table.decision.notna(), decided, labels) if 'decision' in table else labels
 
-def _malignant_curve(table, units, n_units, n_targets):
+def _malignant_curve(table, units, n_units):
     "The curve of malignant against benign; None where that is not a target"
     classes = classes_of(table)
     if not malignancy_is_a_target(classes): return None
     true = table.dx.isin(classes.malignant).to_numpy()
-    return curve_with_half_lesions(malignant_probability(table), true, units, n_units, len(classes), n_targets)
+    return rank_curve(malignant_probability(table), true, units, n_units)
 
-def _curves(table, units, n_units, n_targets)->tuple:
+def _curves(table, arrays, units, n_units)->tuple:
     "What ranks: the official scores, and the curve of malignant against benign; without the images of weight 0"
     counts = ~table.image_id.isin(ISIC_UNSCORED).to_numpy()
-    p,y,decided = (array[counts] for array in labelled(table))
+    p,y,decided = (array[counts] for array in arrays)
     table,units = table[counts],units[counts]
-    official = OfficialScores(p, y, _labels_of(table, p, decided), units, n_units, n_targets)
-    return official,_malignant_curve(table, units, n_units, n_targets)
+    official = OfficialScores(p, y, _labels_of(table, p, decided), units, n_units)
+    return official,_malignant_curve(table, units, n_units)
 
 # %% ../nbs/60_evaluate.ipynb #e95552aa
 def _targets(total, classes)->np.ndarray:
@@ -314,25 +345,22 @@ def _rarer_side(targets, classes)->pd.Series:
 # %% ../nbs/60_evaluate.ipynb #22alldrw
 def _recall_draws(plain, half, score, draws, seed, index):
     "Recall in draws with half lesions, as `class_recall_intervals` has it, written into `half`"
-    images,rows = draws@score.total,index.get_indexer([('recall', dx) for dx in _codes_of(index)])
+    rows = index.get_indexer([('recall', dx) for dx in _codes_of(index)])
+    images = (draws@score.total.astype(np.float32)).astype(np.float64) # whole numbers
     half[rows] = with_half_lesions(plain[rows].T*images, images, score.total, seed).T
 
 def _all_draws(table, units, n, seed)->tuple:
     "All scores in plain draws and with half lesions, units of the rarer side and of each class, and the values"
-    classes = classes_of(table)
-    total = unit_sums(units, labelled(table)[1], np.ones(len(table)), len(classes))
-    index,targets = score_index(classes),_targets(total, classes)
-    score = AllScores(table, units, targets.shape[1])
-    draws = unit_draws(score.stratum, n, seed)
-    # one score for both: without weight the half lesions are not there
-    weighted = np.pad(draws, ((0, 0), (0, 4*targets.shape[1])))
-    plain = in_draws(score, weighted, len(table))
-    weighted[:,draws.shape[1]:] = half_lesion_weights(targets, targets[:,-1], n, seed).reshape(n, -1)
-    half = in_draws(score, weighted, len(table))
+    classes,score = classes_of(table),AllScores(table, units)
+    index,targets = score_index(classes),_targets(score.total, classes)
+    draws,weights = unit_draws(score.stratum, n, seed),half_lesion_weights(targets, targets[:,-1], n, seed)
+    # the table itself is one draw more
+    once,none = np.ones((len(score.stratum), 1), dtype=draws.dtype),np.zeros((1, *weights.shape[1:]))
+    found = in_draws(score.with_half, np.hstack([draws.T, once]).T, len(table), np.concatenate([weights, none]))
+    (plain,half),value = found[...,:-1],found[0,:,-1]
     _recall_draws(plain, half, score, draws, seed, index)
-    once = np.append(np.ones(draws.shape[1]), np.zeros(4*targets.shape[1]))[:,None]
     rarer = index.get_level_values('dx').map(_rarer_side(targets, classes)).fillna(len(draws))
-    found = pd.DataFrame(dict(value=score(once)[:,0]), index=index)
+    found = pd.DataFrame(dict(value=value), index=index)
     return plain,half,rarer.to_numpy(dtype=int),(score.total>0).sum(0),found
 
 # %% ../nbs/60_evaluate.ipynb #22macrod
@@ -687,7 +715,9 @@ def _chosen_points(prob, true, units, draws, level, seed)->dict:
         if true.any() and not true.all():
             value,reached,step = _best(curve, once, free, at)
             images = unit_sums(units, np.where(true, 1, 0), np.ones(len(prob)), 2)[:,[int(free=='sensitivity')]]
-            drawn = in_draws(lambda d: _best(curve, d, free, at)[0], draws, len(prob))[:,None]*(draws@images)
+            # all steps of these draws are in memory
+            drawn = in_draws(lambda d: _best(curve, d, free, at)[0], draws, len(prob), numbers=1_000_000)
+            drawn = drawn[:,None]*(draws@images)
             low,high = _ends_around(value, with_half_lesions(drawn, draws@images, images, seed), level)[:,0]
             threshold = np.inf if step[0]<0 else curve.thresholds[step[0]]
             row = dict(threshold=threshold, value=value[0], low=low, high=high, reached=reached[0])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'STAGES', 'weighted_map', 'normalize_cams', 'resize_cams', 'whole_network', 'find_network', 'codes_of',
            'evaluating', 'extra_inputs', 'prepare_batch', 'scoring_network', 'layer_shapes', 'patch_grid',
-           'spatial_maps', 'last_spatial_layer', 'class_numbers', 'members_of', 'GradCAM', 'image_frame',
+           'spatial_maps', 'last_spatial_layer', 'class_numbers', 'members_of', 'fast_member', 'GradCAM', 'image_frame',
            'image_inputs', 'network_view', 'CamBatch', 'stream_cams', 'overlay_cam', 'plot_gradcam',
            'true_probabilities', 'plot_top_losses_gradcam', 'gradcam_folder']
 
@@ -29,7 +29,8 @@ from torch.nn import functional as F
 from .classes import class_set, classes_of
 from .core import (NOTICE, atomic_path, check_columns, image_files, progress, unknown_name, why_unreadable,
                                without_copies)
-from .networks import EnsembleNet, LesionNet, TwoStageNet, join_stages, route_stages
+from skin_lesions.networks import (EnsembleNet, LesionNet, TwoStageNet, fold_batchnorm, join_stages, route_stages,
+    weights_state)
 from .style import html_page, percent_text
 
 # %% ../nbs/50_gradcam.ipynb #08c3993c
@@ -386,10 +387,50 @@ def _stage_score(answer, target, stage, first, codes)->tuple:
     if stage=='one': return _stage_one_score(answer.s, target, first, n, codes)
     return _stage_two_score(answer.z, target, first, n, codes)
 
+# %% ../nbs/50_gradcam.ipynb #1c500001
+_MANY = 16 # images, from which on a faster copy of a network pays
+
+def _layer_output(net, name, x, patient)->Tensor:
+    "What a layer returns, None where it does not answer"
+    kept = []
+    def keep(module, _, out): kept.append(out.clone() if isinstance(out, Tensor) else None)
+    handle = net.get_submodule(name).register_forward_hook(keep)
+    try: net(x, *extra_inputs(patient, x.device))
+    finally: handle.remove()
+    return kept[-1] if kept else None
+
+def _folded(net, name, x, patient)->nn.Module:
+    "A copy without BatchNorm, channels last, whose layer returns the same; the network itself where there is none"
+    copy = fold_batchnorm(net, x, *extra_inputs(patient, x.device))
+    if copy is net: return net
+    copy = copy.to(memory_format=torch.channels_last)
+    ours,theirs = (_layer_output(n, name, x, patient) for n in (copy, net))
+    same = ours is not None and theirs is not None and ours.shape==theirs.shape
+    return copy if same and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3) else net
+
+# %% ../nbs/50_gradcam.ipynb #1c500002
+def fast_member(
+    explain, # `GradCAM`
+    i:int, # number of the member
+    x:Tensor, # [bs, 3, h, w]
+    name:str, # layer that is explained
+    patient:Tensor=None, # [bs, n], for a network with patient data
+)->nn.Module: # with the same names of layers
+    "A member of the network, or on a CPU, where there are many images, a copy of it that answers faster"
+    net = explain.members[i]
+    state = weights_state(net) if x.device.type=='cpu' and len(x)+explain.seen>=_MANY else None
+    if state is None: return net
+    key = i,name
+    if key not in explain.copies or explain.copies[key][0]!=state:
+        explain.copies[key] = state,_folded(net, name, x[:1], None if patient is None else patient[:1])
+    return explain.copies[key][1]
+
 # %% ../nbs/50_gradcam.ipynb #p8802002
 def _joint_target(explain, x, target, stage, patient):
     "One target for each image, the same for all members of an ensemble; a pair of classes for a contrast"
-    answer = _joint_answer([_answer(net, x, patient) for net in explain.members])
+    nets = [fast_member(explain, i, x, explain.layer_for(x, stage, patient, i), patient)
+            for i in range(len(explain.members))]
+    answer = _joint_answer([_answer(net, x, patient) for net in nets])
     if isinstance(target, str) and target=='contrast': return _two_most_probable(answer)
     first = getattr(explain.members[0], 'first', None)
     numbers,_ = _stage_score(answer, target, stage, first, explain.codes)
@@ -398,7 +439,8 @@ def _joint_target(explain, x, target, stage, patient):
 # %% ../nbs/50_gradcam.ipynb #p8802005
 def _member_map(explain, i, x, target, stage, patient)->tuple:
     "Maps of a member, its answer, and the classes explained"
-    net,name = explain.members[i],explain.layer_for(x, stage, patient, i)
+    name = explain.layer_for(x, stage, patient, i)
+    net = fast_member(explain, i, x, name, patient)
     with torch.no_grad(), _kept(net.get_submodule(name), name) as kept:
         answer = _answer(net, x, patient)
         if not kept: raise ValueError(f"layer {name!r} takes no part in this network's answer")
@@ -433,6 +475,7 @@ class GradCAM:
         self.members = members_of(self.net)
         self.layer = None if layer is None else _layer_name(self.members[0], layer)
         self.layers = {} # default layers, by part of the network and image size
+        self.seen,self.copies = 0,{} # images so far; faster copies of the members, by number and layer
         # of the last batch: what the network returned [bs, n], the classes explained [bs]
         self.output = self.target = None
         self._blocks = []
@@ -477,6 +520,7 @@ class GradCAM:
             if len(self.members)>1: target = _joint_target(self, x, target, stage, patient)
             cams,answers,self.target = _maps(self, x, target, stage, patient)
         self.output = _joint_answer(answers).out.detach().float()
+        self.seen += len(x)
         if resize: cams = resize_cams(cams, x.shape[2:])
         return cams if raw else normalize_cams(cams)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PATIENT_FEATURES', 'COMBINE', 'MOST_MEMBERS', 'load_body_weights', 'create_body', 'dense_head', 'n_patient',
            'ClassifierNet', 'LesionNet', 'join_stages', 'route_stages', 'TwoStageNet', 'EnsembleNet',
-           'network_from_config', 'classifier_config', 'full_precision', 'fold_batchnorm']
+           'network_from_config', 'classifier_config', 'full_precision', 'fold_batchnorm', 'weights_state']
 
 # %% ../nbs/30_networks.ipynb #45593659
 import copy, json, math
@@ -420,3 +420,18 @@ def fold_batchnorm(
         found = folded(*inputs)
     # where something stands between the two, the answers differ
     return folded if pairs and torch.allclose(found, expected, rtol=1e-3, atol=1e-3) else net
+
+# %% ../nbs/30_networks.ipynb #65fb0001
+def weights_state(
+    net:nn.Module, # any network
+)->list: # None where hooks look into it
+    "What changes when the weights of a network change; faster than its lists of parameters and modules"
+    state,todo = [],[net]
+    while todo:
+        m = todo.pop()
+        if m is None: continue
+        if m._forward_hooks or m._forward_pre_hooks: return None
+        for t in (*m._parameters.values(), *m._buffers.values()):
+            if t is not None: state.append((id(t), 0 if t.is_inference() else t._version, t.data_ptr()))
+        todo += m._modules.values()
+    return state

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .bundle import PixelNet, decision_part, halved, network_of, ood_of, open_files, read_files
-from .classes import ClassSet
+from .classes import ClassSet, with_classes
 from .core import (BUNDLE_NAMES, NOTICE, check_columns, image_files, named_bundle, read_image,
                                reuse_memory, without_copies)
 from .core import progress as progress_over
@@ -219,8 +219,8 @@ def _table(predictor, images, names, problems, answers)->pd.DataFrame:
     p,scores = np.full((len(good), len(predictor.codes)), np.nan),np.full(len(good), np.nan)
     if answers: p[good] = np.concatenate([p for p,_ in answers])
     table = pd.DataFrame(p, columns=predictor.codes)
+    table.attrs = dict(predictor._attrs)
     table.insert(0, 'image_id', names)
-    table.attrs['classes'] = predictor.record['classes']
     for c in ('dx', 'group'):
         if isinstance(images, pd.DataFrame) and c in images and images[c].notna().any(): table[c] = images[c].to_numpy()
     if predictor.ood is not None:
@@ -250,7 +250,7 @@ class Predictor:
         self.ood = ood_of(record, tensors or {}, model)
         self.network = PixelNet(model, record['normalization'])
         self._crop = {{'name': 'crop'}.get(k, k): v for k,v in record['crop'].items()} # arguments of `view_images`
-        self._learner = None
+        self._learner,self._attrs = None,with_classes(pd.DataFrame(), self.classes).attrs # of tables, quick to copy
         self.to(device)
 
     def to(self,

@@ -74,11 +74,11 @@ PIECES = """
 .sl img{height:auto;max-width:100%}
 .sl figure img.plot{background:#fff;border-radius:.3rem}
 .sl .pair,.sl .gallery{gap:1rem;padding:0;margin:1rem 0;list-style:none}
-.sl .pair{display:flex;flex-wrap:wrap}.sl .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(12rem,1fr))}
+.sl .pair{display:flex;flex-wrap:wrap}
+.sl .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(12rem,1fr))}
 .sl .pair figure{flex:1 1 16rem;max-width:22.5rem;margin:0}
 .sl .pair img,.sl .gallery img{width:100%;border-radius:.3rem;display:block}
-.sl .gallery figure{margin:0}
-.sl .gallery figcaption{font-size:.85rem;overflow-wrap:anywhere}
+.sl .gallery figure{margin:0}.sl .gallery figcaption{font-size:.85rem;overflow-wrap:anywhere}
 .sl summary{cursor:pointer}.sl dd{margin:0 0 .5rem}
 """
 

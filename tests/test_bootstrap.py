@@ -88,3 +88,25 @@ def test_the_interval_of_a_recall_near_one_holds_the_truth(lesions):
         inside.append(kinds)
     half, plain = np.mean(inside, axis=0)
     assert half >= (.93 if lesions < 150 else .92) and (lesions > 20 or plain < .8)
+
+
+@pytest.mark.parametrize('steps', [1, 3, 16])
+def test_a_curve_in_blocks_of_steps_is_the_curve(monkeypatch, steps):
+    "Whatever the number of steps at a time, with ties, draws without positives or negatives, and half lesions"
+    rng = np.random.default_rng(3)
+    n = 60
+    units, true, score = np.arange(n)//2, rng.random(n) < .3, rng.integers(0, 12, n)/12
+    draws = rng.integers(0, 3, (n//2, 25)).astype(float)
+    draws[np.isin(np.arange(n//2), units[true]), 0] = 0
+    draws[:, 1] = 0
+    half = rng.random((4, 25))
+    whole = bootstrap.rank_scores(bootstrap.rank_curve(score, true, units, n//2), draws, half=half)
+    monkeypatch.setattr(bootstrap, '_STEPS', steps)
+    curve = bootstrap.rank_curve(score, true, units, n//2)
+    np.testing.assert_allclose(bootstrap.rank_scores(curve, draws, half=half), whole, atol=1e-12)
+    ends = np.append(score, [2, -1, 2, -1]), np.append(true, [True, True, False, False]), np.append(units, n//2+np.arange(4))
+    counts = bootstrap.rank_counts(bootstrap.rank_curve(*ends, n//2+4), np.vstack([draws, half]))
+    area = (counts.positives*(counts.false_positives-counts.negatives/2)).sum(0)/(counts.n_positives*counts.n_negatives)
+    np.testing.assert_allclose(whole[1, 0], 1-area, atol=1e-12)
+    assert np.isnan(whole[0, :2, :2]).all() and (whole[0, 2, :2] == 0).all() and not np.isnan(whole[1]).any()
+    assert not np.isnan(whole[0, :, 2:]).any()

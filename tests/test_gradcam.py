@@ -282,3 +282,51 @@ def test_other_shapes_of_images(x):
     assert GradCAM(net).cam(torch.randn(2, 3, 32, 96), 1, resize=False).shape == (2, 2, 6)
     net = LesionNet(create_body('vit_tiny_patch16_224', pretrained=False, **TINY, dynamic_img_size=True), 7, hidden=(16,)).eval()
     assert GradCAM(net).cam(torch.randn(2, 3, 80, 48), 1, resize=False).shape == (2, 5, 3)
+
+
+@pytest.mark.parametrize('kind', ['one-stage', 'two-stage', 'ensemble'])
+def test_many_images_are_explained_by_a_folded_copy(kind):
+    "The maps, classes and answers are those of the network, and follow it when its weights change"
+    from skin_lesions.gradcam import GradCAM
+    from skin_lesions.networks import EnsembleNet
+    nets = [network('two' if kind != 'one-stage' else 'one', 'test_efficientnet', seed) for seed in range(2)]
+    for net in nets:
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.running_mean.normal_(0, .1)
+                m.running_var.uniform_(.5, 2)
+    net = EnsembleNet(nets).eval() if kind == 'ensemble' else nets[0].eval()
+    x = torch.randn(20, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with GradCAM(net) as many, GradCAM(net) as few:
+        for target in (None, 3, 'contrast'):
+            cams = many.cam(x, target)
+            for i in range(0, 20, 5):
+                few.seen = 0
+                torch.testing.assert_close(cams[i:i+5], few.cam(x[i:i+5], target), rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(many.output[i:i+5], few.output, rtol=1e-3, atol=1e-3)
+        assert few.copies == {} and len(many.copies) == len(many.members)
+        assert not [m for _, copy in many.copies.values() for m in copy.modules() if isinstance(m, nn.BatchNorm2d)]
+        with torch.no_grad():
+            for p in many.members[0].body.parameters(): p.mul_(-1)
+        few.seen = 0
+        changed = many.cam(x, 3)[:5]
+        torch.testing.assert_close(changed, few.cam(x[:5], 3), rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(changed, cams[:5], atol=1e-2)
+
+
+def test_hooks_and_layers_before_a_folded_norm_see_the_network_itself():
+    "A convolution whose BatchNorm would be folded into it returns something else in the copy; hooks would not be called"
+    from skin_lesions.gradcam import GradCAM
+    net = network('one', 'test_efficientnet').eval()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d): m.running_var.uniform_(.2, .5)
+    x = torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    convolution = [n for n, m in net.named_modules() if isinstance(m, nn.Conv2d)][-1]
+    with GradCAM(net, convolution) as many, GradCAM(net, convolution) as few:
+        torch.testing.assert_close(many.cam(x, 1)[:4], few.cam(x[:4], 1), rtol=1e-3, atol=1e-3)
+        assert many.copies[0, convolution][1] is net
+    calls = []
+    handle = net.register_forward_hook(lambda *_: calls.append(1))
+    with GradCAM(net) as explain: explain.cam(x, 1)
+    handle.remove()
+    assert calls and explain.copies == {}

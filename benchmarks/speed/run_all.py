@@ -4,7 +4,7 @@
 
 The table goes to benchmarks/results/speed.csv.
 """
-import argparse, json, os, platform, subprocess, sys
+import argparse, json, os, platform, shlex, subprocess, sys
 from datetime import date
 from fractions import Fraction
 from pathlib import Path
@@ -59,7 +59,7 @@ def main(args):
     for script in SCRIPTS:
         if args.only and not any(part in ' '.join(script) for part in args.only): continue
         print('--', *script, flush=True)
-        rows += rows_of(script)
+        rows += rows_of((*script, *shlex.split(args.arguments)))
     if not rows: sys.exit('nothing was measured; the table stays as it is')
     table = pd.DataFrame(rows)
     table['holds'] = table.apply(holds, axis=1)
@@ -77,4 +77,5 @@ if __name__ == '__main__':
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--out', default=str(RESULTS/'speed.csv'), help='CSV to write')
     parser.add_argument('--only', nargs='+', help='parts of script names; other rows of the table are kept')
+    parser.add_argument('--arguments', default='', help="further arguments of each script, such as '--cpu'")
     main(parser.parse_args())

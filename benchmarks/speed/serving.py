@@ -5,11 +5,12 @@
 A folder of 600x450 JPEGs by a predictor with onnxruntime, in float32 and in int8 (calibrated on 64 of the images, not
 compared on labels, because speed does not depend on them), against the predictor as it is; five networks looking eight
 times at one image against one network looking once; intervals of all scores from 1,000 draws of 10,000 images against
-a loop over scikit-learn, which makes a few draws and is extrapolated; and training in two processes of one thread
-against one process of two. With `--cpu`, CPU seconds of the process are counted instead of seconds, for a machine
-that does something else; processes that run side by side cannot be measured like that and are left out.
+loops over scikit-learn, of the same scores and of accuracy, average recall and AUCs alone, which make a few draws and
+are extrapolated; and training in two processes of one thread against one process of two. With `--cpu`, CPU seconds of
+the process are counted instead of seconds, for a machine that does something else; processes that run side by side
+cannot be measured like that and are left out.
 """
-import argparse, os, tempfile, time
+import argparse, os, sys, tempfile, time
 from pathlib import Path
 
 from sides import Side, in_turn, report
@@ -78,18 +79,26 @@ def intervals(n, draws, cpu=False):
     return run
 
 
-def loop(n, draws, cpu=False):
-    "Draws a second of a loop over scikit-learn"
+def loop(n, draws, every=False, cpu=False):
+    "Draws a second of a loop over scikit-learn, with every score, or with accuracy, average recall and AUCs"
+    import warnings
     import numpy as np
     from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
     from skin_lesions.classes import HAM10000
     table, now, codes = scores_table(n), clock(cpu), list(HAM10000)
     p, y = table[codes].to_numpy(), table.dx.map({c: i for i, c in enumerate(codes)}).to_numpy()
     rows, rng = np.arange(n).reshape(-1, 2), np.random.default_rng(0)
+    if every:
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+        from score_intervals import plain_scores
+        warnings.simplefilter('ignore')  # of a class that is never called
     def run():
         start = now()
         for _ in range(draws):
             some = rows[rng.integers(0, len(rows), len(rows))].ravel()
+            if every:
+                plain_scores(p[some], y[some])
+                continue
             accuracy_score(y[some], p[some].argmax(1))
             recall_score(y[some], p[some].argmax(1), average='macro')
             roc_auc_score(y[some], p[some], multi_class='ovr', labels=range(7))
@@ -171,9 +180,11 @@ def rows_of(tmp, args):
     yield ('five networks, eight views, one image', 'one network, one view', '<= 20', seconds,
            ('one_image', dict(image=image, bundle=str(tmp/'five'), views='dihedral', cpu=args.cpu)),
            ('one_image', dict(image=image, bundle=str(tmp/'one'), cpu=args.cpu)))
-    yield (f'intervals of all scores, {n:,} images, {draws:,} draws', f'a loop over scikit-learn, {few} draws',
-           '>= 200', f'draws/{per}', ('intervals', dict(n=n, draws=draws, cpu=args.cpu)),
-           ('loop', dict(n=n, draws=few, cpu=args.cpu)))
+    for every, what in ((True, 'the same scores'), (False, 'accuracy, average recall and AUCs only')):
+        yield (f'intervals of all scores, {n:,} images, {draws:,} draws',
+               f'a loop over scikit-learn, {what}, {few} draws', '>= 200', f'draws/{per}',
+               ('intervals', dict(n=n, draws=draws, cpu=args.cpu)),
+               ('loop', dict(n=n, draws=few, every=every, cpu=args.cpu)))
     if args.cpu or args.smoke: return
     from skin_lesions.synthetic import synthetic_dataset
     synthetic_dataset(tmp/'training', 336, seed=0, show=False)
