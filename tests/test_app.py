@@ -249,6 +249,10 @@ def test_for_people_with_other_eyes_and_hands(chromium, app, sample, tmp_path, s
     page.locator('#result table').wait_for(timeout=60_000)
     page.locator('#result summary').first.click()
     check('many')
+    of_row, of_map = (page.locator(f'#result {e}').first for e in ('tbody tr', 'details[open] img'))
+    framed = of_row.evaluate('e => parseFloat(getComputedStyle(e).borderTopWidth) >= 1')
+    assert framed == (width < 480), 'on a phone, each image has a frame'
+    assert of_map.bounding_box()['width'] >= 150 and of_map.evaluate("e => {const w = e.closest('.wide'); return w.scrollWidth <= w.clientWidth}"), 'a map is large, and nothing of it is cut off'
     page.context.close()
 
 
@@ -273,7 +277,7 @@ def test_the_answer_as_one_file(page, chromium, sample, tmp_path):
     other = context.new_page()
     other.on('request', lambda r: asked.append(r.url))
     other.goto(file.as_uri())
-    saved = other.locator('main').inner_text()
+    saved = other.locator('main').inner_text().replace('\N{NO-BREAK SPACE}', ' ')
     for line in filter(None, map(str.strip, shown.replace('Save as one file', '').replace('Print', '').splitlines())): assert line in saved, line
     assert NOTICE.split(':')[0] in saved and not other.locator('button').count()
     images = other.locator('img')

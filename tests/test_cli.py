@@ -707,7 +707,7 @@ def test_the_map_s_caption_says_what_predict_prints(sample, finished_run, call, 
         assert status == 0, error
         gallery = (tmp_path/command/'gallery.html').read_text()
         name = HAM10000.full_name(decision)
-        assert f'predicted {name} ({p[decision]:.1%}); map: {name}' in gallery
+        assert f'predicted {name} ({percent_text(p[decision])}); map: {name}' in gallery.replace('\N{NO-BREAK SPACE}', ' ')
         if command == 'predict': assert f'{percent_text(p[decision])}  {decision}' in printed and f'Suggests: {HAM10000.full_name(decision)};' in printed
 
 
