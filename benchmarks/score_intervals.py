@@ -38,6 +38,7 @@ def synthetic_table(n_images, n_lesions, seed=42):
 
 def auc_above(y, p, sensitivity=.8):
     "Area under the ROC curve where the sensitivity is above a limit"
+    if not y.any(): return np.nan # few images may lack a class
     fpr, tpr, _ = skm.roc_curve(y, p, drop_intermediate=False)
     i = np.argmax(tpr >= sensitivity)
     start = np.interp(sensitivity, tpr[i-1:i+1], fpr[i-1:i+1])

@@ -169,7 +169,7 @@ def _table_row(answer, row, classes):
     if not words.finding:
         return Tr(name, Td(words.advice, ' ', Small(' '.join(words.notes)), colspan=4), cls='without')
     cells = dict(suggests=classes.full_name(named_code(row, classes.codes)), risk=percent_text(words.risk))
-    if words.among: cells['suggests'] += f' (not excluded: {words.among})'
+    if words.among not in ('', cells['suggests']): cells['suggests'] += f' (not excluded: {words.among})'
     advice = words.finding.split('; ')[-1].rstrip('.') # the words of the finding
     heads = {'suggests': cells['suggests'], 'malignancy risk': cells['risk'], 'advice': advice}
     return Tr(name, *[Td(text, data_head=head) for head,text in heads.items()], Td(_map(answer)))

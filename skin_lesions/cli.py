@@ -13,14 +13,14 @@ __all__ = ['Views', 'ViewsOrAuto', 'Rule', 'Calibration', 'Split', 'Engine', 'Ch
            'readable_rows', 'map_entries', 'in_classes', 'images_to_judge', 'predict_labelled', 'write_report',
            'check_evaluated', 'note_overlap', 'evaluate', 'print_pairs', 'audit_labels', 'check_audited', 'audit',
            'print_benefit', 'benefit', 'print_stress', 'stress', 'stress_and_print', 'check_known_arch',
-           'named_embedder', 'embed', 'check_probed', 'probe', 'read_patients', 'note_ood', 'print_answer', 'words_of',
-           'with_patients', 'open_maps', 'check_layer', 'write_maps', 'predict', 'answer_records', 'print_json',
-           'print_csv', 'print_lines', 'print_answers', 'gradcam', 'print_fitted', 'set_bounds', 'sets_asked_for',
-           'print_sets', 'calibrate', 'ensemble', 'combined', 'submit', 'check_graph', 'export_onnx', 'check_quantize',
-           'quantize', 'print_int8', 'check_signed', 'sign', 'verify', 'app', 'check_experiments', 'paper_runs',
-           'print_recipes', 'run_line', 'opened_pool', 'run_all', 'print_paper_table', 'run_options', 'paper',
-           'reproduce_bundle', 'print_reproduced', 'demo_recipe', 'demo', 'demo_sample', 'run_demo', 'predict_demo',
-           'argument_parser', 'shell_words', 'plain_warnings', 'main']
+           'check_embedder', 'named_embedder', 'embed', 'check_probed', 'probe', 'read_patients', 'note_ood',
+           'print_answer', 'words_of', 'with_patients', 'open_maps', 'check_layer', 'write_maps', 'predict',
+           'answer_records', 'print_json', 'print_csv', 'print_lines', 'print_answers', 'gradcam', 'print_fitted',
+           'set_bounds', 'sets_asked_for', 'print_sets', 'calibrate', 'ensemble', 'combined', 'submit', 'check_graph',
+           'export_onnx', 'check_quantize', 'quantize', 'print_int8', 'check_signed', 'sign', 'verify', 'app',
+           'check_experiments', 'paper_runs', 'print_recipes', 'run_line', 'opened_pool', 'run_all',
+           'print_paper_table', 'run_options', 'paper', 'reproduce_bundle', 'print_reproduced', 'demo_recipe', 'demo',
+           'demo_sample', 'run_demo', 'predict_demo', 'argument_parser', 'shell_words', 'plain_warnings', 'main']
 
 # %% ../nbs/81_cli.ipynb #733f8970
 import argparse, ast, contextlib, glob, inspect, io, os, re, sys, tempfile, textwrap, tokenize, warnings
@@ -170,11 +170,13 @@ def check_bundle(
     raise FileNotFoundError(f"{bundle} does not exist; give a run folder, a bundle, hf://owner/name, "
                             f"or the name of a network of the package: {', '.join(BUNDLE_NAMES)}")
 
+# %% ../nbs/81_cli.ipynb #p47c41e6
 def check_target(
     target, # class to explain, see `skin_lesions.gradcam.GradCAM.cam`, or None
     bundle, # as for `open_bundle`
 ):
-    "Raise where a bundle's record has no such class, before PyTorch is imported"
+    "Raise where there is no bundle, or its record has no such class, before PyTorch is imported"
+    check_bundle(bundle)
     if target in (None, 'true', 'contrast', 'rest'): return
     # what else is wrong with a bundle is said when it is opened
     try:
@@ -875,6 +877,13 @@ def check_known_arch(
     known = [n for text in sources for n in re.findall(r'^@register_model\ndef (\w+)\(', text, re.M)]
     if known: raise ValueError(unknown_name('architecture', arch, sorted(known)))
 
+# %% ../nbs/81_cli.ipynb #p37c0396
+def check_embedder(arch, bundle):
+    "Raise where two networks are named, or one that is not there"
+    if arch and bundle: raise ValueError('--arch and --bundle both name a network; give one of them')
+    if bundle is not None: check_bundle(bundle)
+    if arch is not None: check_known_arch(arch)
+
 def named_embedder(
     arch, # timm architecture; None where a bundle is named
     bundle, # as for `open_bundle`; None for an architecture
@@ -903,9 +912,7 @@ def embed(
 )->int:
     "Write the features of images, from a network that is not trained any further"
     if Path(out).suffix!='.npz': raise ValueError(f'--out must end in .npz, got {out}')
-    if arch and bundle: raise ValueError('--arch and --bundle both name a network; give one of them')
-    if bundle is not None: check_bundle(bundle)
-    if arch is not None: check_known_arch(arch)
+    check_embedder(arch, bundle)
     check_images(kwargs)
     check_out(out)
     maker,meta = named_embedder(arch, bundle, size, head, device),read_images(**kwargs, show=not quiet)
@@ -1026,11 +1033,13 @@ def open_maps(files, bundle, graph, out, maps, overwrite)->Path: # folder for Gr
 def check_layer(
     predictor, # `Predictor`
     layer, # by name; None for the last spatial one
-):
+): # the same
     "Raise where a network has no such layer, before it predicts; only the network itself knows its layers"
     from skin_lesions.gradcam import GradCAM
     GradCAM(predictor, layer)
+    return predictor
 
+# %% ../nbs/81_cli.ipynb #pe6a6685
 def write_maps(
     predictor, # `Predictor`
     files, # image files
@@ -1148,11 +1157,9 @@ def gradcam(
 )->int:
     "Show where a network looked: an image with its map for each image, and a gallery"
     files = files_alone(named_images(images))
-    check_bundle(bundle)
     check_target(target, bundle)
     patient_data,folder = read_patients(patients),output_folder(out, overwrite)
-    predictor = open_bundle(bundle, device)
-    check_layer(predictor, layer)
+    predictor = check_layer(open_bundle(bundle, device), layer)
     answers = predictor.predict(files, patient_data, progress=not quiet)
     options = dict(target=target, method=method, layer=layer, stage=stage, show=not quiet)
     write_maps(predictor, files, folder, answers, patient_data, **options)

@@ -31,7 +31,7 @@ from .core import (NOTICE, atomic_path, check_columns, image_files, progress, un
                                without_copies)
 from skin_lesions.networks import (EnsembleNet, LesionNet, TwoStageNet, fold_batchnorm, join_stages, route_stages,
     weights_state)
-from .style import html_page
+from .style import html_page, percent_text
 
 # %% ../nbs/50_gradcam.ipynb #08c3993c
 METHODS = ('gradcam', 'gradcam++', 'hirescam')
@@ -683,7 +683,7 @@ def _caption(batch, i, codes, stage, names=None)->str:
     what = f"map: {_explained(batch.target[i], names, stage)}"
     # of such an image neither the probabilities nor the decision mean anything
     if batch.ood[i]: return f"{row.image_id}: out-of-distribution, does not look like a dermatoscopic image; {what}"
-    def say(number): return f'{names[int(number)]} ({p[int(number)]:.1%})'
+    def say(number): return f'{names[int(number)]} ({percent_text(p[int(number)])})'
     true = row.get('dx')
     known = f"true {say(codes.index(true))}, " if true in codes else ''
     return f"{row.image_id}: {known}predicted {say(batch.decided[i])}; {what}"
@@ -804,7 +804,7 @@ def _unreadable_list(unreadable, most=100):
     if not unreadable: return ()
     lines = [Li(f'{Path(path).name} ({why})') for path,why in list(unreadable.items())[:most]]
     if len(unreadable)>most: lines.append(Li('…'))
-    return H2(f'{len(unreadable):,} files that cannot be read'),Ul(*lines)
+    return H2(f"{len(unreadable):,} file{'s'*(len(unreadable)!=1)} that cannot be read"),Ul(*lines)
 
 # %% ../nbs/50_gradcam.ipynb #cae2ed79
 def _gallery_text(n_figures, n, target, stage, method)->str:

@@ -75,6 +75,6 @@ def suspect_gallery(
     text = f'{len(rows)} of {len(suspects)} labels deserve a second look. The network may be wrong as well.'
     if len(rows)>limit: text += f' The first {limit} are shown.'
     figures = [_suspect_figure(row, paths.get(row.image_id)) for row in rows.head(limit).itertuples()]
-    page = html_page('Labels', H1('Labels'), P(text), Ul(*figures, cls='gallery'), broad=True, files=True)
+    page = html_page('Labels', H1('Labels'), P(text), Ul(*figures, cls='gallery single'), broad=True, files=True)
     Path(out).write_text(page, encoding='utf-8')
     return Path(out)

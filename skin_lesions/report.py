@@ -104,6 +104,7 @@ def html_table(
     # a table that is wider than the screen scrolls, also by the keyboard
     return Div(Table(*top, Tbody(*body), cls=css or None), cls='wide', tabindex='0')
 
+# %% ../nbs/64_report.ipynb #p3e90203
 def html_figure(
     draw, # function that gets a matplotlib figure
     size:tuple, # width and height, inches
@@ -116,7 +117,8 @@ def html_figure(
     FigureCanvasAgg(fig).print_png(file, metadata={'Software': None}) # savefig draws twice; a version changes bytes
     data = base64.b64encode(file.getvalue()).decode()
     image = Img(alt=alt, cls='plot', style=f'max-width:min(100%,{size[0]:g}in)', src=f'data:image/png;base64,{data}')
-    return FigureTag(image, Figcaption(caption))
+    # on a phone, a figure of several panels scrolls
+    return FigureTag(Div(image, cls='wide', tabindex='0') if size[0]>6 else image, Figcaption(caption))
 
 # %% ../nbs/64_report.ipynb #4c110404
 _METHOD = (
@@ -171,7 +173,7 @@ _ALTERNATIVES = dict( # for people who do not see the figures
 # %% ../nbs/64_report.ipynb #8e2aeef3
 def _score_card(name, row):
     "One of the large numbers at the top"
-    interval = f'95 % interval {number_text(row.low)} to {number_text(row.high)}'
+    interval = f'{number_text(row.low)} to {number_text(row.high)} (95 %)'
     return Li(name, Strong(number_text(row.value)), Small(interval))
 
 def _absent_note(absent, classes):
@@ -208,8 +210,8 @@ def _class_counts(table, with_lesions)->list:
     units,classes,rows = units_of(table)[0],classes_of(table),[]
     for c in classes:
         own = (table.dx==c).to_numpy()
-        lesions = [len(np.unique(units[own]))] if with_lesions else []
-        rows.append((c, int(own.sum()), *lesions, classes.full_name(c)))
+        lesions = [f'{len(np.unique(units[own])):,}'] if with_lesions else []
+        rows.append((c, f'{own.sum():,}', *lesions, classes.full_name(c)))
     return rows
 
 def _evaluated_section(table, run)->list:
@@ -231,7 +233,7 @@ def _class_section(table, intervals)->list:
     rows = []
     for c in classes_of(table):
         precision,f1 = (number_text(intervals.value[score, c]) for score in ('precision', 'f1'))
-        rows.append((c, int((table.dx==c).sum()), with_interval('recall', c), precision, f1, with_interval('auc', c)))
+        rows.append((c, f'{(table.dx==c).sum():,}', with_interval('recall', c), precision, f1, with_interval('auc', c)))
     return [H2('By class'), html_table(rows, ['class', 'images', 'recall', 'precision', 'F1', 'AUC'], 'num')]
 
 def _point_table(points):
@@ -266,9 +268,9 @@ def _subgroup_table(table, meta, by):
     "Average recall in each subgroup"
     rows = []
     for group,r in scores_by(table, meta, by).iterrows():
-        counts = [int(r[c]) for c in ('images', 'lesions', 'classes', 'fewest')]
-        rows.append((group, *counts, interval_text(r.average_recall, r.low, r.high)))
-    head = [_SUBGROUPS[by].lower(), 'images', 'lesions', 'classes', 'fewest', 'average recall']
+        counts = [f'{int(r[c]):,}' for c in ('images', 'lesions', 'classes', 'fewest')]
+        rows.append((group, interval_text(r.average_recall, r.low, r.high), *counts))
+    head = [_SUBGROUPS[by].lower(), 'average recall', 'images', 'lesions', 'classes', 'fewest']
     return html_table(rows, head, 'num')
 
 def _subgroup_section(table, meta)->list:
@@ -302,12 +304,14 @@ def _history_section(history)->list:
     return [H2('Training'), Div(*figures, cls='pair')]
 
 # %% ../nbs/64_report.ipynb #64a00001
+_BINS = 15 # of the diagrams, as of the calibration error, so that both state one number
+
 def _trust_section(table)->list:
     "Whether probabilities mean what they say, and what referring the uncertain ones buys"
     malignant = classes_of(table).knows_malignancy and 0<table.dx.isin(classes_of(table).malignant).mean()<1
     kinds = [None, 'malignant'] if malignant else [None]
     def draw(fig):
-        for ax,of in zip(np.ravel(fig.subplots(1, len(kinds))), kinds): plot_reliability(table, of, ax=ax)
+        for ax,of in zip(np.ravel(fig.subplots(1, len(kinds))), kinds): plot_reliability(table, of, _BINS, ax=ax)
     reliability = html_figure(draw, (3.7*len(kinds), 3.5), _ALTERNATIVES['reliability'], _CAPTIONS['reliability'])
     coverage = _named_figure('coverage', lambda fig: plot_risk_coverage(table, ax=fig.subplots()), (4.8, 3.6))
     errors = ', '.join(number_text(expected_calibration_error(table, of=of)) for of in kinds)
@@ -400,7 +404,7 @@ def _error_section(table, meta, folder)->list:
     if not len(worst): return []
     addresses = {i: _beside(paths[i], folder) for i in worst.image_id if i in paths and Path(paths[i]).is_file()}
     figures = [_error_figure(row, classes, addresses.get(row.image_id)) for row in worst.itertuples()]
-    return [H2('Worst errors'), P(_ERRORS_NOTE, cls='small'), Ul(*figures, cls='gallery')]
+    return [H2('Worst errors'), P(_ERRORS_NOTE, cls='small'), Ul(*figures, cls='gallery single')]
 
 # %% ../nbs/64_report.ipynb #d4f1818f
 DEFINITIONS = {

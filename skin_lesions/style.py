@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LIGHT', 'DARK', 'FONTS', 'PIECES', 'TABLES', 'NARROW', 'SCORES', 'ANSWERS', 'PRINT', 'PIECE_STYLE', 'APP_STYLE',
-           'number_text', 'interval_text', 'percent_text', 'color_variables', 'html_page']
+           'number_text', 'interval_text', 'percent_text', 'color_variables', 'unbroken', 'html_page']
 
 # %% ../nbs/04_style.ipynb #04a00003
-import math
+import math, re
 
 # %% ../nbs/04_style.ipynb #04a00006
 def number_text(
@@ -73,13 +73,13 @@ PIECES = """
 .sl figure{margin:1rem 0}
 .sl img{height:auto;max-width:100%}
 .sl figure img.plot{background:#fff;border-radius:.3rem}
-.sl .pair,.sl .gallery{display:flex;flex-wrap:wrap;gap:1rem;padding:0;margin:1rem 0;list-style:none}
-.sl .pair figure{flex:1 1 16rem;max-width:3.6in;margin:0}
+.sl .pair,.sl .gallery{gap:1rem;padding:0;margin:1rem 0;list-style:none}
+.sl .pair{display:flex;flex-wrap:wrap}
+.sl .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(12rem,1fr))}
+.sl .pair figure{flex:1 1 16rem;max-width:22.5rem;margin:0}
 .sl .pair img,.sl .gallery img{width:100%;border-radius:.3rem;display:block}
-.sl .gallery figure{margin:0;width:12rem}
-.sl .gallery figcaption{font-size:.85rem;overflow-wrap:anywhere}
-.sl summary{cursor:pointer}
-.sl dd{margin-left:0}
+.sl .gallery figure{margin:0}.sl .gallery figcaption{font-size:.85rem;overflow-wrap:anywhere}
+.sl summary{cursor:pointer}.sl dd{margin:0 0 .5rem}
 """
 
 # %% ../nbs/04_style.ipynb #04a00013
@@ -87,7 +87,7 @@ TABLES = """
 .sl .wide{overflow-x:auto;margin:.6rem 0}
 .sl table{border:0;border-collapse:collapse;font-variant-numeric:tabular-nums}
 .sl th,.sl td{padding:.25rem .7rem;text-align:right;border:0;border-bottom:1px solid var(--sl-line);vertical-align:top}
-.sl :is(thead,tbody,tr){border:0}
+.sl thead,.sl tbody,.sl tr{border:0}
 .sl th,.sl dt{font-weight:600}
 .sl thead th{border-bottom:2px solid var(--sl-quiet);white-space:nowrap}
 .sl tbody th,.sl thead th:first-child,.sl .words td,.sl .words th{text-align:left}
@@ -96,7 +96,9 @@ TABLES = """
 .sl .num th,.sl .num td{padding-left:.45rem;padding-right:.45rem}
 .sl th:first-child{padding-left:0}
 .sl .names td:last-child,.sl .names th:last-child,.sl .run td{text-align:left}
-.sl .run td,.sl .words td{overflow-wrap:anywhere}
+.sl .run td{overflow-wrap:anywhere}
+.sl .words td{overflow-wrap:break-word}
+.sl .words thead th{white-space:normal}
 .sl .run th{font-weight:400;color:var(--sl-quiet)}
 """
 
@@ -105,7 +107,13 @@ NARROW = """
 @media(max-width:30rem){
  .sl table{font-size:.88rem}
  .sl th,.sl td{padding:.25rem .35rem}
- .sl .gallery li,.sl .gallery figure{width:100%}
+ .sl tbody th,.sl thead th,.sl .num td{white-space:normal}
+ .sl .num{font-size:.82rem}
+ .sl .num th,.sl .num td{padding-left:.15rem;padding-right:.15rem}
+ .sl .num th:first-child{padding-left:0}
+ .sl .gallery{grid-template-columns:1fr}
+ .sl .gallery.single{grid-template-columns:1fr 1fr}
+ .sl .wide img.plot{max-width:none!important;width:34rem}
  .sl .stack thead{position:absolute;left:-999rem}
  .sl .stack,.sl .stack tbody,.sl .stack tr,.sl .stack th,.sl .stack td{display:block;width:auto}
  .sl .stack tr{border:1px solid var(--sl-line);border-radius:.4rem;padding:.5rem .7rem;margin:.7rem 0}
@@ -137,7 +145,8 @@ ANSWERS = """
 .sl .thumb{display:flex;gap:.6rem;min-width:11rem;align-items:center;font-weight:600}
 .sl .thumb span{overflow-wrap:anywhere;white-space:normal}
 .sl .thumb img{width:4rem;height:auto;border-radius:.3rem;flex:none}
-.sl .stack details img{width:12rem;border-radius:.3rem}
+.sl .stack summary{white-space:nowrap}
+.sl .stack details img{width:10rem;max-width:none;border-radius:.3rem}
 """
 
 PRINT = """
@@ -156,6 +165,11 @@ html{{background:{LIGHT['page']}}}
 body.sl{{margin:0 auto;max-width:44rem;padding:1rem 1rem 3rem;background:var(--sl-page);
  font:1rem/1.5 {','.join(f'"{f}"' if ' ' in f else f for f in FONTS)}}}
 body.sl.broad{{max-width:70rem}}
+/* where a table goes on beyond the edge, the edge is dark */
+body.sl .wide{{background:linear-gradient(90deg,var(--sl-page) 1rem,transparent) 0 0/2rem 100% no-repeat local,
+ linear-gradient(270deg,var(--sl-page) 1rem,transparent) 100% 0/2rem 100% no-repeat local,
+ linear-gradient(90deg,var(--sl-line),transparent) 0 0/1rem 100% no-repeat,
+ linear-gradient(270deg,var(--sl-line),transparent) 100% 0/1rem 100% no-repeat}}
 """
 
 # %% ../nbs/04_style.ipynb #04a0001b
@@ -177,6 +191,13 @@ APP_STYLE = """
 """
 
 # %% ../nbs/04_style.ipynb #04a00017
+def unbroken(
+    html:str, # of a page
+)->str:
+    "Keep a percent sign on the line of its number, and the ends of an interval on one line"
+    html = re.sub(r'(?<=\d) %', '\N{NO-BREAK SPACE}%', html)
+    return re.sub(r'\((\S+) to (\S+)\)', '(\\1\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}\\2)', html)
+
 def html_page(
     title:str, # of the window
     *parts, # tags of the page
@@ -192,4 +213,4 @@ def html_page(
                 Meta(**{'http-equiv': 'Content-Security-Policy', 'content': policy}), Title(title),
                 Style(color_variables()+PIECE_STYLE+_WHOLE_PAGE))
     body = Body(Main(*parts), cls='sl broad' if broad else 'sl')
-    return to_xml(Html(head, body, lang='en'), indent=False)+'\n'
+    return unbroken(to_xml(Html(head, body, lang='en'), indent=False))+'\n'

@@ -111,7 +111,7 @@ def cli(processes):
 def settings(**changes): return tuple(a for name, value in changes.items() for a in ('--set', f'{name}={value}'))
 
 
-SMALL = ('--recipe', 'quick', *settings(arch='test_efficientnet', pretrained='no', size=64, bs=16), '--cache', 'none', '--workers', '0', '--quiet')
+SMALL = ('--recipe', 'quick', *settings(arch='test_efficientnet', pretrained='no', size=32, bs=16), '--cache', 'none', '--workers', '0', '--quiet')
 
 
 @pytest.fixture(scope='session')

@@ -62,7 +62,7 @@ KNOWN_AT_ONCE = [
     ('calibrate folder --predictions no.csv', 'no.csv does not exist'), ('calibrate folder --at-most mel', 'give --sets too'), ('calibrate folder --sets .1 --at-most mel', 'CODE=FRACTION'),
     ('ensemble ok.csv a.jpg --out file/x.csv', 'nothing can be written'), ('submit ok.csv --out folder', 'is a folder'), ('export-onnx no --out x.onnx', 'no does not exist'),
     ('export-onnx ham10000 --out ok.csv', '--overwrite'), ('quantize no --images a.jpg --out x.onnx', 'no does not exist'), ('quantize ham10000 --images a.jpg --out x.onnx', '--data or --csv'),
-    ('sign no --key file', 'no is no folder'), ('verify folder --key no', '--key no'), ('app --max-mb 0', 'max_mb must be'), ('app --max-images 100', 'not above per_minute'),
+    ('sign no --key file', 'no is no folder'), ('verify folder --key no', '--key no'), ('app --port 0 --max-mb 0', 'max_mb must be'), ('app --port 0 --max-images 100', 'not above per_minute'),
     ('paper --data no', '--data no'), ('paper --fold 9', '--fold must be'), ('paper --out file/x', 'nothing can be written'), ('reproduce-bundle --data no', '--data no'),
     ('demo --out file/x', 'nothing can be written'), ('audit a.jpg --features file/x', 'nothing can be written')]
 KNOWN_FROM_A_TABLE = [(f'{command} {where}', said) for command in ('train --out run', 'evaluate ham10000', 'stress ham10000', 'embed --out f.npz', 'quantize ham10000 --images a.jpg --out x.onnx')
@@ -707,7 +707,7 @@ def test_the_map_s_caption_says_what_predict_prints(sample, finished_run, call, 
         assert status == 0, error
         gallery = (tmp_path/command/'gallery.html').read_text()
         name = HAM10000.full_name(decision)
-        assert f'predicted {name} ({p[decision]:.1%}); map: {name}' in gallery
+        assert f'predicted {name} ({percent_text(p[decision])}); map: {name}' in gallery.replace('\N{NO-BREAK SPACE}', ' ')
         if command == 'predict': assert f'{percent_text(p[decision])}  {decision}' in printed and f'Suggests: {HAM10000.full_name(decision)};' in printed
 
 

@@ -12,7 +12,7 @@ def dls(sample):
     from fastai.torch_core import set_seed
     from skin_lesions.data import ham10000_dataloaders
     set_seed(42)
-    return ham10000_dataloaders(sample, 64, bs=16, arch='test_efficientnet', num_workers=0)
+    return ham10000_dataloaders(sample, 32, bs=16, arch='test_efficientnet', num_workers=0)
 
 
 def learner(dls, **kw):
@@ -89,7 +89,7 @@ def test_images_of_the_first_class_leave_stage_two_alone(dls, shared, gamma):
 def test_any_timm_architecture_trains_a_step(arch, sample):
     from skin_lesions.data import ham10000_dataloaders
     from skin_lesions.learner import lesion_learner, lesion_splitter
-    size = 160 if 'vit' in arch else 64
+    size = 160 if 'vit' in arch else 32
     learn = lesion_learner(ham10000_dataloaders(sample, size, bs=4, arch=arch, num_workers=0), arch, pretrained=False)
     xb, yb = learn.dls.one_batch()
     loss = learn.loss_func(learn.model(xb), yb)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from skin_lesions.classes import HAM10000
+from skin_lesions.style import percent_text
 
 
 @pytest.fixture(scope='module')
@@ -164,9 +165,9 @@ def test_maps_of_the_command_line_take_the_patients_along(meta, tmp_path, capsys
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore') # without patients they count as unknown, and predict says so
                 assert main([str(a) for a in (command[0], tmp_path/'in', '--bundle', bundle, command[1], out, *more, '--quiet')]) == 0, capsys.readouterr().err
-            predicted[name, command[0]] = re.findall(r'predicted [^(]+ \([\d.]+%\); map: [^<;]+', (out/'gallery.html').read_text())
+            predicted[name, command[0]] = re.findall(r'predicted [^(]+ \([\w ]+ %\); map: [^<;]+', (out/'gallery.html').read_text().replace('\N{NO-BREAK SPACE}', ' '))
             maps = [(out/f'{i}_gradcam.png').read_bytes() for i in sorted(rows.image_id)]
             assert predicted.setdefault((name, 'maps'), maps) == maps
     assert predicted['with', 'predict'] == predicted['with', 'gradcam'] != predicted['without', 'predict'] == predicted['without', 'gradcam']
     batch, = stream_cams(learn, rows.assign(age=90).sort_values('image_id'))
-    assert predicted['with', 'predict'] == [f"predicted {NAMES[i]} ({p[i]:.1%}); map: {NAMES[i]}" for i, p in zip(batch.target, batch.probabilities)]
+    assert predicted['with', 'predict'] == [f"predicted {NAMES[i]} ({percent_text(p[i])}); map: {NAMES[i]}" for i, p in zip(batch.target, batch.probabilities)]

@@ -34,7 +34,7 @@ def page(table, tmp_path, **kwargs):
         assert not any(name.startswith('on') for name in attrs)
         if 'src' in attrs: assert attrs['src'].startswith('data:image/png;base64,')
     assert not re.search(r'https?:|url\(|@import', text)
-    return text
+    return text.replace('\N{NO-BREAK SPACE}', ' ')
 
 
 @pytest.mark.parametrize('evil', ['"><script>alert(1)</script>', "'><img src=x onerror=alert(1)>", '</style><script>x</script>', '&lt;b&gt; & "'])
@@ -101,6 +101,22 @@ def test_worst_errors_show_the_images_of_this_disk(tmp_path, no_figures):
             assert page.evaluate('document.documentElement.scrollWidth') <= width
             assert not [(v['id'], v['nodes'][0]['html'][:200]) for v in axe.run(page).response['violations']]
         chromium.close()
+
+
+def test_figure_and_text_state_one_calibration_error(tmp_path, monkeypatch):
+    "The legends of the diagrams and the sentence under them; with other bins it is another number"
+    from matplotlib.figure import Figure
+    from skin_lesions import report
+    legends, drawn = [], report.html_figure
+    def with_legends(draw, size, alt, caption):
+        figure = Figure()
+        draw(figure)
+        legends.extend(t.get_text() for ax in figure.axes if ax.get_legend() for t in ax.get_legend().get_texts())
+        return drawn(draw, size, alt, caption)
+    monkeypatch.setattr(report, 'html_figure', with_legends)
+    text = page(synthetic_table(300), tmp_path)
+    errors = [t.split()[1] for t in legends if t.startswith('ECE')]
+    assert len(errors) == 2 and f"Expected calibration error of the most probable class and of malignancy: {', '.join(errors)}." in text
 
 
 def test_a_table_without_an_error_has_no_section_of_errors(tmp_path, no_figures):

@@ -42,3 +42,9 @@ def test_both_schemes_name_the_same_colours_and_all_that_is_used():
 def test_a_page_escapes_and_loads_nothing():
     page = html_page('</title><script>', 'a < b')
     assert '<script' not in page and 'a &lt; b' in page and not re.search(r'https?:|url\(|@import', page)
+
+
+def test_a_number_keeps_its_unit_and_an_interval_its_ends():
+    space = '\N{NO-BREAK SPACE}'
+    page = html_page('t', 'recall 0.582 (0.513 to 0.658), under 1 %, 95 %; from 2 to 3, (as it is said to be)')
+    assert f'recall 0.582 (0.513{space}to{space}0.658), under 1{space}%, 95{space}%; from 2 to 3, (as it is said to be)' in page

@@ -7,9 +7,9 @@ compared on labels, because speed does not depend on them), against the predicto
 times at one image against one network looking once, and against one second; answers of the web demo to sixteen
 clients that ask at once, by two threads against one; intervals of all scores from 1,000 draws of 10,000 images against
 loops over scikit-learn, of the same scores and of accuracy, average recall and AUCs alone, which make a few draws and
-are extrapolated; and training in two processes of one thread against one process of two, and from the cache against plain fastai with two
-data-loading workers. With `--cpu`, CPU seconds of the process are counted instead of seconds, for a machine
-that does something else; processes that run side by side cannot be measured like that and are left out.
+are extrapolated; and training in two processes of one thread against one process of two, and from the cache against
+plain fastai with two data-loading workers. With `--cpu`, CPU seconds of the process are counted instead of seconds, for
+a machine that does something else; processes that run side by side cannot be measured like that and are left out.
 """
 import argparse, atexit, json, os, sys, tempfile, time, urllib.request
 from pathlib import Path
