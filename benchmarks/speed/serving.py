@@ -4,13 +4,14 @@
 
 A folder of 600x450 JPEGs by a predictor with onnxruntime, in float32 and in int8 (calibrated on 64 of the images, not
 compared on labels, because speed does not depend on them), against the predictor as it is; five networks looking eight
-times at one image against one network looking once; intervals of all scores from 1,000 draws of 10,000 images against
+times at one image against one network looking once, and against one second; answers of the web demo to sixteen
+clients that ask at once, by two threads against one; intervals of all scores from 1,000 draws of 10,000 images against
 loops over scikit-learn, of the same scores and of accuracy, average recall and AUCs alone, which make a few draws and
-are extrapolated; and training in two processes of one thread against one process of two. With `--cpu`, CPU seconds of
-the process are counted instead of seconds, for a machine that does something else; processes that run side by side
-cannot be measured like that and are left out.
+are extrapolated; and training in two processes of one thread against one process of two, and from the cache against
+plain fastai with two data-loading workers. With `--cpu`, CPU seconds of the process are counted instead of seconds, for
+a machine that does something else; processes that run side by side cannot be measured like that and are left out.
 """
-import argparse, os, sys, tempfile, time
+import argparse, atexit, json, os, sys, tempfile, time, urllib.request
 from pathlib import Path
 
 from sides import Side, in_turn, report
@@ -46,7 +47,9 @@ def folder(folder, bundle, tmp, engine='torch', cpu=False):
 
 
 def one_image(image, bundle, views=None, cpu=False):
-    "Seconds of one image from a warm predictor"
+    "Seconds of one image from a warm predictor on one thread"
+    import torch
+    torch.set_num_threads(1)
     from skin_lesions.predict import load_predictor
     predictor, now = load_predictor(bundle, 'cpu'), clock(cpu)
     def run():
@@ -54,6 +57,47 @@ def one_image(image, bundle, views=None, cpu=False):
         for _ in range(5): predictor.predict(image, views=views, progress=False)
         return (now() - start)/5
     return run
+
+
+def one_second(): return lambda: 1.
+
+
+def answers(images, bundle, at_once):
+    "Answers a second of the web demo to sixteen clients that ask at the same time, on one thread for each call"
+    import torch
+    from concurrent.futures import ThreadPoolExecutor
+    from skin_lesions.app import launch_app
+    from skin_lesions.core import image_files
+    from skin_lesions.predict import load_predictor
+    torch.set_num_threads(1)
+    files = image_files(images)[:16]
+    app = launch_app(load_predictor(bundle, 'cpu'), port=0, at_once=at_once, per_minute=10_000, block=False)
+    def run():
+        with ThreadPoolExecutor(16) as clients:
+            start = time.perf_counter()
+            found = list(clients.map(lambda file: ask(app.local_url, file), files))
+            return len(found)/(time.perf_counter() - start)
+    return run
+
+
+def ask(url, file):
+    "Upload a photograph as a program does, ask, and wait for the answer"
+    edge = 'x'*20
+    head = (f'--{edge}\r\nContent-Disposition: form-data; name="files"; filename="{file.name}"\r\n'
+            'Content-Type: image/jpeg\r\n\r\n')
+    body = head.encode() + file.read_bytes() + f'\r\n--{edge}--\r\n'.encode()
+    path, = json.loads(fetch(f'{url}gradio_api/upload', body, f'multipart/form-data; boundary={edge}'))
+    asked = json.dumps(dict(data=[[dict(path=path, meta=dict(_type='gradio.FileData'))]])).encode()
+    event = json.loads(fetch(f'{url}gradio_api/call/predict', asked, 'application/json'))['event_id']
+    text = fetch(f'{url}gradio_api/call/predict/{event}')
+    if not text.startswith('event: complete'): raise RuntimeError(text)
+    return json.loads(text.split('data: ', 1)[1])
+
+
+def fetch(url, body=None, kind=None):
+    "The text that a server answers"
+    headers = {} if kind is None else {'Content-Type': kind}
+    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=300) as r: return r.read().decode()
 
 
 def scores_table(n):
@@ -88,6 +132,7 @@ def loop(n, draws, every=False, cpu=False):
     table, now, codes = scores_table(n), clock(cpu), list(HAM10000)
     p, y = table[codes].to_numpy(), table.dx.map({c: i for i, c in enumerate(codes)}).to_numpy()
     rows, rng = np.arange(n).reshape(-1, 2), np.random.default_rng(0)
+    strata = [rows[y[rows[:, 0]] == c] for c in np.unique(y)]
     if every:
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
         from score_intervals import plain_scores
@@ -95,7 +140,7 @@ def loop(n, draws, every=False, cpu=False):
     def run():
         start = now()
         for _ in range(draws):
-            some = rows[rng.integers(0, len(rows), len(rows))].ravel()
+            some = np.concatenate([s[rng.integers(0, len(s), len(s))].ravel() for s in strata])
             if every:
                 plain_scores(p[some], y[some])
                 continue
@@ -106,15 +151,16 @@ def loop(n, draws, every=False, cpu=False):
     return run
 
 
-def trainings(folder, n, processes, threads):
+def trainings(folder, n, processes, threads, learner='ours', **kwargs):
     "Images a second of as many trainings side by side"
     from multiprocessing import get_context
     context = get_context('spawn')
     pipes, workers = [], []
     for _ in range(processes):
         pipe, child = context.Pipe()
-        workers.append(context.Process(target=train_alone, args=(child, folder, n, threads), daemon=True))
+        workers.append(context.Process(target=train_alone, args=(child, folder, n, threads, learner, kwargs)))
         workers[-1].start()
+        atexit.register(workers[-1].kill)
         pipes.append(pipe)
     for pipe in pipes: pipe.recv()
     def run():
@@ -125,12 +171,15 @@ def trainings(folder, n, processes, threads):
     return run
 
 
-def train_alone(pipe, folder, n, threads):
+def train_alone(pipe, folder, n, threads, learner, kwargs):
     "In a process of its own: an epoch whenever asked"
+    import multiprocessing
     import torch
+    # data-loading workers start as the system starts them, not as this process was started
+    multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(threads)
-    from step import ours
-    run = ours(folder, n)
+    import step
+    run = getattr(step, learner)(folder, n, **kwargs)
     pipe.send('ready')
     while pipe.recv() == 'run':
         run()
@@ -180,6 +229,12 @@ def rows_of(tmp, args):
     yield ('five networks, eight views, one image', 'one network, one view', '<= 20', seconds,
            ('one_image', dict(image=image, bundle=str(tmp/'five'), views='dihedral', cpu=args.cpu)),
            ('one_image', dict(image=image, bundle=str(tmp/'one'), cpu=args.cpu)))
+    yield ('five networks, eight views, one image, one thread', 'one second', '<= 1', seconds,
+           ('one_image', dict(image=image, bundle=str(tmp/'five'), views='dihedral', cpu=args.cpu)), ('one_second', {}))
+    if not args.cpu:
+        served = dict(images=str(tmp/'images'), bundle=str(tmp/'one'))
+        yield ('web demo, 16 clients at once, two calls at a time on a thread each', 'one call at a time', '>= 1.5',
+               'answers/s', ('answers', served | dict(at_once=2)), ('answers', served | dict(at_once=1)))
     for every, what in ((True, 'the same scores'), (False, 'accuracy, average recall and AUCs only')):
         yield (f'intervals of all scores, {n:,} images, {draws:,} draws',
                f'a loop over scikit-learn, {what}, {few} draws', '>= 200', f'draws/{per}',
@@ -192,6 +247,12 @@ def rows_of(tmp, args):
     yield ('training in two processes of one thread', 'one process of two threads', '>= 1.3', 'images/s',
            ('trainings', training | dict(processes=2, threads=1)),
            ('trainings', training | dict(processes=1, threads=2)))
+    synthetic_dataset(tmp/'large', 208, seed=0, size=(600, 450), show=False)
+    training = dict(folder=str(tmp/'large'), n=192)
+    yield ('images trained on both cores, 128 px, two processes of one thread from the cache',
+           'plain fastai, two threads and two workers, 600x450 JPEGs', '>= 3.5', 'images/s',
+           ('trainings', training | dict(processes=2, threads=1, cache=str(tmp/'resized'))),
+           ('trainings', training | dict(processes=1, threads=2, learner='plain', num_workers=2)))
 
 
 def main(args):

@@ -41,20 +41,24 @@ def frame(folder, n):
     return meta.assign(is_valid=meta.index >= n)
 
 
-def plain(folder, n):
+def plain(folder, n, num_workers=0):
     from fastai.vision.all import (CategoryBlock, ColReader, ColSplitter, DataBlock, ImageBlock, Normalize, Resize,
                                    accuracy, aug_transforms, imagenet_stats, vision_learner)
     block = DataBlock((ImageBlock, CategoryBlock), get_x=ColReader('path'), get_y=ColReader('dx'),
                       splitter=ColSplitter(), item_tfms=Resize(128),
                       batch_tfms=[*aug_transforms(), Normalize.from_stats(*imagenet_stats)])
-    dls = block.dataloaders(frame(folder, n), bs=64, num_workers=0)
+    dls = block.dataloaders(frame(folder, n), bs=64, num_workers=num_workers)
     return timed_steps(vision_learner(dls, ARCH, pretrained=False, metrics=accuracy))
 
 
-def learner(folder, n, two_stage, **kwargs):
+def learner(folder, n, two_stage, cache=None, **kwargs):
     from skin_lesions.data import ham10000_dataloaders
     from skin_lesions.learner import lesion_learner, two_stage_learner
-    dls = ham10000_dataloaders(frame(folder, n), 128, bs=64, arch=ARCH, num_workers=0)
+    meta = frame(folder, n)
+    if cache is not None:
+        from skin_lesions.cache import resize_cache
+        cache = resize_cache(meta, 128, folder=cache, show=False)
+    dls = ham10000_dataloaders(meta, 128, bs=64, arch=ARCH, num_workers=0, cache=cache)
     return (two_stage_learner if two_stage else lesion_learner)(dls, ARCH, pretrained=False, **kwargs)
 
 
