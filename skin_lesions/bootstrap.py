@@ -352,6 +352,7 @@ def wider_draws(
     n,value = np.maximum(_FEWEST, np.asarray(n_units))[:,None],np.asarray(value)[:,None]
     return value+(_spread(drawn, value, n)-value)*_t_over_normal(n-1, level)
 
+# %% ../nbs/59_bootstrap.ipynb #18widerm
 def wider_mean(
     drawn, # scores of classes in plain draws [classes, draws]; NaN where not defined
     value, # of the table itself [classes]

@@ -289,6 +289,7 @@ def _answer_job(job, connection, threads):
     except Exception as e: answer = False,f'{type(e).__name__}: {e}'
     connection.send(answer)
 
+# %% ../nbs/71_experiments.ipynb #1e9ef93s
 def _start(job, threads)->tuple:
     "A new process for a job, and where its answer comes"
     forks = 'forkserver' in multiprocessing.get_all_start_methods()
