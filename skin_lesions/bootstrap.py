@@ -362,6 +362,7 @@ def wider_mean(
     "The mean over the classes in draws as of `wider_draws`, with Satterthwaite's degrees of freedom"
     n,value = np.maximum(_FEWEST, np.asarray(n_units))[:,None],np.asarray(value)[:,None]
     known = ~np.isnan(value[:,0])
+    if not known.any(): return np.full(drawn.shape[1], np.nan)
     drawn,value,n = _spread(drawn, value, n)[known],value[known],n[known]
     variance = np.nanvar(drawn, axis=1)
     freedom = variance.sum()**2/max((variance**2/(n[:,0]-1)).sum(), 1e-300)

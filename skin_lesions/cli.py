@@ -870,7 +870,7 @@ def check_known_arch(
     "Raise where timm's source has no such architecture, before PyTorch is imported"
     from importlib.util import find_spec
     timm,name = find_spec('timm'),re.escape(arch.split('.')[0])
-    if timm is None: return
+    if timm is None or ':' in arch: return # hf-hub:owner/name
     sources = [f.read_text(encoding='utf-8') for f in Path(timm.origin).parent.glob('models/*.py')]
     # what is defined, or an older name of it, is for timm to judge
     if any(re.search(rf"^def {name}\(|'{name}':", text, re.M) for text in sources): return

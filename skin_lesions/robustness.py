@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from .bootstrap import (check_draws, divide, in_draws, interval_ends, rank_curve, rank_scores, unit_draws,
-                                    unit_sums, units_of, with_half_lesions)
+                                    unit_sums, units_of, wider_mean, with_half_lesions)
 from .camera import add_noise, change_colours, jpeg
 from .classes import classes_of, with_classes
 from .core import atomic_path, check_columns, first_few, is_whole, progress, unknown_name
@@ -187,20 +187,22 @@ class PairedScores:
         self.total = unit_sums(self.units, self.y, self.known.astype(float), len(self.classes))
         self.draws = unit_draws(self.total.argmax(1), n, seed)
         self.once = np.ones((1, len(self.total)), dtype=np.float32)
-        self.values,self.drawn = self.scores(clean, self.once),self.scores(clean, self.draws)
+        self.values,self.drawn = self.scores(clean, self.once)[...,0],self.scores(clean, self.draws)
 
-    def scores(self, table, draws)->np.ndarray: # average recall and macro AUC [2, draws]; NaN without labels
-        if not self.known.any(): return np.full((2, len(draws)), np.nan)
+    def scores(self, table, draws)->np.ndarray: # recall and AUC [2, classes that are there, draws]; NaN without labels
+        if not self.known.any(): return np.full((2, 1, len(draws)), np.nan)
         return in_draws(_score_function(self, table), draws, len(table))
 
 # %% ../nbs/75_robustness.ipynb #65458119
-def _mean_known(a)->np.ndarray:
-    "Mean over the first axis of what is not NaN"
-    known = ~np.isnan(a)
-    return divide(np.where(known, a, 0.).sum(0), known.sum(0))
+def _units_of_scores(paired)->np.ndarray:
+    "Units that recall and AUC of each class hang on [2, classes that are there]"
+    there = paired.total.any(0)
+    if not there.any(): return np.zeros((2, 1), dtype=int)
+    own,rest = ((n>0).sum(0)[there] for n in (paired.total, paired.total.sum(1, keepdims=True)-paired.total))
+    return np.stack([own, np.minimum(own, rest)])
 
 def _score_function(paired, table):
-    "A function: draws [units, k] -> average recall and macro AUC [2, k] of a table"
+    "A function: draws [units, k] -> recall and AUC of each class of a table [2, classes that are there, k]"
     codes,known,n = list(paired.classes),paired.known,len(paired.total)
     y,units = paired.y[known],paired.units[known]
     right = decided_codes(table).to_numpy()[known]==np.array(codes, dtype=object)[y]
@@ -209,8 +211,8 @@ def _score_function(paired, table):
     p = table[codes].to_numpy(dtype=float)[known]
     curves = [rank_curve(p[:,i], y==i, units, n) for i in np.unique(y)]
     def score(draws):
-        recall = divide(hits.T@draws, paired.total.T@draws)
-        return np.stack([_mean_known(recall), _mean_known(np.stack([rank_scores(c, draws)[0] for c in curves]))])
+        recall = divide(hits.T@draws, paired.total.T@draws)[np.unique(y)]
+        return np.stack([recall, np.stack([rank_scores(c, draws)[0] for c in curves])])
     return score
 
 # %% ../nbs/75_robustness.ipynb #ec046d27
@@ -232,6 +234,9 @@ def fraction_interval(
     return tuple(map(float, (values.mean(), min(low, values.mean()), max(high, values.mean()))))
 
 # %% ../nbs/75_robustness.ipynb #01165923
+def _known_means(values): # of recall and AUC over the classes [2]
+    return [row[~np.isnan(row)].mean() if not np.isnan(row).all() else math.nan for row in values]
+
 def score_change(
     paired:PairedScores, # of the unchanged images
     table:pd.DataFrame, # predictions table of the changed ones, in the same order
@@ -239,12 +244,14 @@ def score_change(
     "What a change does to the scores"
     if list(table.image_id)!=list(paired.clean.image_id):
         raise ValueError("the changed images are not the unchanged ones, or in another order")
-    recall,auc = paired.scores(table, paired.once)[:,0]
-    low,high = interval_ends(paired.scores(table, paired.draws)-paired.drawn, paired.level)
-    result = dict(average_recall=recall, macro_auc=auc)
+    values,drawn = paired.scores(table, paired.once)[...,0],paired.scores(table, paired.draws)-paired.drawn
+    difference = values-paired.values
+    means = zip(drawn, difference, _units_of_scores(paired))
+    low,high = interval_ends(np.stack([wider_mean(*found, paired.level) for found in means]), paired.level)
+    result = dict(zip(('average_recall', 'macro_auc'), _known_means(values)))
     for i,name in enumerate(('recall', 'auc')):
-        difference = (recall, auc)[i]-paired.values[i,0]
-        result |= {f'{name}_difference': difference, f'{name}_low': low[i], f'{name}_high': high[i]}
+        ends = {f'{name}_low': low[i], f'{name}_high': high[i]}
+        result |= {f'{name}_difference': _known_means(difference)[i]} | ends
     flip = decided_codes(table).to_numpy()!=decided_codes(paired.clean).to_numpy()
     found = fraction_interval(flip, paired.units, paired.draws, paired.seed, paired.level)
     result |= dict(zip(('flips', 'flips_low', 'flips_high'), found))

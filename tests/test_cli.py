@@ -134,7 +134,7 @@ def test_an_architecture_that_timm_has_is_not_refused_before_timm_is_asked():
     from skin_lesions.cli import check_known_arch
     names = [*timm.list_models()[::300], *sorted(set(_model_entrypoints)-set(timm.list_models()))[::60], 'resnet50.a1_in1k']
     assert len(names) > 8
-    for name in names: check_known_arch(name)
+    for name in [*names, 'hf-hub:timm/resnet18.a1_in1k']: check_known_arch(name)
     said = []
     for check in (check_known_arch, check_arch):
         with pytest.raises(ValueError) as e: check('tf_efficientnet_light0')
