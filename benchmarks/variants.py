@@ -4,12 +4,15 @@
     python benchmarks/variants.py
 
 Trainings on the table of `joined.py`, fold 0 held out. Each is the recipe `ham10000` with its first step alone (10
-epochs at 128 pixels) and one thing changed: the random seed, the augmentation, one stage, averaged weights, patient
-data, or the images: without one source, from one source only, without a second fold. `soup` and `mean` are of the
-networks without a second fold, of which none has seen fold 0. `full` has the whole recipe. The lesions held out are the
-same for all; networks without a source also answer for all of its images. The first form trains what is not finished in
---out (on a GPU a minute or two each; --only takes some of them) and packs the predictions; the second reads
-variants.csv.xz. Differences from `base` are paired over lesions. Nothing is chosen on MILK10k's lesions for judging.
+epochs at 128 pixels) and one thing changed: the random seed, the augmentation, one stage, averaged weights (a moving
+average, the last three epochs), patient data, a pretext first, or the images: without one source, from one source only,
+without a second fold. `full` has the whole recipe, and so have those named after it: other seeds, a third step at 288
+pixels from where a seed ended, networks without a second fold, and `distilled`, which learns from these. `soup` and
+`mean` are of networks without a second fold, of which none has seen fold 0. The lesions held out are the same for all;
+networks without a source also answer for all of its images. The first form trains what is not finished in --out (on a
+GPU a minute or two each; --only takes some of them) and adds the predictions to variants.csv.xz; the second reads it.
+Differences from `base`, or what COMPARED names, are paired over lesions. Nothing is chosen on MILK10k's lesions for
+judging.
 """
 import argparse, os
 from dataclasses import replace
@@ -17,27 +20,38 @@ from datetime import date
 from pathlib import Path
 
 import pandas as pd
+import torch
+from fastai.callback.core import Callback
+from skin_lesions.architectures import read_weights
 
 RESULTS = Path(__file__).resolve().parent/'results'
 TABLES = RESULTS/'variants.csv.xz'
 SOURCES = ('rosendahl', 'vidir_modern', 'vidir_molemax', 'vienna_dias', 'MILK10k')
-SHORT = ((128, 10),)
+SHORT, WHOLE = ((128, 10),), dict(steps=None)
 # by name: fields of the recipe, and how it is trained
 VARIANTS = dict(
     base={}, seed43=dict(seed=43), seed44=dict(seed=44), no_camera=dict(augment='standard'), ema=dict(ema=True),
-    one_stage=dict(stages=1), patient=dict(patient=True),
+    last_three=dict(last=3), one_stage=dict(stages=1), patient=dict(patient=True),
+    rotation=dict(pretext='rotation', pretext_epochs=10), restoration=dict(pretext='restoration', pretext_epochs=10),
     **{f'without_{source}': dict(without=source) for source in SOURCES},
     **{f'only_{source}': dict(only=source) for source in SOURCES if source != 'vienna_dias'},
-    **{f'fold{k}_left_out_too': dict(second=k) for k in (1, 2, 3)}, full=dict(steps=None))
+    **{f'fold{k}_left_out_too': dict(second=k) for k in (1, 2, 3)},
+    full=WHOLE, full_seed43=WHOLE | dict(seed=43), full_seed44=WHOLE | dict(seed=44),
+    # each step halves the learning rate, as the recipe's own two do
+    **{f'288px_seed{s}': dict(steps=((288, 3),), lr=2.5e-4, seed=s, after=f'full_seed{s}') for s in (43, 44)},
+    **{f'full_fold{k}_left_out_too': WHOLE | dict(second=k) for k in (1, 2, 3)},
+    distilled=WHOLE | dict(teachers=tuple(f'full_fold{k}_left_out_too' for k in (1, 2, 3))))
 MEMBERS = [name for name in VARIANTS if name.startswith('fold')]
-TRAINED_ON = ('without', 'only', 'second')
+FULL_MEMBERS = VARIANTS['distilled']['teachers']
+HOW = ('without', 'only', 'second', 'seed', 'last', 'after', 'teachers')
+COMPARED = {'288px_seed43': 'full_seed43', '288px_seed44': 'full_seed44', 'full_soup': 'full', 'full_mean': 'full',
+            'full_mean_views': 'full_mean', 'distilled': 'full_mean', 'distilled_views': 'distilled'}
 
 
 def recipe_of(name):
     "The recipe of a variant"
     from skin_lesions.recipes import find_recipe
-    whole, changes = find_recipe('ham10000'), {k: v for k, v in VARIANTS[name].items() if k not in TRAINED_ON}
-    changes.pop('seed', None)
+    whole, changes = find_recipe('ham10000'), {k: v for k, v in VARIANTS[name].items() if k not in HOW}
     steps = changes.pop('steps', SHORT) or whole.steps
     return replace(whole, name=name, about=f'{name}, of the packaged network', steps=steps, **changes)
 
@@ -62,14 +76,78 @@ def images_of(name, meta):
     return frame
 
 
+class LastEpochs(Callback):
+    "Leave the mean of the weights after the last epochs in the network"
+    def __init__(self, epochs): self.epochs, self.kept = epochs, []
+
+    def after_epoch(self):
+        if self.epoch < self.n_epoch - self.epochs: return
+        self.kept.append({k: v.detach().clone() for k, v in self.model.state_dict().items()})
+
+    def after_fit(self):
+        if hasattr(self.learn, 'gather_preds'): return
+        if len(self.kept) != self.epochs: raise ValueError(f'not all of the last {self.epochs} epochs are known: train again')
+        mean = {k: torch.stack([s[k] for s in self.kept]).mean(0) if v.is_floating_point() else v
+                for k, v in self.kept[-1].items()}
+        self.model.load_state_dict(mean)
+
+
+class StartFrom(Callback):
+    "Begin at the weights of a finished run, heads too"
+    order = 90 # before a killed training's state is read
+
+    def __init__(self, run): self.file = Path(run)/'model.safetensors'
+
+    def before_fit(self):
+        if hasattr(self.learn, 'gather_preds'): return
+        weights, net = read_weights(self.file), getattr(self.model, 'classifier', self.model)
+        net.load_state_dict({k: weights[k].to(v.dtype) for k, v in net.state_dict().items()})
+
+
+def callbacks_of(name, out):
+    "What a variant's training is given beside its recipe"
+    variant = VARIANTS[name]
+    last = [LastEpochs(variant['last'])] if 'last' in variant else []
+    return last + ([StartFrom(Path(out)/variant['after'])] if 'after' in variant else [])
+
+
+def teacher(name, meta, args):
+    "What the mean of a variant's teachers says of its training images; None where it has no teachers"
+    from skin_lesions.predict import load_predictor
+    from skin_lesions.predictions import ensemble, read_predictions
+    if 'teachers' not in VARIANTS[name]: return None
+    images, tables = images_of(name, meta), []
+    for run in (Path(args.out)/teacher for teacher in VARIANTS[name]['teachers']):
+        file = run/'training.csv'
+        if not file.is_file():
+            asked = images[~images.is_valid].reset_index(drop=True)
+            load_predictor(run, args.device).predict(asked, progress=False).to_csv(file, index=False)
+        tables.append(read_predictions(file))
+    return ensemble(tables, 'arithmetic')
+
+
+def pretext_images(name, meta, args):
+    "The images of a pretext: those to train on, and MILK10k's of other diagnoses; None where there is no pretext"
+    from joined import CLASSES, for_judging, read_milk10k
+    from skin_lesions.classes import class_set, map_classes
+    if 'pretext' not in VARIANTS[name]: return None
+    milk = read_milk10k(args.milk10k)
+    others = milk[~for_judging(milk.group) & map_classes(milk, class_set(CLASSES)).dx.isna()]
+    return pd.concat([images_of(name, meta), others.assign(is_valid=False)], ignore_index=True)
+
+
 def train(name, meta, args):
     "The run folder of a variant; what is finished stays"
-    from skin_lesions.train import train_run
+    from skin_lesions.train import run_state, train_run
+    out = Path(args.out)/name
+    if run_state(out) == 'complete': return out
     recipe = recipe_of(name)
-    if args.epochs: recipe = replace(recipe, steps=tuple((size, args.epochs) for size, _ in recipe.steps))
-    return train_run(recipe, images_of(name, meta), Path(args.out)/name, split='own', resume=True,
+    if args.epochs:
+        recipe = replace(recipe, steps=tuple((size, args.epochs) for size, _ in recipe.steps), pretext_epochs=args.epochs)
+    return train_run(recipe, images_of(name, meta), out, split='own', resume=True,
                      seed=VARIANTS[name].get('seed', 42), cache=args.cache, workers=args.workers, device=args.device,
-                     report=False)
+                     teacher=teacher(name, meta, args), pretext_images=pretext_images(name, meta, args),
+                     cbs=callbacks_of(name, args.out), report=False)
 
 
 def answers(name, run, args):
@@ -92,25 +170,43 @@ def answers(name, run, args):
     return pd.concat(parts, ignore_index=True)[['image_id', *codes, 'dx', 'group', 'part']].assign(variant=name)
 
 
-def together(meta, args):
-    "Soup and mean of the networks without a second fold: what they answer for the lesions held out"
+def asked_together(name, net, first, frame, views=None):
+    "What several networks answer together for the lesions held out"
     from skin_lesions.bundle import bundle_content
-    from skin_lesions.networks import EnsembleNet
-    from skin_lesions.predict import Predictor, load_predictor
-    from skin_lesions.soup import average_weights, image_batches
-    members = [load_predictor(Path(args.out)/name, 'cpu') for name in MEMBERS]
-    frame = images_of('base', meta)
-    some = frame[~frame.is_valid].sample(min(2000, int((~frame.is_valid).sum())), random_state=42)
-    nets, first = [m.model for m in members], members[0]
+    from skin_lesions.predict import Predictor
     view = {k: first.record[k] for k in ('side', 'preprocess', 'crop', 'normalization')}
-    parts = []
-    for name, net in dict(soup=average_weights(nets, image_batches(first, some.path)), mean=EnsembleNet(nets)).items():
-        record, _ = bundle_content(net, classes=first.classes, view=view, trained_on=frame)
-        rows = frame[frame.is_valid].reset_index(drop=True)
-        table = Predictor(net, record, device='cpu').predict(rows.drop(columns='dx'), progress=False)
-        table = table.assign(dx=rows.dx.to_numpy(), group=rows.group.to_numpy(), part='held out', variant=name)
-        parts.append(table[['image_id', *first.codes, 'dx', 'group', 'part', 'variant']])
-    return parts
+    record, _ = bundle_content(net, classes=first.classes, view=view, trained_on=frame)
+    rows = frame[frame.is_valid].reset_index(drop=True)
+    table = Predictor(net, record, device='cpu').predict(rows.drop(columns='dx'), progress=False, views=views)
+    table = table.assign(dx=rows.dx.to_numpy(), group=rows.group.to_numpy(), part='held out', variant=name)
+    return table[['image_id', *first.codes, 'dx', 'group', 'part', 'variant']]
+
+
+def together(members, before, meta, args):
+    "Soup and mean of networks without a second fold"
+    from skin_lesions.networks import EnsembleNet
+    from skin_lesions.predict import load_predictor
+    from skin_lesions.soup import average_weights, image_batches
+    members = [load_predictor(Path(args.out)/name, 'cpu') for name in members]
+    frame, nets, first = images_of('base', meta), [m.model for m in members], members[0]
+    some = frame[~frame.is_valid].sample(min(2000, int((~frame.is_valid).sum())), random_state=42)
+    soup, mean = average_weights(nets, image_batches(first, some.path)), EnsembleNet(nets)
+    yield asked_together(f'{before}soup', soup, first, frame)
+    yield asked_together(f'{before}mean', mean, first, frame)
+    if not before: return
+    yield asked_together(f'{before}mean_views', mean, first, frame, 'dihedral')
+    distilled = load_predictor(Path(args.out)/'distilled', 'cpu')
+    yield asked_together('distilled_views', distilled.model, distilled, frame, 'dihedral')
+
+
+def pack(tables, meta):
+    "Add predictions to the packed ones; those of a variant that is there already are replaced"
+    table = pd.concat(tables, ignore_index=True)
+    table['source'] = table.image_id.map(dict(zip(meta.image_id, sources_of(meta)))).fillna('MILK10k')
+    if TABLES.is_file():
+        before = pd.read_csv(TABLES, dtype=dict(group=str))
+        table = pd.concat([before[~before.variant.isin(table.variant)], table], ignore_index=True)
+    table.to_csv(TABLES, index=False, float_format='%.4f', compression=dict(method='xz', preset=9))
 
 
 def run_all(args):
@@ -124,11 +220,9 @@ def run_all(args):
     for name in args.only or VARIANTS:
         tables.append(answers(name, train(name, meta, args), args))
         print('finished:', name, flush=True)
-    if args.only: return
-    table = pd.concat([*tables, *together(meta, args)], ignore_index=True)
-    source = dict(zip(meta.image_id, sources_of(meta)))
-    table['source'] = table.image_id.map(source).fillna('MILK10k')
-    table.to_csv(TABLES, index=False, float_format='%.4f', compression=dict(method='xz', preset=9))
+    for members, before in ((MEMBERS, ''), (FULL_MEMBERS, 'full_')):
+        if {table.variant[0] for table in tables} >= set(members): tables += together(members, before, meta, args)
+    if args.pack: pack(tables, meta)
 
 
 def stored():
@@ -214,11 +308,9 @@ def measure():
     from skin_lesions.core import write_json
     parts = stored()
     names = list(dict.fromkeys(name for name, _ in parts))
-    base, rows = collections(parts, 'base'), {}
-    for name in names:
-        if name.startswith(('without_', 'only_')): continue
-        rows[name] = {where: measured(table, None if name == 'base' else base[where])
-                      for where, table in collections(parts, name).items()}
+    tables = {name: collections(parts, name) for name in names if not name.startswith(('without_', 'only_'))}
+    rows = {name: {where: measured(table, None if name == 'base' else tables[COMPARED.get(name, 'base')].get(where))
+                   for where, table in found.items()} for name, found in tables.items()}
     whole = {name: measured(table if name == 'without_MILK10k' else seven(table), None)
              for (name, part), table in parts.items() if part == 'source left out'}
     costs = {}
@@ -237,6 +329,7 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--milk10k', help='folder of MILK10k; without it, the stored predictions are read')
     parser.add_argument('--out', default='runs/variants', help='folder of the trainings')
+    parser.add_argument('--pack', action='store_true', help='add the predictions to the stored ones')
     parser.add_argument('--only', nargs='+', choices=VARIANTS, help='some of them')
     parser.add_argument('--cache', default='auto', help='folder for decoded images')
     parser.add_argument('--workers', type=int, help='data-loading workers')
@@ -245,4 +338,4 @@ if __name__ == '__main__':
     parser.add_argument('--images', type=int, help='of each class, fold and collection, for a trial')
     args = parser.parse_args()
     if args.milk10k: run_all(args)
-    if not args.only: measure()
+    if args.pack or not args.milk10k: measure()
