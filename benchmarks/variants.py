@@ -1,6 +1,6 @@
 """What each part of the packaged network's recipe brings, and what a network is worth where it was not trained.
 
-    HAM10000_DIR=... python benchmarks/variants.py --milk10k MILK10K --out runs/variants
+    HAM10000_DIR=... python benchmarks/variants.py --milk10k MILK10K --out runs/variants --pack
     python benchmarks/variants.py
 
 Trainings on the table of `joined.py`, fold 0 held out. Each is the recipe `ham10000` with its first step alone (10
@@ -86,7 +86,8 @@ class LastEpochs(Callback):
 
     def after_fit(self):
         if hasattr(self.learn, 'gather_preds'): return
-        if len(self.kept) != self.epochs: raise ValueError(f'not all of the last {self.epochs} epochs are known: train again')
+        if len(self.kept) != self.epochs:
+            raise ValueError(f'not all of the last {self.epochs} epochs are known: train again')
         mean = {k: torch.stack([s[k] for s in self.kept]).mean(0) if v.is_floating_point() else v
                 for k, v in self.kept[-1].items()}
         self.model.load_state_dict(mean)
@@ -143,7 +144,8 @@ def train(name, meta, args):
     if run_state(out) == 'complete': return out
     recipe = recipe_of(name)
     if args.epochs:
-        recipe = replace(recipe, steps=tuple((size, args.epochs) for size, _ in recipe.steps), pretext_epochs=args.epochs)
+        steps = tuple((size, args.epochs) for size, _ in recipe.steps)
+        recipe = replace(recipe, steps=steps, pretext_epochs=args.epochs)
     return train_run(recipe, images_of(name, meta), out, split='own', resume=True,
                      seed=VARIANTS[name].get('seed', 42), cache=args.cache, workers=args.workers, device=args.device,
                      teacher=teacher(name, meta, args), pretext_images=pretext_images(name, meta, args),

@@ -167,7 +167,7 @@ def test_the_readme_s_results_are_those_of_today(repo, monkeypatch):
     monkeypatch.chdir(repo/'nbs')
     cell = next(c for c in json.loads((repo/'nbs'/'index.ipynb').read_text())['cells'] if c['id'] == 'results')
     text = last_value(''.join(cell['source'])).data
-    assert text.count('\n|') == 5 and text in (repo/'README.md').read_text(), 'run nbs/index.ipynb again and store its outputs, then python tools/readme.py'
+    assert text.count('\n|') == 6 and text in (repo/'README.md').read_text(), 'run nbs/index.ipynb again and store its outputs, then python tools/readme.py'
 
 
 def test_badges_are_true(repo):
