@@ -28,14 +28,6 @@ def meta(tmp_path_factory):
     return read_metadata(synthetic_dataset(tmp_path_factory.mktemp('train')/'sample', 80, size=(96, 72), show=False))
 
 
-@pytest.fixture(scope='module')
-def straight(meta, tmp_path_factory):
-    "Run folders that were never interrupted"
-    torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp('straight')
-    return {name: train_run(recipe, meta, out/name, **QUICK) for name, recipe in RECIPES.items()}
-
-
 def go(recipe, meta, out):
     "In a process of its own"
     torch.set_num_threads(1)
@@ -49,6 +41,21 @@ def start(*args):
     return child
 
 
+SECONDS = {} # that a whole training of a recipe takes here
+
+
+@pytest.fixture(scope='module')
+def straight(meta, tmp_path_factory):
+    "Run folders that were never interrupted"
+    out = tmp_path_factory.mktemp('straight')
+    for name, recipe in RECIPES.items():
+        began, child = time.monotonic(), start(recipe, meta, out/name)
+        child.join(300)
+        assert child.exitcode == 0
+        SECONDS[name] = time.monotonic()-began
+    return {name: out/name for name in RECIPES}
+
+
 def contents(folder): return {name: (folder/name).read_bytes() for name in KEPT}
 
 
@@ -58,7 +65,7 @@ def test_killed_at_random_moments(name, meta, straight, tmp_path):
     rng, killed = random.Random(name), 0
     for _ in range(KILLS):
         child = start(RECIPES[name], meta, tmp_path/'run')
-        time.sleep(rng.uniform(.2, 3))
+        time.sleep(rng.uniform(.1, .7)*SECONDS[name])
         if child.is_alive(): os.kill(child.pid, signal.SIGKILL)
         child.join(60)
         killed += child.exitcode != 0

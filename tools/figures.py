@@ -43,7 +43,7 @@ def shrink(notebook):
     for _,data,kind,image in [*images(notebook)]:
         if kind!='image/png' or len(image)<=20_000 or Image.open(io.BytesIO(image)).mode=='P' and len(image)<=MOST_BYTES: continue
         new_kind,small = smaller(image)
-        text = base64.b64encode(small).decode()+'\n'
+        text = base64.b64encode(small).decode() # without a line's end, as nbdev_clean leaves it
         if new_kind==kind: data[kind] = text
         else:
             del data[kind]
