@@ -14,7 +14,8 @@ import pandas as pd
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent/'results'
 SCRIPTS = (('imports.py',), ('loader.py',), ('step.py',), ('step.py', '--gains'), ('step.py', '--two-stage'),
-           ('predict.py',), ('serving.py',), ('gradcam.py', '--threads', '1'), ('memory.py',), ('gpu.py',))
+           ('step.py', '--compile'), ('predict.py',), ('serving.py',), ('gradcam.py', '--threads', '1'),
+           ('memory.py',), ('gpu.py',))
 SHOWN = ['what', 'against', 'goal', 'ratio', 'lowest', 'highest', 'holds']
 
 

@@ -4,7 +4,8 @@
 
 EfficientNet-Lite0 at 128 pixels, batches of 64. Timed from a batch's arrival to the optimiser's step, without the
 DataLoader. With `--two-stage`, the two-stage learner against the one-stage learner of this library, training and
-prediction; with `--gains`, the learner against itself without one of its parts.
+prediction; with `--gains`, the learner against itself without one of its parts; with `--compile`, with `torch.compile`
+against without, where the first pair, which compiles, does not count.
 """
 import argparse, statistics, tempfile, time
 
@@ -62,10 +63,11 @@ def learner(folder, n, two_stage, cache=None, **kwargs):
     return (two_stage_learner if two_stage else lesion_learner)(dls, ARCH, pretrained=False, **kwargs)
 
 
-def ours(folder, n, two_stage=False, keep_memory=True, **kwargs):
+def ours(folder, n, two_stage=False, keep_memory=True, compiled=False, **kwargs):
     from skin_lesions.speed import ReuseMemory
     learn = learner(folder, n, two_stage, **kwargs)
     if not keep_memory: learn.remove_cb(ReuseMemory)
+    if compiled: getattr(learn.model, 'classifier', learn.model).compile(dynamic=False)
     return timed_steps(learn)
 
 
@@ -96,11 +98,13 @@ GAINS = (('CPU training step, memory kept', 'the same without ReuseMemory', '',
           'ours', {}, 'ours', dict(keep_memory=False)),
          ('CPU training step, channels_last', 'the same without channels_last', '',
           'ours', {}, 'ours', dict(channels_last=False)))
+COMPILED = (('CPU training step, torch.compile', 'the same without it', '>= 1.3',
+             'ours', dict(compiled=True), 'ours', {}),)
 
 
 def main(args):
     from skin_lesions.synthetic import synthetic_dataset
-    rows = TWO_STAGE if args.two_stage else GAINS if args.gains else DEFAULTS
+    rows = TWO_STAGE if args.two_stage else GAINS if args.gains else COMPILED if args.compile else DEFAULTS
     with tempfile.TemporaryDirectory() as folder:
         n = 64*args.batches
         synthetic_dataset(folder, n + 16, seed=0)
@@ -118,4 +122,5 @@ if __name__ == '__main__':
     parser.add_argument('--repeats', type=int, default=3, help='pairs')
     parser.add_argument('--two-stage', action='store_true', help='two stages against one')
     parser.add_argument('--gains', action='store_true', help='what each part brings')
+    parser.add_argument('--compile', action='store_true', help='what torch.compile brings, minutes of compiling')
     main(parser.parse_args())
