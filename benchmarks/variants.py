@@ -101,8 +101,8 @@ class StartFrom(Callback):
 
     def before_fit(self):
         if hasattr(self.learn, 'gather_preds'): return
-        weights, net = read_weights(self.file), getattr(self.model, 'classifier', self.model)
-        net.load_state_dict({k: weights[k].to(v.dtype) for k, v in net.state_dict().items()})
+        weights = read_weights(self.file)
+        self.model.load_state_dict({k: weights[k].to(v.dtype) for k, v in self.model.state_dict().items()})
 
 
 def callbacks_of(name, out):

@@ -40,7 +40,7 @@ def test_kills(sample, tmp_path):
     seconds, kills = time.monotonic()-began, 0
     for _ in range(KILLS):
         child = start(killed, sample)
-        time.sleep(rng.uniform(.1, .7)*seconds)
+        time.sleep(rng.uniform(.1, .5)*seconds)
         if child.is_alive(): os.kill(child.pid, signal.SIGKILL)
         child.join(60)
         kills += child.exitcode != 0

@@ -67,7 +67,7 @@ def ours(folder, n, two_stage=False, keep_memory=True, compiled=False, **kwargs)
     from skin_lesions.speed import ReuseMemory
     learn = learner(folder, n, two_stage, **kwargs)
     if not keep_memory: learn.remove_cb(ReuseMemory)
-    if compiled: getattr(learn.model, 'classifier', learn.model).compile(dynamic=False)
+    if compiled: learn.model.compile(dynamic=False)
     return timed_steps(learn)
 
 
