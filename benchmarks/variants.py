@@ -15,14 +15,15 @@ Differences from `base`, or what COMPARED names, are paired over lesions. Nothin
 judging.
 """
 import argparse, os
+from copy import deepcopy
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
 import pandas as pd
-import torch
 from fastai.callback.core import Callback
 from skin_lesions.architectures import read_weights
+from skin_lesions.soup import average_weights
 
 RESULTS = Path(__file__).resolve().parent/'results'
 TABLES = RESULTS/'variants.csv.xz'
@@ -81,16 +82,13 @@ class LastEpochs(Callback):
     def __init__(self, epochs): self.epochs, self.kept = epochs, []
 
     def after_epoch(self):
-        if self.epoch < self.n_epoch - self.epochs: return
-        self.kept.append({k: v.detach().clone() for k, v in self.model.state_dict().items()})
+        if self.epoch >= self.n_epoch - self.epochs: self.kept.append(deepcopy(self.model))
 
     def after_fit(self):
         if hasattr(self.learn, 'gather_preds'): return
         if len(self.kept) != self.epochs:
             raise ValueError(f'not all of the last {self.epochs} epochs are known: train again')
-        mean = {k: torch.stack([s[k] for s in self.kept]).mean(0) if v.is_floating_point() else v
-                for k, v in self.kept[-1].items()}
-        self.model.load_state_dict(mean)
+        self.model.load_state_dict(average_weights(self.kept).state_dict())
 
 
 class StartFrom(Callback):
@@ -118,7 +116,7 @@ def teacher(name, meta, args):
     from skin_lesions.predictions import ensemble, read_predictions
     if 'teachers' not in VARIANTS[name]: return None
     images, tables = images_of(name, meta), []
-    for run in (Path(args.out)/teacher for teacher in VARIANTS[name]['teachers']):
+    for run in (Path(args.out)/of for of in VARIANTS[name]['teachers']):
         file = run/'training.csv'
         if not file.is_file():
             asked = images[~images.is_valid].reset_index(drop=True)
@@ -188,7 +186,7 @@ def together(members, before, meta, args):
     "Soup and mean of networks without a second fold"
     from skin_lesions.networks import EnsembleNet
     from skin_lesions.predict import load_predictor
-    from skin_lesions.soup import average_weights, image_batches
+    from skin_lesions.soup import image_batches
     members = [load_predictor(Path(args.out)/name, 'cpu') for name in members]
     frame, nets, first = images_of('base', meta), [m.model for m in members], members[0]
     some = frame[~frame.is_valid].sample(min(2000, int((~frame.is_valid).sum())), random_state=42)
