@@ -370,17 +370,17 @@ def _all_draws(table, units, n, seed)->tuple:
 # %% ../nbs/60_evaluate.ipynb #22macrod
 def _macro_ends(found, half, n_units, level):
     "The ends of the means over the classes, from those of the classes, written into `found`"
-    codes,ends = _codes_of(found.index),['low', 'high']
+    codes,row = _codes_of(found.index),found.index.get_loc
+    value,ends = found.value.to_numpy(),found[['low', 'high']].to_numpy() # arrays: cell by cell pandas takes longer than the draws
     for name in _BY_CLASS[1:]:
         rows = found.index.get_indexer([(name, dx) for dx in codes])
-        found.loc[(name, 'macro'), ends] = mean_ends(*found[['value', *ends]].to_numpy()[rows].T, half[rows])
+        ends[row((name, 'macro'))] = mean_ends(value[rows], *ends[rows].T, half[rows])
     rows = found.index.get_indexer([('recall', dx) for dx in codes])
-    of_mean = average_recall_ends(found.value.to_numpy()[rows], half[rows], n_units, level)
-    for row in (('average_recall', 'all'), ('recall', 'macro')): found.loc[row, ends] = of_mean
+    average,balanced = row(('average_recall', 'all')),row(('balanced_accuracy', 'all'))
+    ends[[average, row(('recall', 'macro'))]] = average_recall_ends(value[rows], half[rows], n_units, level)
     # the same mean, where no tie is wrong
-    balanced = found.loc[('balanced_accuracy', 'all')]
-    if np.isclose(balanced.value, found.value['average_recall', 'all'], rtol=0, atol=1e-12):
-        found.loc[('balanced_accuracy', 'all'), ends] = found.loc[('average_recall', 'all'), ends]
+    if np.isclose(value[balanced], value[average], rtol=0, atol=1e-12): ends[balanced] = ends[average]
+    found[['low', 'high']] = ends
 
 # %% ../nbs/60_evaluate.ipynb #503a6c80
 def score_intervals(

@@ -137,6 +137,14 @@ def engine_files(once, sample):
     return once('engine', partial(write_engine_files, sample))
 
 
+@pytest.fixture(scope='session')
+def mean_files(once, sample):
+    "A bundle `b` of the mean of two networks, and its graph `net.onnx`"
+    pytest.importorskip('onnxscript', reason='needs onnx, onnxscript and onnxruntime')
+    from serving import write_mean_files
+    return once('mean', partial(write_mean_files, sample))
+
+
 def caption_only(draw, size, alt, caption):
     from fastcore.xml import Figcaption, Figure, Img
     return Figure(Img(alt=alt), Figcaption(caption))

@@ -63,3 +63,12 @@ def mean_bundle(meta, folder):
     view = {k: record[k] for k in ('side', 'preprocess', 'crop', 'normalization')}
     calibration = fit_calibration(get_predictions(learn), 'vector')
     return save_bundle(EnsembleNet([learn.model, other.model]), folder, classes=record['classes'], view=view, calibration=calibration, ood=fit_ood(learn))
+
+
+def write_mean_files(sample, folder):
+    "`mean_bundle` and its graph"
+    from skin_lesions.engine import write_engine
+    from skin_lesions.predict import load_predictor
+    from skin_lesions.readers import read_metadata
+    mean_bundle(each_fifth_valid(read_metadata(sample)), folder/'b')
+    write_engine(load_predictor(folder/'b', device='cpu'), folder/'net.onnx')

@@ -545,14 +545,16 @@ def test_an_out_of_distribution_image_is_named(sample, finished_run, call, tmp_p
     assert 'Suggests' not in printed and 'refer' not in printed
 
 
-def test_names_that_the_output_cannot_write(finished_run, sample, tmp_path):
+def test_names_that_the_output_cannot_write(finished_run, sample, tmp_path, monkeypatch):
     "A Windows shell that is sent to a file writes in a code page of 256 characters; Linux is told to"
     (tmp_path/'new').mkdir()
     shutil.copy(next(sample.rglob('*.jpg')), tmp_path/'new'/'ä中.jpg')
-    command = [sys.executable, '-W', 'ignore', '-m', 'skin_lesions.cli', 'predict', 'new', '--bundle', str(finished_run), '--out', '中.csv']
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | dict(PYTHONIOENCODING='cp1252', PYTHONUTF8='0'), capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.decode('cp1252').startswith('1 predictions: \\u4e2d.csv')
+    monkeypatch.chdir(tmp_path)
+    for name in ('stdout', 'stderr'): monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), 'cp1252'))
+    from skin_lesions.cli import main
+    status, printed = main(['predict', 'new', '--bundle', str(finished_run), '--out', '中.csv']), sys.stdout.buffer
+    sys.stdout.flush()
+    assert status == 0 and printed.getvalue().decode('cp1252').startswith('1 predictions: \\u4e2d.csv')
     assert list(pd.read_csv(tmp_path/'中.csv', encoding='utf-8').image_id) == ['ä中']
 
 

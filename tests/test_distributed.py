@@ -46,7 +46,7 @@ def run_ranks(func, *args, n=2, timeout=240):
 
 @pytest.fixture(scope='module')
 def lesions(tmp_path_factory):
-    import accelerate, fastai.callback.schedule # before the forks
+    import accelerate, fastai.callback.schedule, torch._dynamo # before the forks, each of which would import them
     from skin_lesions.readers import read_metadata
     from skin_lesions.split import split_by_lesion
     from skin_lesions.synthetic import synthetic_ham10000

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from serving import each_fifth_valid, mean_bundle
+from serving import each_fifth_valid
 from skin_lesions import engine
 from skin_lesions.classes import HAM10000
-from skin_lesions.engine import engine_difference, engine_file, with_engine, write_engine
+from skin_lesions.engine import engine_difference, engine_file, with_engine
 from skin_lesions.onnx import ONNX_PACKAGES
 from skin_lesions.ood import keep_features
 from skin_lesions.predict import half_difference, load_predictor
@@ -31,10 +31,6 @@ def pair(bundle, engine_files):
     "A predictor, the same with an engine, and the engine's file"
     plain, file = load_predictor(bundle, device='cpu'), engine_files/'net.onnx'
     return plain, with_engine(plain, file=file), file
-
-
-@pytest.fixture(scope='module')
-def mean_of_two(meta, tmp_path_factory): return load_predictor(mean_bundle(meta, tmp_path_factory.mktemp('mean')/'b'), device='cpu')
 
 
 def numbers(table): return table[CODES].to_numpy(float)
@@ -65,16 +61,17 @@ def test_what_an_engine_cannot_do_goes_on_with_pytorch_or_says_so(pair, tmp_path
 
 
 @needs_onnx
-@pytest.mark.parametrize('views', [None, 'dihedral'])
-def test_a_mean_of_networks_has_an_engine(mean_of_two, meta, tmp_path, views):
+def test_a_mean_of_networks_has_an_engine(mean_files, meta):
     "The whole table, its out-of-distribution score and the calibration of the mean; and a graph of one member is not that of the mean"
-    fast, some = with_engine(mean_of_two, file=write_engine(mean_of_two, tmp_path/'net.onnx')), meta[~meta.is_valid].iloc[:3]
-    a, b = (p.predict(some, progress=False, views=views) for p in (mean_of_two, fast))
-    assert np.ptp(numbers(a), axis=0).max() > 1e-3 and a.decision.equals(b.decision)
-    np.testing.assert_allclose(numbers(b), numbers(a), atol=1e-3)
-    np.testing.assert_allclose(b.ood_score.astype(float), a.ood_score.astype(float), rtol=1e-3)
-    with torch.no_grad(): mean_of_two.model.members[1].head[-1].bias.add_(1e-3)
-    with pytest.raises(ValueError, match='graph of another network'): with_engine(mean_of_two, file=tmp_path/'net.onnx')
+    mean, file = load_predictor(mean_files/'b', device='cpu'), mean_files/'net.onnx'
+    fast, some = with_engine(mean, file=file), meta[~meta.is_valid].iloc[:3]
+    for views in (None, 'dihedral'):
+        a, b = (p.predict(some, progress=False, views=views) for p in (mean, fast))
+        assert np.ptp(numbers(a), axis=0).max() > 1e-3 and a.decision.equals(b.decision)
+        np.testing.assert_allclose(numbers(b), numbers(a), atol=1e-3)
+        np.testing.assert_allclose(b.ood_score.astype(float), a.ood_score.astype(float), rtol=1e-3)
+    with torch.no_grad(): mean.model.members[1].head[-1].bias.add_(1e-3)
+    with pytest.raises(ValueError, match='graph of another network'): with_engine(mean, file=file)
 
 
 @needs_onnx

@@ -34,7 +34,7 @@ needs_onnx = pytest.mark.skipif(not all(importlib.util.find_spec(p) for p in ONN
 
 
 @needs_onnx
-@pytest.mark.parametrize('kind, more', [('one', {}), ('two', dict(combine='paper')), ('two', dict(data=dict(patient=True)))])
+@pytest.mark.parametrize('kind, more', [('one', {}), ('two', dict(combine='paper', data=dict(patient=True)))])
 def test_onnx_gives_the_probabilities_of_the_predictor(kind, more, meta, tmp_path):
     import onnx, onnxruntime
     from skin_lesions.decide import fit_calibration

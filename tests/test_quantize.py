@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from serving import each_fifth_valid, mean_bundle
+from serving import each_fifth_valid
 from skin_lesions.classes import HAM10000
 from skin_lesions.engine import engine_file, with_engine
 from skin_lesions.onnx import ONNX_PACKAGES
@@ -107,11 +107,13 @@ def test_unlabelled_images_do_not_serve(plain, written, tmp_path, meta):
     with pytest.raises(ValueError, match="lacks column 'dx'"): quantize(plain, meta[:2], pd.DataFrame(dict(path=meta.path[2:5])), tmp_path/'n.onnx')
 
 
-def test_a_mean_of_networks_becomes_int8(meta, tmp_path, monkeypatch):
+def test_a_mean_of_networks_becomes_int8(meta, mean_files, tmp_path, monkeypatch):
     "Its record says what changes, the file is used, and the probabilities are near those in float32"
     import onnx
     monkeypatch.setenv('SKIN_LESIONS_CACHE', str(tmp_path/'cache'))
-    predictor, some = load_predictor(mean_bundle(meta, tmp_path/'b'), device='cpu'), meta[meta.is_valid]
+    predictor, some = load_predictor(mean_files/'b', device='cpu'), meta[meta.is_valid]
+    engine_file(predictor).parent.mkdir(parents=True)
+    shutil.copy(mean_files/'net.onnx', engine_file(predictor))
     record = quantize(predictor, meta[~meta.is_valid][:12], some, tmp_path/'net.onnx', limits=WIDE)
     fast = with_engine(predictor, file=tmp_path/'net.onnx')
     a, b = (p.predict(some, progress=False)[CODES].to_numpy(float) for p in (predictor, fast))

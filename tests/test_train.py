@@ -11,7 +11,7 @@ from skin_lesions.recipes import at_scale
 from skin_lesions.train import RUN_FILES, STATE_FOLDER, run_state, train_run
 from skin_lesions.report import read_run
 
-KILLS = int(os.environ.get('TRAIN_KILLS', 4))
+KILLS = int(os.environ.get('TRAIN_KILLS', 3))
 QUICK = dict(workers=0, device='cpu', cache=None, show=False, report=False, minutes=0)
 RECIPES = dict(
     steps=replace(at_scale('best', 'tiny'), steps=((24, 2), (32, 2)), ema=True, lr_factor=.5),
