@@ -159,3 +159,9 @@ def no_figures(monkeypatch):
             m.setattr('skin_lesions.report.html_figure', caption_only)
             yield
     return within
+
+
+@pytest.fixture
+def quick_reports(no_figures):
+    "`no_figures` for a whole test"
+    with no_figures(): yield

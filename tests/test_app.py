@@ -446,28 +446,40 @@ def test_the_container_starts_what_exists(repo, cli, tmp_path):
     assert "'/src[app]'" in text and 'USER app' in text and 'STOPSIGNAL SIGINT' in text
 
 
-def test_the_command_and_the_space(bundle, repo, processes, tmp_path, monkeypatch):
-    "Both serve the page and end with Ctrl-C; the command is a new interpreter"
-    import signal, socket
+def test_the_command(bundle, tmp_path):
+    "A new interpreter says what it does before its slow imports, serves the page and ends with Ctrl-C"
+    import signal
+    command = [sys.executable, '-W', 'ignore', '-m', 'skin_lesions.cli', 'app', '--bundle', str(bundle), '--port', '0', '--device', 'cpu']
+    printed, errors = tmp_path/'printed', tmp_path/'errors'
+    with open(printed, 'w') as out, open(errors, 'w') as err:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=err, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    try:
+        while '\n' not in printed.read_text() and process.poll() is None: time.sleep(.05)
+        url = printed.read_text().split(' ')[0]
+        assert url.startswith('http://'), printed.read_text() + errors.read_text()
+        assert errors.read_text().startswith('starting the web demo')
+        with urllib.request.urlopen(url) as r: assert r.status == 200 and 'skin_lesions' in r.read().decode()
+    finally: process.send_signal(signal.SIGINT)
+    assert process.wait(60) in (0, 130)
+
+
+def test_the_space(bundle, repo, monkeypatch):
+    "Its file serves the page of the bundle that the environment names, on all addresses and the port that is asked"
+    import runpy, socket
+    from skin_lesions import app as module
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     monkeypatch.setenv('MODEL', str(bundle))
     monkeypatch.setenv('GRADIO_SERVER_PORT', str(port))
-    command = [sys.executable, '-W', 'ignore', '-m', 'skin_lesions.cli', 'app', '--bundle', str(bundle), '--port', '0', '--device', 'cpu']
-    space = ['-c', 'import runpy, sys; runpy.run_path(sys.argv[1], run_name="__main__")', repo/'spaces'/'app.py']
-    def start_command(out, err):
-        return subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=err, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    def start_space(out, err): return processes.start(*space, cwd=tmp_path, out=out, err=err)
-    for start in (start_command, start_space):
-        printed, errors = tmp_path/'printed', tmp_path/'errors'
-        with open(printed, 'w') as out, open(errors, 'w') as err: process = start(out, err)
-        try:
-            while '\n' not in printed.read_text() and process.poll() is None: time.sleep(.05)
-            url = printed.read_text().split(' ')[0].replace('0.0.0.0', '127.0.0.1')
-            assert url.startswith('http://'), printed.read_text() + errors.read_text()
-            with urllib.request.urlopen(url) as r: assert r.status == 200 and 'skin_lesions' in r.read().decode()
-        finally: process.send_signal(signal.SIGINT)
-        assert process.wait(60) in (0, 130)
-        if start is start_command: assert errors.read_text().startswith('starting the web demo'), 'said before the slow imports'
+    started, own = [], module.launch_app
+    monkeypatch.setattr(module, 'launch_app', lambda *args, **kwargs: started.append(own(*args, **kwargs, block=False)))
+    runpy.run_path(str(repo/'spaces'/'app.py'), run_name='__main__')
+    space, = started
+    try:
+        assert space.server_name == '0.0.0.0' and space.server_port == port
+        with urllib.request.urlopen(f'http://127.0.0.1:{port}') as r: assert r.status == 200 and 'skin_lesions' in r.read().decode()
+    finally:
+        space.close()
+        space.folder.cleanup()
 
 
 NUMBERS = {7: 'seven', 8: 'eight', 9: 'nine', 10: 'ten', 11: 'eleven'}

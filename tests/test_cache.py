@@ -1,5 +1,5 @@
 """The cache when things go wrong: killed at any moment, a full or read-only disk, two processes at once, another machine's file."""
-import multiprocessing, random, subprocess
+import multiprocessing, pickle, random, subprocess
 from pathlib import Path
 
 import numpy as np
@@ -130,15 +130,23 @@ def test_foreign_lines_are_not_believed(meta, tmp_path, row):
     assert len(store) == 3 and store.fill(meta.path[:5], show=False) == 2
 
 
-def test_spawned_workers_read_the_cache(meta, tmp_path):
+IN_A_WORKER = """
+import pickle, sys, torch
+batches = pickle.load(open(sys.argv[1], 'rb')).d
+batches.fake_l.num_workers = 0
+torch.save(torch.cat([b[0].as_subclass(torch.Tensor) for b in batches]), sys.argv[2])
+"""
+
+
+def test_spawned_workers_read_the_cache(meta, tmp_path, warm_python):
+    "A worker that is not forked gets its loader as a pickle, and nothing of this process's memory"
     cache = resize_cache(meta, 32, folder=tmp_path/'cache', show=False)
-    dls = ham10000_dataloaders(meta, 32, bs=16, num_workers=1, cache=cache)
-    before = multiprocessing.get_start_method()
-    multiprocessing.set_start_method('spawn', force=True)
-    try: batches = [b[0] for b in dls.valid]
-    finally: multiprocessing.set_start_method(before, force=True)
+    valid = ham10000_dataloaders(meta, 32, bs=16, num_workers=1, cache=cache).valid
+    (tmp_path/'loader').write_bytes(pickle.dumps(valid.fake_l))
+    done = warm_python(IN_A_WORKER, tmp_path/'loader', tmp_path/'pixels', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     here = [b[0] for b in ham10000_dataloaders(meta, 32, bs=16, num_workers=0, cache=cache).valid]
-    torch.testing.assert_close(torch.cat(batches), torch.cat(here))
+    torch.testing.assert_close(torch.load(tmp_path/'pixels'), torch.cat(here).as_subclass(torch.Tensor))
 
 
 def test_what_changes_the_pixels_changes_the_folder(meta, tmp_path):

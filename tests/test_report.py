@@ -141,7 +141,7 @@ def cells(text, heading):
     return [[re.sub('<[^>]*>', '', c).strip() for c in re.findall(r'<t[hd].*?</t[hd]>', row, re.S)] for row in body.split('<tr>')[1:]]
 
 
-def test_the_counts_of_1000_lesions_are_those_of_benefit(tmp_path):
+def test_the_counts_of_1000_lesions_are_those_of_benefit(tmp_path, quick_reports):
     "Row by row, with intervals, at the prevalence that is asked; what is found and what is missed are all malignant lesions"
     table = synthetic_table(120)
     text = page(table.assign(refer=table.mel > .1), tmp_path, prevalence=.05)
@@ -155,7 +155,7 @@ def test_the_counts_of_1000_lesions_are_those_of_benefit(tmp_path):
 
 
 @pytest.mark.parametrize('skill, helps', [(3., True), (0., False)])
-def test_the_report_says_where_the_network_helps(skill, helps, tmp_path):
+def test_the_report_says_where_the_network_helps(skill, helps, tmp_path, quick_reports):
     "The thresholds are those at which the gain of the decision curve has an interval above nothing; guesses have none"
     table = synthetic_table(400, skill=skill)
     if not skill: table[list(HAM10000)] = 1/7
@@ -166,7 +166,7 @@ def test_the_report_says_where_the_network_helps(skill, helps, tmp_path):
     assert (f'from a threshold of {100*t.min():.2g} % to one of {100*t.max():.2g} %' if helps else 'At no threshold shown') in text
 
 
-def test_no_benefit_without_malignancy(tmp_path):
+def test_no_benefit_without_malignancy(tmp_path, quick_reports):
     "A set that knows none, and a table of benign lesions; lesions that are unknown do no harm"
     own = with_classes(synthetic_table(40, classes=MELANOMA).rename(columns=dict(mel='dark', other='light')).replace(dict(dx=dict(mel='dark', other='light'))), ['dark', 'light'])
     table = synthetic_table(60)

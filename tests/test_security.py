@@ -250,7 +250,7 @@ def test_a_record_names_no_file_outside(honest, tmp_path):
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='links need a right of their own on Windows')
-def test_no_writing_through_a_link(learn, table, honest, tmp_path):
+def test_no_writing_through_a_link(learn, table, honest, tmp_path, quick_reports):
     "A folder from elsewhere may hold links to files of its next user: they are replaced, what they point at stays"
     shutil.copytree(honest, tmp_path/'h')
     victims = []
@@ -285,12 +285,14 @@ class Page(HTMLParser):
 
 
 @pytest.mark.parametrize('evil', [''.join(EVIL[:-1]), EVIL[-1]], ids=['tags', 'comment']) # a report takes seconds
-def test_report_shows_texts_as_texts(evil, table, tmp_path):
+def test_report_shows_texts_as_texts(evil, table, tmp_path, no_figures):
     meta = table[['image_id']].assign(sex=[evil if i % 2 else 'male' for i in range(len(table))], localization=evil, source=evil, age=50.)
     bad = table.assign(image_id=[f'{evil}{i}' for i in range(len(table))], group=[f'{evil}{i//2}' for i in range(len(table))])
     meta = meta.assign(image_id=bad.image_id)
-    plain = Page(html_report(table, tmp_path/'plain.html', meta=meta.assign(image_id=table.image_id, sex='male', localization='back', source='a'), run=dict(a='b', c=dict(d='e'))).read_text(encoding='utf-8'))
-    page = Page(html_report(bad, tmp_path/'r.html', meta=meta, title=evil, run={evil: evil, 'c': {evil: evil}}).read_text(encoding='utf-8'))
+    with no_figures():
+        plain = Page(html_report(table, tmp_path/'plain.html', meta=meta.assign(image_id=table.image_id, sex='male', localization='back', source='a'), run=dict(a='b', c=dict(d='e'))).read_text(encoding='utf-8'))
+    with no_figures() if evil == EVIL[-1] else nullcontext(): # once with them
+        page = Page(html_report(bad, tmp_path/'r.html', meta=meta, title=evil, run={evil: evil, 'c': {evil: evil}}).read_text(encoding='utf-8'))
     page.safe()
     assert page.tags <= plain.tags, page.tags - plain.tags
     assert ''.join(page.text).count(evil) >= 4 # title, heading, arguments

@@ -58,7 +58,7 @@ def test_the_imitation_refuses(windows, tmp_path):
     with pytest.raises(PermissionError): os.open(tmp_path, os.O_RDONLY)
 
 
-def test_everything_that_writes_does_so_on_windows(windows, meta, tmp_path):
+def test_everything_that_writes_does_so_on_windows(windows, meta, tmp_path, quick_reports):
     from skin_lesions.bundle import save_bundle
     from skin_lesions.cache import resize_cache
     from skin_lesions.core import read_json, reuse_memory, write_json

@@ -16,10 +16,10 @@ def settings(repo=REPO):
     return parser['DEFAULT']
 
 
-def built(out, repo=REPO):
-    "Sdist and wheel in a folder; by `build` where it is installed, which makes the wheel from the sdist"
+def built(out, repo=REPO, isolated=True):
+    "Sdist and wheel in a folder; by `build` where it is installed, which makes the wheel from the sdist, in a new environment or in this one"
     if importlib.util.find_spec('build'):
-        commands = [[sys.executable, '-m', 'build', '--outdir', str(out), str(repo)]]
+        commands = [[sys.executable, '-m', 'build', *['--no-isolation']*(not isolated), '--outdir', str(out), str(repo)]]
     else:
         commands = [[sys.executable, 'setup.py', '--quiet', 'sdist', '--dist-dir', str(out)],
                     [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '-w', str(out), str(repo)]]
