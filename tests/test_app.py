@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip('gradio', reason="the app is an extra: pip install gradio")
 from skin_lesions.app import launch_app
 from skin_lesions.style import percent_text
 from skin_lesions.classes import HAM10000
@@ -24,6 +23,7 @@ from skin_lesions.bundle import save_bundle
 from skin_lesions.predictions import get_predictions
 from skin_lesions.split import split_by_lesion
 
+pytestmark = pytest.mark.skipif(importlib.util.find_spec('gradio') is None, reason="the app is an extra: pip install gradio") # which takes seconds to import
 BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable'))), None)
 SHOTS = os.environ.get('APP_SCREENSHOTS') # a folder to look at them
 
