@@ -4,6 +4,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import fastai.callback.progress # Learner.no_bar
 from fastai.basics import DataLoader, DataLoaders, Learner
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
@@ -27,7 +28,7 @@ def learner(classes, metrics, seed=0, n=120, bs=9, absent=()):
 @pytest.mark.parametrize('name', CLASS_SETS)
 def test_values_are_those_of_scikit_learn(name):
     classes = CLASS_SETS[name]
-    for seed, code in enumerate(classes):
+    for seed, code in enumerate(dict.fromkeys((classes.codes[0], classes.first or classes.codes[1], classes.codes[-1]))):
         i = classes.index(code)
         metrics = [AverageRecall(), ClassRecall(code), StageOneAUC(code)]
         if len(classes) > 2: metrics.append(StageTwoRecall(code))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from warm import ended
 from skin_lesions.cli import main
 from skin_lesions.classes import HAM10000
 from skin_lesions.data import ham10000_dataloaders
@@ -190,6 +191,7 @@ def test_command_line_on_a_read_only_disk(disk, sample, small, capsys):
 
 def command_line(args, errors):
     "In a process of its own, which shares the imports of this one"
+    os.setpgrp() # for `ended`
     torch.set_num_threads(1)
     with open(errors, 'w') as sys.stderr: status = main(args)
     os._exit(status)
@@ -201,7 +203,7 @@ def test_a_disk_that_is_full_after_the_last_epoch(tmp_path, sample, small, capsy
     args = ['train', '--data', str(sample), '--out', str(tmp_path/'run'), '--no-check', *small, '--set', 'epochs=1']
     def full(*args, **kw): raise OSError(28, 'No space left on device')
     with monkeypatch.context() as m:
-        m.setattr(train, 'evaluate_run', full)
+        m.setattr(train, 'save_predictions', full)
         assert main(args) == 2
     said, weights = capsys.readouterr().err, load_file(tmp_path/'run'/'model.safetensors')
     assert 'No space left on device' in said and f"The training is complete, its state is in {tmp_path/'run'/'state'}" in said and '--resume' in said
@@ -222,7 +224,7 @@ def test_the_data_folder_vanishes_in_mid_epoch(tmp_path, sample, small, capsys, 
         if state.is_file() or not child.is_alive(): break
         time.sleep(.02)
     data.rename(tmp_path/'elsewhere')
-    child.join(300)
+    ended(child)
     complained = (tmp_path/'errors.txt').read_text()
     assert child.exitcode == 2 and '.jpg' in complained and f"state is in {state.parent}" in complained and '--resume' in complained and 'Traceback' not in complained, complained
     assert 1 <= read_state(state.parent)[0]['epoch'] < 6

@@ -108,18 +108,6 @@ def test_two_processes_want_one_folder(meta, straight, tmp_path):
     assert contents(tmp_path/'run') == contents(straight['steps'])
 
 
-def test_a_disk_that_is_full_after_the_last_epoch(meta, straight, tmp_path, monkeypatch):
-    "The training is not lost: resume makes the rest of the folder"
-    from skin_lesions import train
-    def full(*args, **kwargs): raise OSError(28, 'No space left on device')
-    with monkeypatch.context() as m:
-        m.setattr(train, 'save_predictions', full)
-        with pytest.raises(OSError, match='No space left.*The training is complete, its state is in .*--resume'):
-            train_run(RECIPES['steps'], meta, tmp_path/'run', **QUICK)
-    train_run(RECIPES['steps'], meta, tmp_path/'run', resume=True, **QUICK)
-    assert contents(tmp_path/'run') == contents(straight['steps'])
-
-
 def test_the_folder_is_complete_and_nothing_else_is_touched(meta, tmp_path, no_figures):
     (tmp_path/'run').mkdir()
     (tmp_path/'run'/'notes.txt').write_text('mine')
@@ -133,23 +121,6 @@ def test_the_folder_is_complete_and_nothing_else_is_touched(meta, tmp_path, no_f
     assert record['recipe'] == recipe.as_dict() and record['split']['valid_fraction_with_group_in_training'] == 0
     split = pd.read_csv(tmp_path/'run'/'split.csv')
     assert set(split.image_id) == set(meta.image_id) and split.is_valid.sum() == record['scores']['n_images']
-
-
-@pytest.mark.parametrize('name', ('ISIC2019', 'MELANOMA'))
-def test_other_sets_of_diagnoses(name, tmp_path, no_figures):
-    "Eight classes in two stages, two classes in one: trained, predicted, in the bundle"
-    from skin_lesions.classes import CLASS_SETS
-    from skin_lesions.predict import load_predictor
-    from skin_lesions.readers import read_csv_dataset
-    from skin_lesions.synthetic import synthetic_dataset
-    classes = CLASS_SETS[name]
-    sample = synthetic_dataset(tmp_path/'sample', 100, classes=classes, size=(80, 64), show=False)
-    frame = read_csv_dataset(sample/'HAM10000_metadata.csv', classes=classes, folder=sample)
-    with no_figures(): folder = train_run(at_scale('quick', 'tiny'), frame, tmp_path/'run', folds=2, **(QUICK | dict(report=True)))
-    predictor, table = load_predictor(folder, 'cpu'), pd.read_csv(folder/'predictions.csv')
-    assert predictor.classes.codes == classes.codes and set(classes.codes) <= set(table.columns)
-    assert type(predictor.model).__name__ == ('TwoStageNet' if len(classes) > 2 else 'LesionNet')
-    assert table[list(classes.codes)].sum(axis=1).between(.999, 1.001).all()
 
 
 def test_factors_alone_are_the_weights(meta):

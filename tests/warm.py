@@ -17,6 +17,18 @@ def locked(path):
         yield
 
 
+def ended(child, seconds=300):
+    """The exit status of a process of `multiprocessing` that leads a process group; what it leaves behind is killed.
+
+    `Process.join` waits for that too, for it holds the sentinel; and the worker of a loader whose parent ends while it starts takes
+    the next parent for its own, and never ends."""
+    end = time.monotonic()+seconds
+    while child.exitcode is None and time.monotonic() < end: time.sleep(.01)
+    try: os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError: pass # it left nothing, or was killed before it led a group
+    return child.exitcode
+
+
 SERVER = r'''
 import gc, json, os, runpy, select, selectors, signal, socket, sys, tempfile, types
 import fastai.vision.all, matplotlib.pyplot, numpy, pandas, scipy.stats, sklearn.metrics, timm, torch, torchvision
