@@ -271,8 +271,9 @@ def _from_json(text)->ClassSet: return ClassSet.from_dict(json.loads(text))
 
 def _probability_columns(frame)->list:
     "Names of the columns that hold probabilities"
-    names = [c for c in frame.columns if isinstance(c, str) and c not in TABLE_COLUMNS]
-    return [c for c in names if pd.api.types.is_float_dtype(frame[c])]
+    kinds = zip(frame.columns, frame.dtypes)
+    named = [(c, kind) for c,kind in kinds if isinstance(c, str) and c not in TABLE_COLUMNS]
+    return [c for c,kind in named if pd.api.types.is_float_dtype(kind)]
 
 def _set_of_labels(labels)->ClassSet:
     "The known set that covers most of the labels, else a set of these labels"

@@ -27,10 +27,11 @@ def probabilities_of(
 )->np.ndarray: # [n, classes], float64, in the order of the class set
     "The probability columns of a table"
     codes = list((classes_of(table) if classes is None else class_set(classes)).codes)
-    for c in codes:
-        if not pd.api.types.is_numeric_dtype(table[c]):
-            raise ValueError(f"column {c!r} of the predictions holds {table[c].dtype}, expected numbers from 0 to 1")
-    return table[codes].to_numpy(dtype=np.float64)
+    columns = table[codes]
+    for c,kind in columns.dtypes.items():
+        if not pd.api.types.is_numeric_dtype(kind):
+            raise ValueError(f"column {c!r} of the predictions holds {kind}, expected numbers from 0 to 1")
+    return columns.to_numpy(dtype=np.float64)
 
 def _check_rows(table, bad, why):
     "Raise a `ValueError` for the first row where `bad` is true"
