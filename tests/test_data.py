@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import fastai.vision.learner # plot_top_losses of images
+import fastai.callback.progress, fastai.vision.learner # Learner.no_bar, plot_top_losses of images
 import torch
 from fastai.data.all import DataLoaders
 from fastai.interpret import ClassificationInterpretation
