@@ -372,7 +372,7 @@ def _macro_ends(found, half, n_units, level):
     "The ends of the means over the classes, from those of the classes, written into `found`"
     codes,row = _codes_of(found.index),found.index.get_loc
     # arrays: cell by cell, pandas takes longer than the draws
-    value,ends = found.value.to_numpy(),found[['low', 'high']].to_numpy()
+    value,ends = found.value.to_numpy(),found[['low', 'high']].to_numpy(copy=True)
     for name in _BY_CLASS[1:]:
         rows = found.index.get_indexer([(name, dx) for dx in codes])
         ends[row((name, 'macro'))] = mean_ends(value[rows], *ends[rows].T, half[rows])

@@ -1,4 +1,4 @@
-"Every table on pages 71 to 74 is made again, byte for byte, from the tables of predictions and the measurements in `benchmarks/results`."
+"Every table on pages 58 and 71 to 74 is made again, byte for byte, from the tables of predictions and the measurements in `benchmarks/results`."
 import os, re, sys
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip('execnb', reason='needs nbdev')
 pytest.importorskip('nbdev', reason='needs nbdev')
 
-PAGES = ('71_experiments', '72_posthoc', '73_reproduce', '74_comparison')
+PAGES = ('58_predictions', '71_experiments', '72_posthoc', '73_reproduce', '74_comparison')
 
 
 def cells_of(page):
